@@ -1,0 +1,325 @@
+"""The definition of the numerics: encode, decode, and the container for what lies between.
+
+Everything here is plain torch, runs on every device, and is what a backend has to equal bit for bit. The normative
+text is docs/numerics.md; each function names its section. Work is done in row chunks, in place on one fp32 scratch,
+so that a 13824 x 5120 weight needs a few MB beside its result.
+
+Two choices keep it short. Scales are worked out on the block maxima alone, as exponent fields in int32. Codes are
+worked out for any small float at once: divide by the quantum of the value's binade (a power of two, so exactly), round
+that to an integer, and add the binade's first code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxdit.checks import check_encode, check_float, check_packed
+from mxdit.formats import BlockFormat, Element, block_format
+
+UOS_MAX = 7.25  # block maxima are scaled into (3.625, 7.25]; above 6 they are clipped
+_SIXTH = 1.0 / 6.0  # level 0 is a product with its fp32 value, 0x3E2AAAAB, not a quotient by six
+_INVERSE_MAX = {"uos": 1.0 / UOS_MAX, "cublas": 1.0 / 448.0}  # products with their fp32 values again
+_EVEN_CARRY = {"even6": 0x3F, "even7": 0x1F}  # added to a bf16 mantissa: carries when it is above 1.5 / above 1.75
+_CHUNK = {"cpu": 1 << 18}  # elements worked on at once; a CPU wants its scratch in cache
+_CHUNK_ELSEWHERE = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A quantized tensor in canonical layout: row-major, last axis K, nothing padded.
+
+    Attributes:
+        codes: uint8, (..., K/2) for four-bit formats with element 2i in the low nibble, (..., K) for eight-bit ones.
+        scale: uint8 E8M0, (..., ceil(K/32)); byte b means 2**(b-127), 0xFF means that the whole block is NaN.
+        outer: fp32, (..., ceil(K/512)), or None where the format has no outer scale.
+        fmt: the format's name.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    outer: Tensor | None
+    fmt: str
+
+    @property
+    def format(self) -> BlockFormat:
+        """The format's row."""
+        return block_format(self.fmt, where="Packed")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor that was encoded."""
+        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * self.format.per_byte))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage, scales included."""
+        return sum(t.nbytes for t in (self.codes, self.scale, self.outer) if t is not None)
+
+
+# -- encode ------------------------------------------------------------------------------------------------------------
+
+
+def encode(
+    x: Tensor, fmt: str, rule: str | None = None, round_mode: str = "rint", mul_scale: Tensor | None = None
+) -> Packed:
+    """Quantize along the last axis.
+
+    Args:
+        x: (..., K) bf16, fp16 or fp32 (``mxfp4_dualscale``: bf16 or fp16, like its operator). K is even for four-bit
+            formats; a last block or group that is not full counts as filled with zeros.
+        fmt: ``mxfp4``, ``mxfp4_dualscale`` or ``mxfp8``.
+        rule: how the E8M0 scale follows from the block maximum: ``ocp``, ``uos``, ``even6``, ``even7`` for mxfp4;
+            ``ocp``, ``cublas`` for mxfp8; ``ocp`` for mxfp4_dualscale. None means the format's default.
+        round_mode: ``rint`` (to nearest, ties to even), ``round`` (ties away from zero) or ``floor`` (toward -inf);
+            mxfp8 takes only ``rint``.
+        mul_scale: (K,), dual-scale only: multiplied into x first, in x's dtype, with one rounding.
+
+    Returns:
+        Packed. A block that holds an inf or a NaN gets scale 0xFF and zero codes.
+
+    Raises:
+        FormatError: when the names, the dtype or the shapes are not the format's.
+
+    Source: docs/numerics.md sections 2 and 3.
+    """
+    row = block_format(fmt, where="encode")
+    rule = row.default_rule if rule is None else rule
+    check_encode(x, row, rule, round_mode, mul_scale, where="encode")
+    lead, k = x.shape[:-1], x.shape[-1]
+    codes = x.new_empty((*lead, k // row.per_byte), dtype=torch.uint8)
+    scale = x.new_empty((*lead, row.blocks(k)), dtype=torch.uint8)
+    outer = x.new_empty((*lead, row.groups(k)), dtype=torch.float32) if row.outer else None
+    if mul_scale is not None:
+        mul_scale = mul_scale.to(x.dtype)
+    rows, rows_codes, rows_scale = x.reshape(-1, k), _rows(codes), _rows(scale)
+    for part in _row_chunks(rows):
+        if outer is None:
+            rows_codes[part], rows_scale[part] = _encode_single(rows[part], row, rule, round_mode)
+        else:
+            rows_codes[part], rows_scale[part], _rows(outer)[part] = _encode_dual(
+                rows[part], row, round_mode, mul_scale
+            )
+    return Packed(codes, scale, outer, fmt)
+
+
+def _encode_single(x: Tensor, row: BlockFormat, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of (rows, K); docs/numerics.md sections 2.2 to 2.5."""
+    v = _blocked(x.float(), row.block, x.dtype is torch.float32)
+    byte, reciprocal = _single_scale(v.abs().amax(-1), row, rule, x.dtype)
+    v *= reciprocal[..., None]
+    return _pack(_codes(v, row.element, round_mode, x.dtype), x.shape[-1], row), byte.to(torch.uint8)
+
+
+def _encode_dual(
+    x: Tensor, row: BlockFormat, round_mode: str, mul_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, level-1 and level-0 scales of (rows, K); docs/numerics.md section 3.2."""
+    k = x.shape[-1]
+    assert row.outer is not None
+    if mul_scale is not None:
+        x = x * mul_scale
+    width = row.outer if k > row.outer else row.blocks(k) * row.block  # no need to pad a single short group to 512
+    groups = _blocked(x.float(), width, False)
+    finite_max = groups.nan_to_num(0.0, 0.0, 0.0).abs_().amax(-1)
+    l0 = finite_max * _SIXTH
+    l0.masked_fill_(l0 < torch.finfo(torch.float32).tiny, 0.0)
+    # Where l0 was flushed, x / l0 is +-inf for any nonzero x: divide by one, which keeps zeros, and say inf below.
+    groups /= torch.where(l0 == 0, 1.0, l0)[..., None]
+    t = groups.to(x.dtype).float().view(x.shape[0], -1, row.block)  # the quotient goes back to x's dtype before level 1
+    block_max = t.abs().amax(-1)
+    flushed = (l0 == 0).repeat_interleave(width // row.block, -1) & (block_max > 0)
+    byte, reciprocal = _level_one_scale(block_max.masked_fill_(flushed, torch.inf), row)
+    t *= reciprocal[..., None]
+    byte = byte[:, : row.blocks(k)].to(torch.uint8)
+    return _pack(_codes(t, row.element, round_mode, x.dtype), k, row), byte, l0
+
+
+def _blocked(x: Tensor, width: int, shared: bool) -> Tensor:
+    """(rows, K) as (rows, ceil(K/width), width) with zeros behind, in memory that may be overwritten.
+
+    ``shared`` says that x is still the caller's memory.
+    """
+    short = -x.shape[-1] % width
+    x = F.pad(x, (0, short)) if short else x.clone() if shared else x
+    return x.reshape(x.shape[0], -1, width)
+
+
+def _single_scale(amax: Tensor, row: BlockFormat, rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """E8M0 byte (int32) and reciprocal scale (fp32) of single-level blocks with maximum magnitude ``amax`` (fp32).
+
+    Docs/numerics.md: ``ocp`` 2.2, ``cublas`` 2.4, ``even6`` and ``even7`` 2.5a, ``uos`` 2.5b.
+    """
+    exponent = _exponent(amax)
+    not_finite = exponent == 0xFF
+    if rule in _INVERSE_MAX:
+        bits = (amax * _INVERSE_MAX[rule]).view(torch.int32)
+        byte, mantissa = bits >> 23, bits & 0x7FFFFF
+        bump = (mantissa > 0) & (byte > 0)
+        if rule == "cublas":
+            bump |= (byte == 0) & (mantissa > 0x400000)
+        byte = byte + bump
+        empty = amax == 0
+    else:
+        if rule in _EVEN_CARRY:
+            # The magnitude as a bf16 pattern: fp16 rounds to it, fp32 is cut to it, bf16 is it.
+            rounded = amax.bfloat16().float() if dtype is torch.float16 else amax
+            carried = ((rounded.view(torch.int32) >> 16) + _EVEN_CARRY[rule]) >> 7
+            exponent = torch.where(_exponent(rounded) < 2, 0, carried)
+        byte = (exponent - row.emax).clamp_min_(0)
+        empty = byte == 0
+    return _reciprocal(byte, empty, not_finite)
+
+
+def _level_one_scale(amax: Tensor, row: BlockFormat) -> tuple[Tensor, Tensor]:
+    """E8M0 byte (int32) and reciprocal scale (fp32) of dual-level blocks; docs/numerics.md section 3.2.
+
+    Unlike the single-level rule, a block of exponent field 1 or 2 keeps its codes under byte 0.
+    """
+    exponent = _exponent(amax)
+    return _reciprocal((exponent - row.emax).clamp_min_(0), exponent == 0, exponent == 0xFF)
+
+
+def _reciprocal(byte: Tensor, empty: Tensor, not_finite: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes with 0xFF where not finite, and 2**(127 - byte), 0 for empty blocks, NaN where not finite."""
+    reciprocal = _power(254 - byte)
+    reciprocal.masked_fill_(empty, 0.0).masked_fill_(not_finite, torch.nan)
+    return byte.masked_fill(not_finite, 0xFF), reciprocal
+
+
+def _codes(v: Tensor, element: Element, round_mode: str, dtype: torch.dtype) -> Tensor:
+    """Codes, one per uint8, of scaled values ``v`` (fp32, overwritten); docs/numerics.md section 1.
+
+    NaN becomes +0 (section 8, choices 2 and 3), out of range saturates, the sign of zero is kept.
+    """
+    if dtype is torch.bfloat16 and round_mode == "floor":
+        # The product is a bf16 one: a negative that underflows there is -0, where fp32 would still floor it to -0.5.
+        v = v.bfloat16().float()
+    v.nan_to_num_(0.0).clamp_(-element.max, element.max)
+    sign = (v.view(torch.int32) >> 31) & (1 << (element.bits - 1))
+    first = 128 - element.bias  # exponent field of the lowest normal binade, whose quantum the subnormals share
+    exponent = _exponent(v).clamp_min_(first)
+    v *= _power(254 + element.mantissa - exponent)
+    _round(v, round_mode)
+    binade = exponent.sub_(first).bitwise_left_shift_(element.mantissa)
+    return v.abs_().to(torch.int32).add_(binade).bitwise_or_(sign).to(torch.uint8)
+
+
+def _round(v: Tensor, round_mode: str) -> Tensor:
+    """Round to integers in place; ``round`` gives magnitudes only, which is all that its caller needs."""
+    if round_mode == "rint":
+        return v.round_()
+    if round_mode == "floor":
+        return v.floor_()
+    return v.abs_().mul_(2).floor_().add_(1).mul_(0.5).floor_()  # ties away from zero, each step exact
+
+
+def _pack(codes: Tensor, k: int, row: BlockFormat) -> Tensor:
+    """(rows, ..., width) single codes to (rows, K / codes per byte) bytes, low nibble first, padding cut off."""
+    codes = codes.view(codes.shape[0], -1)[:, :k]
+    if row.per_byte == 1:
+        return codes
+    pairs = codes.contiguous().view(torch.int16)  # low byte is the even element on every device torch runs on
+    return (pairs | (pairs >> 4)).to(torch.uint8)
+
+
+# -- decode ------------------------------------------------------------------------------------------------------------
+
+
+def decode(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of a Packed, (..., K) in ``dtype``.
+
+    code x 2**(scale-127) is exact in fp32, the outer scale multiplies it with one fp32 rounding, and the cast to
+    ``dtype`` is the usual one (to nearest even, inf beyond its range). Scale 0xFF decodes to NaN.
+
+    Raises:
+        FormatError: when the parts do not fit each other.
+
+    Source: docs/numerics.md section 1; scale byte 0 is 2**-127 (section 8, choice 1).
+    """
+    row = packed.format
+    check_packed(packed.codes, packed.scale, packed.outer, row, where="decode")
+    check_float(dtype, where="decode")
+    out = packed.codes.new_empty(packed.shape, dtype=dtype)
+    k = out.shape[-1]
+    rows, codes, scale = _rows(out), _rows(packed.codes), _rows(packed.scale)
+    for part in _row_chunks(rows):
+        values = decode_blocks(codes[part], scale[part], row)
+        if packed.outer is not None and row.outer:
+            values *= _rows(packed.outer)[part].repeat_interleave(row.outer, -1)[:, :k]
+        rows[part] = values
+    return out
+
+
+def decode_blocks(codes: Tensor, scale: Tensor, row: BlockFormat) -> Tensor:
+    """fp32 (rows, K) of packed rows without their outer scale: code x 2**(scale-127), which is exact."""
+    rows, k = codes.shape[0], codes.shape[1] * row.per_byte
+    values = _look_up(_byte_values(row.element), codes)
+    values = values.view(torch.float32).view(rows, k)  # a four-bit entry holds the two values of its byte
+    factors = _look_up(_scale_values(), scale).view(rows, -1, 1)
+    if k % row.block:
+        values *= factors.expand(-1, -1, row.block).reshape(rows, -1)[:, :k]
+    else:
+        values.view(rows, -1, row.block).mul_(factors)
+    return values
+
+
+def _look_up(table: np.ndarray, index: Tensor) -> Tensor:
+    """Entries of a small table, (index.numel(),). The table is not kept as a tensor: it would belong to a device or mode."""
+    return torch.as_tensor(table, device=index.device).index_select(0, index.reshape(-1).int())
+
+
+def element_values(element: Element) -> list[float]:
+    """The value of every code, in code order; the two codes of E4M3 above its maximum are NaN."""
+    values = []
+    for code in range(1 << (element.bits - 1)):
+        field, fraction = code >> element.mantissa, code & ((1 << element.mantissa) - 1)
+        significand = fraction + ((1 << element.mantissa) if field else 0)
+        value = significand * 2.0 ** (max(field, 1) - element.bias - element.mantissa)
+        values.append(value if value <= element.max else float("nan"))
+    return values + [-value for value in values]
+
+
+@cache
+def _byte_values(element: Element) -> np.ndarray:
+    """What each of the 256 bytes holds: fp32 values, or pairs of them seen as int64 so that one lookup fetches both."""
+    values = np.array(element_values(element), dtype=np.float32)
+    if element.bits == 8:
+        return values
+    byte = np.arange(256)
+    return np.stack((values[byte & 15], values[byte >> 4]), -1).view(np.int64).squeeze(-1)
+
+
+@cache
+def _scale_values() -> np.ndarray:
+    """2**(b-127) for the 256 scale bytes, NaN for 0xFF."""
+    return np.array([2.0 ** (b - 127) for b in range(255)] + [np.nan], dtype=np.float32)
+
+
+# -- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """Exponent fields of an fp32 tensor, int32."""
+    return (x.view(torch.int32) >> 23).bitwise_and_(0xFF)
+
+
+def _power(field: Tensor) -> Tensor:
+    """The fp32 powers of two with these exponent fields (1 to 254)."""
+    return (field << 23).view(torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _row_chunks(rows: Tensor) -> Iterator[slice]:
+    """Slices over the rows, each of about the number of elements that the device likes to work on at once."""
+    step = max(1, _CHUNK.get(rows.device.type, _CHUNK_ELSEWHERE) // rows.shape[1])
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
