@@ -1,0 +1,297 @@
+"""`MXConfig`: one frozen dataclass that is both the caller's choice and the on-disk `quantization_config`.
+
+Key names are those that users of Wan2.2 know from vLLM-Omni; `activation`, `layout`, `version` and `producer` are ours.
+A config names layers by their diffusers module paths and knows no model: `mxdit.plan` applies it to one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+from mxdit.errors import ConfigError
+from mxdit.formats import FORMATS, SCHEMES
+
+
+class Method(StrEnum):
+    """The names of `formats.FORMATS`, as a member of a config.
+
+    An Enum because diffusers reads `quant_method.value`; a *string* Enum because it is also compared with, hashed as and
+    written to JSON as its plain name.
+    """
+
+    MXFP4 = "mxfp4"
+    MXFP4_DUALSCALE = "mxfp4_dualscale"
+    MXFP8 = "mxfp8"
+
+
+FORMAT_VERSION = 1
+LAYOUTS = ("packed",)
+# What activations may be over each weight format, the default first.
+ACTIVATIONS = {name: tuple(row.activation for row in SCHEMES.values() if name in row.weights) for name in FORMATS}
+# `mxfp4_scale_alg` is the operator's attribute `scale_alg` (docs/numerics.md sections 2.2 and 2.5b).
+SCALE_RULES = {0: "ocp", 2: "uos"}
+DEFAULT_SCALE_ALG = 2
+ALIASES = {
+    "modules_to_not_convert": "ignored_layers",
+    "is_checkpoint_mxfp4_serialized": "is_checkpoint_serialized",
+    "is_checkpoint_mxfp8_serialized": "is_checkpoint_serialized",
+}
+WHERE = "quantization config"
+
+
+def near_names(name: str, known: Iterable[str]) -> str | None:
+    """A question that offers the members of `known` that look like `name`, or None where none does."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(map(repr, close))}?" if close else None
+
+
+@dataclass(frozen=True)
+class MXConfig:
+    """How one transformer is quantized.
+
+    Attributes:
+        quant_method: format of the weights: "mxfp4", "mxfp4_dualscale" or "mxfp8".
+        ignored_layers: linears that stay in their float dtype: diffusers module paths or globs ("blocks.0.*").
+        num_bf16_fallback_layers: the first N blocks stay in their float dtype; online only. None takes the method's
+            default: 0, and for "mxfp4_dualscale" 5, but at most a sixth of the model's blocks.
+        activation: what activations are quantized to at run time, over the same weights: "mxfp4", "mxfp8", or "bf16",
+            which means not at all. None takes the weights' own precision.
+        w4a8_fallback_layers: linears (paths or globs) whose activations are MXFP8 whatever `activation` says.
+        mxfp4_scale_alg: for "mxfp4" only, the scale rule: 0 (OCP) or 2 (UOS, Qmax 7.25; default).
+        require_smooth_scale: for serialized "mxfp4_dualscale" only: refuse a checkpoint whose layers lack `mul_scale`.
+        is_checkpoint_serialized: the checkpoint's weights are already quantized.
+        layout: how a serialized checkpoint stores them.
+        version: of the layout.
+        producer: what wrote the checkpoint, name -> version.
+
+    Raises ConfigError for a value that is not listed here, and for a key that has no meaning for the method.
+    """
+
+    quant_method: str
+    ignored_layers: tuple[str, ...] = ()
+    num_bf16_fallback_layers: int | None = None
+    activation: str | None = None
+    w4a8_fallback_layers: tuple[str, ...] = ()
+    mxfp4_scale_alg: int | None = None
+    require_smooth_scale: bool = False
+    is_checkpoint_serialized: bool = False
+    layout: str = "packed"
+    version: int = FORMAT_VERSION
+    producer: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_choice("quant_method", self.quant_method, FORMATS)
+        method = Method(self.quant_method)
+        _set(self, "quant_method", method)
+        _set(self, "ignored_layers", _names("ignored_layers", self.ignored_layers))
+        _set(self, "w4a8_fallback_layers", _names("w4a8_fallback_layers", self.w4a8_fallback_layers))
+        for key in ("require_smooth_scale", "is_checkpoint_serialized"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(
+                    f"{key} is no boolean", where=WHERE, got=repr(getattr(self, key)), expected="true or false"
+                )
+        if self.activation is None:
+            _set(self, "activation", ACTIVATIONS[method][0])
+        check_activation(method, self.activation)
+        if self.w4a8_fallback_layers:
+            check_activation(method, "mxfp8")
+        self._check_fallback_blocks()
+        self._check_scale_alg()
+        if self.require_smooth_scale and not (self.is_checkpoint_serialized and method == "mxfp4_dualscale"):
+            raise ConfigError(
+                "require_smooth_scale is set where there is no mul_scale to require",
+                where=WHERE,
+                got=f"quant_method '{method}', is_checkpoint_serialized {self.is_checkpoint_serialized}",
+                expected="a serialized 'mxfp4_dualscale' checkpoint",
+                hint="Leave the key out.",
+            )
+        _check_choice("layout", self.layout, LAYOUTS)
+        if type(self.version) is not int or not 1 <= self.version <= FORMAT_VERSION:
+            raise ConfigError(
+                "unknown version of the layout",
+                where=WHERE,
+                got=repr(self.version),
+                expected=f"1 to {FORMAT_VERSION}",
+                hint="Upgrade mxdit to read this checkpoint.",
+            )
+
+    def _check_fallback_blocks(self) -> None:
+        blocks = self.num_bf16_fallback_layers
+        if blocks is not None and (type(blocks) is not int or blocks < 0):
+            raise ConfigError(
+                "num_bf16_fallback_layers is no number of blocks", where=WHERE, got=repr(blocks), expected="0 or more"
+            )
+        if blocks and self.is_checkpoint_serialized:
+            raise ConfigError(
+                "num_bf16_fallback_layers is set for a serialized checkpoint, whose layers were chosen when it was written",
+                where=WHERE,
+                got=blocks,
+                expected="ignored_layers with the path of every layer that stayed",
+                hint="Leave the key out.",
+            )
+
+    def _check_scale_alg(self) -> None:
+        if self.quant_method != "mxfp4":
+            if self.mxfp4_scale_alg is not None:
+                raise ConfigError(
+                    "mxfp4_scale_alg is set for a method whose scale rule is fixed",
+                    where=WHERE,
+                    got=f"{self.mxfp4_scale_alg!r} with quant_method '{self.quant_method}'",
+                    expected="quant_method 'mxfp4'",
+                    hint="Leave the key out.",
+                )
+        elif self.mxfp4_scale_alg is None:
+            _set(self, "mxfp4_scale_alg", DEFAULT_SCALE_ALG)
+        elif type(self.mxfp4_scale_alg) is not int or self.mxfp4_scale_alg not in SCALE_RULES:
+            raise ConfigError(
+                "unknown mxfp4_scale_alg",
+                where=WHERE,
+                got=repr(self.mxfp4_scale_alg),
+                expected="0 (OCP) or 2 (UOS with Qmax 7.25)",
+            )
+
+    @property
+    def rule(self) -> str | None:
+        """Name of the scale rule, or None where the format has only one."""
+        return None if self.mxfp4_scale_alg is None else SCALE_RULES[self.mxfp4_scale_alg]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MXConfig:
+        """Read a `quantization_config`, ours or one with vLLM-Omni's keys. Raises ConfigError for an unknown key."""
+        known = [f.name for f in fields(cls)]
+        accepted = [*known, *ALIASES, "w4a8_fallback_steps"]
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            name = ALIASES.get(key, key)
+            if key not in accepted:
+                hint = near_names(key, accepted) or f"Known keys: {', '.join(accepted)}."
+                raise ConfigError("unknown key", where=WHERE, got=repr(key), hint=hint)
+            if key == "w4a8_fallback_steps":
+                _refuse_steps(value)
+            elif value is not None:
+                # As vLLM-Omni reads them: an alias counts where the key itself is missing or empty.
+                if found.get(name) and value and _list_or_self(found[name]) != _list_or_self(value):
+                    raise ConfigError(
+                        f"{name} is given twice, once under another name",
+                        where=WHERE,
+                        got=f"{found[name]!r} and {value!r}",
+                        hint=f"Keep {name!r} only.",
+                    )
+                found[name] = found.get(name) or value
+        if "quant_method" not in found:
+            raise ConfigError("no quant_method", where=WHERE, got=dict(values), expected=f"one of {', '.join(FORMATS)}")
+        for method in ("mxfp4", "mxfp8"):
+            if values.get(f"is_checkpoint_{method}_serialized") and found["quant_method"] != method:
+                raise ConfigError(
+                    f"is_checkpoint_{method}_serialized is set for another method",
+                    where=WHERE,
+                    got=f"quant_method {found['quant_method']!r}",
+                    expected=f"quant_method '{method}'",
+                    hint="Use is_checkpoint_serialized, which goes with every method.",
+                )
+        return cls(**found)
+
+    @classmethod
+    def of(cls, config: ConfigLike) -> MXConfig:
+        """`config` itself, or the one that a method's name or a dictionary of keys stands for."""
+        if isinstance(config, MXConfig):
+            return config
+        if isinstance(config, str):
+            return cls(config)
+        if isinstance(config, Mapping):
+            return cls.from_dict(config)
+        raise ConfigError(
+            "this is no quantization config of mxdit",
+            where=WHERE,
+            got=f"a {type(config).__name__}",
+            expected=f"an MXConfig, a dictionary of its keys, or one of {', '.join(FORMATS)}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON-serializable dictionary of config.json; `from_dict` gives an equal config back."""
+        optional = {
+            "num_bf16_fallback_layers": self.num_bf16_fallback_layers,
+            "w4a8_fallback_layers": list(self.w4a8_fallback_layers) or None,
+            "mxfp4_scale_alg": self.mxfp4_scale_alg,
+            "require_smooth_scale": self.require_smooth_scale or None,
+            "producer": dict(self.producer) or None,
+        }
+        return {
+            "quant_method": str(self.quant_method),
+            "is_checkpoint_serialized": self.is_checkpoint_serialized,
+            "ignored_layers": list(self.ignored_layers),
+            "activation": self.activation,
+            "layout": self.layout,
+            "version": self.version,
+            **{key: value for key, value in optional.items() if value is not None},
+        }
+
+    def serialized(self, ignored_layers: Iterable[str], producer: Mapping[str, str]) -> MXConfig:
+        """This config as a checkpoint states it: no default left open, every layer that stayed listed by its path."""
+        return replace(
+            self,
+            ignored_layers=tuple(ignored_layers),
+            num_bf16_fallback_layers=None,
+            is_checkpoint_serialized=True,
+            version=FORMAT_VERSION,
+            producer=dict(producer),
+        )
+
+
+ConfigLike: TypeAlias = MXConfig | str | Mapping[str, Any]
+
+
+def check_activation(method: str, activation: str | None, *, where: str = WHERE) -> None:
+    """Raise ConfigError unless activations may be `activation` over weights in `method`."""
+    _check_choice("activation", activation, dict.fromkeys(row.activation for row in SCHEMES.values()), where=where)
+    if activation not in ACTIVATIONS[method]:
+        raise ConfigError(
+            f"activations in {activation!r} do not go with weights in '{method}'",
+            where=where,
+            expected=f"activation {' or '.join(map(repr, ACTIVATIONS[method]))}",
+            hint="Keep that, or quantize the weights to 'mxfp4', over which activations may be in any precision.",
+        )
+
+
+def _list_or_self(value: object) -> object:
+    """A tuple as the list that JSON makes of it; anything else as it is."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _set(config: MXConfig, key: str, value: object) -> None:
+    object.__setattr__(config, key, value)  # how a frozen dataclass normalizes its own fields
+
+
+def _check_choice(key: str, value: object, choices: Iterable[str], *, where: str = WHERE) -> None:
+    choices = list(choices)
+    if value not in choices:
+        hint = near_names(value, choices) if isinstance(value, str) else None
+        raise ConfigError(
+            f"unknown {key}", where=where, got=repr(value), expected=f"one of {', '.join(choices)}", hint=hint
+        )
+
+
+def _names(key: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, (list, tuple)) and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise ConfigError(
+        f"{key} is no list of layer paths or globs",
+        where=WHERE,
+        got=repr(value),
+        expected="something like ['blocks.0.*']",
+    )
+
+
+def _refuse_steps(steps: object) -> None:
+    """Empty is what a runtime that knows the key writes by default; anything else would be silently ignored."""
+    if steps:
+        raise ConfigError(
+            "activation precision per denoising step is not supported",
+            where=WHERE,
+            got=f"w4a8_fallback_steps {steps!r}",
+            hint="Use w4a8_fallback_layers (per layer) or activation 'mxfp8' (everywhere), or leave the key out.",
+        )

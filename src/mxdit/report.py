@@ -1,0 +1,105 @@
+"""`QuantReport`: what every linear of a model is, and what quantizing saved."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear.
+
+    Attributes:
+        path: its module path.
+        method: format of its weight, or None where it stayed as it was.
+        scheme: what it computes ("w4a4", ...), or None.
+        shape: (out_features, in_features).
+        bytes_before: weight and bias in the model's float dtype.
+        bytes_after: all its tensors as they are.
+        reason: why it stayed, empty where it is quantized.
+    """
+
+    path: str
+    method: str | None
+    scheme: str | None
+    shape: tuple[int, int]
+    bytes_before: int
+    bytes_after: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """Every linear of one model, in the model's order; `print(report)` shows alike layers of different blocks as one row."""
+
+    model: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The layers that run quantized."""
+        return tuple(layer for layer in self.layers if layer.scheme)
+
+    @property
+    def kept(self) -> tuple[LayerReport, ...]:
+        """The layers that stayed as they were."""
+        return tuple(layer for layer in self.layers if not layer.scheme)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all linears in the model's float dtype."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all linears as they are."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serializable: totals, and one entry a layer."""
+        return {
+            "model": self.model,
+            "quantized": len(self.quantized),
+            "kept": len(self.kept),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, ...], list[LayerReport]] = {}
+        for layer in self.layers:
+            shape = " x ".join(map(str, layer.shape))
+            runs = f"{layer.method} {layer.scheme}" if layer.scheme else f"kept ({layer.reason})"
+            groups.setdefault((re.sub(r"\.\d+\.", ".#.", layer.path, count=1), shape, runs), []).append(layer)
+        rows = [("layer", "count", "shape", "MiB before", "MiB after", "runs as")]
+        for (name, shape, runs), members in groups.items():
+            before, after = (sum(getattr(m, key) for m in members) for key in ("bytes_before", "bytes_after"))
+            path = members[0].path if len(members) == 1 else name.replace("#", _indices(members))
+            rows.append((path, str(len(members)), shape, _mib(before), _mib(after), runs))
+        total = f"{len(self.quantized)} quantized, {len(self.kept)} kept"
+        rows.append((self.model, str(len(self.layers)), "", _mib(self.bytes_before), _mib(self.bytes_after), total))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        align = (str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
+        return "\n".join(
+            "  ".join([*(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=False)), row[5]])
+            for row in rows
+        )
+
+
+def _indices(layers: list[LayerReport]) -> str:
+    """The block numbers of layers whose paths differ in nothing else, as in 0-4,7."""
+    numbers = [int(found.group(1)) for layer in layers if (found := re.search(r"\.(\d+)\.", layer.path))]
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f}"

@@ -1,0 +1,144 @@
+"""MXConfig: what it takes, what it writes, and what it says of a mistake."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mxdit.config import ACTIVATIONS, Method, MXConfig
+from mxdit.errors import ConfigError
+from mxdit.formats import FORMATS
+
+EXAMPLES = [
+    MXConfig("mxfp4"),
+    MXConfig("mxfp4", mxfp4_scale_alg=0, activation="bf16", ignored_layers=("blocks.0.*",)),
+    MXConfig("mxfp4", w4a8_fallback_layers=("blocks.1.ffn.*",)),
+    MXConfig("mxfp4_dualscale", num_bf16_fallback_layers=3, activation="mxfp8"),
+    MXConfig("mxfp4_dualscale", is_checkpoint_serialized=True, require_smooth_scale=True, producer={"mxdit": "0.1.0"}),
+    MXConfig("mxfp8", ignored_layers=("a", "b")),
+]
+
+
+@pytest.mark.parametrize("config", EXAMPLES, ids=str)
+def test_dictionary_and_back_through_json(config):
+    again = MXConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and again.producer == config.producer
+
+
+def test_config_json_of_the_documents():
+    """The example of the format's description, as a runtime that knows only its own keys reads it."""
+    stored = MXConfig("mxfp4_dualscale").serialized(["blocks.0.attn1.to_q"], {"mxdit": "0.1.0"}).to_dict()
+    assert stored == {
+        "quant_method": "mxfp4_dualscale",
+        "is_checkpoint_serialized": True,
+        "ignored_layers": ["blocks.0.attn1.to_q"],
+        "activation": "mxfp4",
+        "layout": "packed",
+        "version": 1,
+        "producer": {"mxdit": "0.1.0"},
+    }
+
+
+def test_every_format_is_a_method_and_has_activations():
+    assert {str(method) for method in Method} == set(FORMATS) == set(ACTIVATIONS)
+
+
+def test_defaults_per_method():
+    assert MXConfig("mxfp4").activation == "mxfp4" and MXConfig("mxfp4").rule == "uos"
+    assert MXConfig("mxfp4", mxfp4_scale_alg=0).rule == "ocp"
+    assert MXConfig("mxfp4_dualscale").activation == "mxfp4" and MXConfig("mxfp4_dualscale").rule is None
+    assert MXConfig("mxfp8").activation == "mxfp8"
+
+
+def test_vllm_omni_names():
+    config = MXConfig.from_dict(
+        {
+            "quant_method": "mxfp4",
+            "is_checkpoint_mxfp4_serialized": True,
+            "modules_to_not_convert": ["proj_out"],
+            "w4a8_fallback_steps": [],
+            "w4a8_fallback_layers": None,
+            "require_smooth_scale": False,
+            "mxfp4_scale_alg": 0,
+        }
+    )
+    assert config.is_checkpoint_serialized and config.ignored_layers == ("proj_out",) and config.rule == "ocp"
+    assert MXConfig.from_dict(
+        {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": True}
+    ).is_checkpoint_serialized
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_alias_counts_only_where_the_key_is_empty(order):
+    """As vLLM-Omni reads them."""
+    pairs = [("ignored_layers", []), ("modules_to_not_convert", ["a"])][::order]
+    assert MXConfig.from_dict({"quant_method": "mxfp4", **dict(pairs)}).ignored_layers == ("a",)
+    pairs = [("ignored_layers", ["a"]), ("modules_to_not_convert", [])][::order]
+    assert MXConfig.from_dict({"quant_method": "mxfp4", **dict(pairs)}).ignored_layers == ("a",)
+
+
+def test_of_takes_a_name_a_dictionary_or_a_config():
+    assert MXConfig.of("mxfp4") == MXConfig.of({"quant_method": "mxfp4"}) == MXConfig.of(MXConfig("mxfp4"))
+    with pytest.raises(ConfigError, match="got a int; expected an MXConfig, a dictionary"):
+        MXConfig.of(4)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MXConfig("mxfp4").activation = "bf16"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "no quant_method; got {}; expected one of mxfp4, mxfp4_dualscale, mxfp8"),
+        ({"quant_method": "mxfp4_dual"}, "unknown quant_method; got 'mxfp4_dual'.* Did you mean 'mxfp4_dualscale'"),
+        (
+            {"quant_method": "mxfp4", "ignore_layers": []},
+            "unknown key; got 'ignore_layers'. Did you mean 'ignored_layers'",
+        ),
+        ({"quant_method": "mxfp4", "zzz": 1}, "unknown key; got 'zzz'. Known keys: quant_method, ignored_layers,"),
+        ({"quant_method": "mxfp4", "ignored_layers": "blocks.0"}, "no list of layer paths.* got 'blocks.0'"),
+        ({"quant_method": "mxfp4", "ignored_layers": [3]}, r"no list of layer paths.* got \[3\]"),
+        ({"quant_method": "mxfp4", "activation": "fp8"}, "unknown activation; got 'fp8'.* Did you mean 'mxfp8'"),
+        (
+            {"quant_method": "mxfp8", "activation": "mxfp4"},
+            "'mxfp4' do not go with weights in 'mxfp8'; expected .*'mxfp8'",
+        ),
+        ({"quant_method": "mxfp8", "activation": "bf16"}, "'bf16' do not go with weights in 'mxfp8'"),
+        (
+            {"quant_method": "mxfp4", "w4a8_fallback_steps": [0, 1]},
+            r"per denoising step.* \[0, 1\].* w4a8_fallback_layers",
+        ),
+        ({"quant_method": "mxfp4", "num_bf16_fallback_layers": -1}, "no number of blocks; got -1"),
+        ({"quant_method": "mxfp4", "num_bf16_fallback_layers": True}, "no number of blocks; got True"),
+        (
+            {"quant_method": "mxfp4", "num_bf16_fallback_layers": 2, "is_checkpoint_serialized": True},
+            "Leave the key out",
+        ),
+        (
+            {"quant_method": "mxfp4", "mxfp4_scale_alg": 1},
+            r"unknown mxfp4_scale_alg; got 1; expected 0 \(OCP\) or 2 \(UOS",
+        ),
+        (
+            {"quant_method": "mxfp8", "mxfp4_scale_alg": 2},
+            "got 2 with quant_method 'mxfp8'; expected quant_method 'mxfp4'",
+        ),
+        ({"quant_method": "mxfp4", "require_smooth_scale": True}, "no mul_scale to require"),
+        ({"quant_method": "mxfp4_dualscale", "require_smooth_scale": True}, "is_checkpoint_serialized False"),
+        ({"quant_method": "mxfp4", "is_checkpoint_serialized": "yes"}, "no boolean; got 'yes'"),
+        ({"quant_method": "mxfp4", "layout": "numeric"}, "unknown layout; got 'numeric'; expected one of packed"),
+        ({"quant_method": "mxfp4", "version": 2}, "unknown version.* got 2; expected 1 to 1. Upgrade mxdit"),
+        (
+            {"quant_method": "mxfp4", "is_checkpoint_mxfp8_serialized": True},
+            "got quant_method 'mxfp4'; expected .*'mxfp8'",
+        ),
+        (
+            {"quant_method": "mxfp4", "ignored_layers": ["a"], "modules_to_not_convert": ["b"]},
+            r"given twice.* got \['a'\] and \['b'\]",
+        ),
+    ],
+)
+def test_mistakes_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        MXConfig.from_dict(values)
