@@ -1,0 +1,310 @@
+"""The quantizer that diffusers hosts: online inside `from_pretrained`, saved by `save_pretrained`, reloaded by itself.
+
+Importing this module registers every method of mxdit in diffusers' tables (0.40 to 0.42); `import mxdit` sees to it that
+the import happens when diffusers is imported. What a host does to a guest, and the answer, is said where it is answered.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, cast
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from mxdit.config import ALIASES, ConfigLike, Method, MXConfig, near_names
+from mxdit.errors import CheckpointError, ConfigError
+from mxdit.integrations.headers import TensorInfo, adopt_dtypes, check_tensors, read_headers
+from mxdit.layers import MXLinear
+from mxdit.models import COMPONENTS
+from mxdit.quantize import Decision, plan, quantized, record, report_of, swap
+
+logger = logging.getLogger(__name__)
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BUFFERS = ("weight", "weight_scale", "weight_dual_scale", "mul_scale")
+
+
+class MXQuantizer(DiffusersQuantizer):
+    """Quantizes one transformer while diffusers loads it, or loads one that is quantized already."""
+
+    use_keep_in_fp32_modules = True  # without it diffusers casts Wan's norms and tables to bf16 as well
+
+    def __init__(self, quantization_config: ConfigLike, *, pre_quantized: bool | None = None, **kwargs: Any) -> None:
+        config = MXConfig.of(quantization_config)
+        if config.is_checkpoint_serialized and pre_quantized is False:
+            raise ConfigError(
+                "the config passed to from_pretrained says that the checkpoint is quantized, and its config.json does not",
+                where="is_checkpoint_serialized",
+                got="true, with no quantization_config in config.json",
+                hint="Leave the key out to quantize while loading; a converted directory needs no config at all.",
+            )
+        if config.is_checkpoint_serialized:
+            config = _reconciled(config, _config_of_caller())
+        # diffusers passes no `pre_quantized` when it loads a single file, and its base class then assumes that it is.
+        # And it names a mixin of its own as the config's class, of which nothing that MXConfig lacks is called.
+        super().__init__(cast(Any, config), pre_quantized=config.is_checkpoint_serialized, **kwargs)
+        self.quantization_config: MXConfig = config
+        self.decisions: dict[str, Decision] = {}
+        self.tensors: dict[str, TensorInfo | None] = {}
+        self.as_stored = False
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        return False  # shards read at once would each hold a tensor that is being quantized
+
+    # -- before the weights ------------------------------------------------------------------------------------------
+
+    def validate_environment(
+        self, *args: Any, torch_dtype: torch.dtype | None = None, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        """diffusers calls it twice: first with the dtype and the map as given, then with the map it made."""
+        if torch_dtype is not None and torch_dtype not in FLOAT_DTYPES:
+            raise ConfigError(
+                "unsupported torch_dtype",
+                where="from_pretrained",
+                got=torch_dtype,
+                expected=" or ".join(map(str, FLOAT_DTYPES)),
+                hint="It is the dtype of what is not quantized.",
+            )
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            # The host writes such tensors to disk before it asks the guest, in the float dtype that it cast them to.
+            where = [name for name, device in device_map.items() if device == "disk"]
+            raise ConfigError(
+                "quantized layers cannot be offloaded to disk while loading",
+                where="device_map",
+                got=f"'disk' for {', '.join(where)}",
+                expected="devices and 'cpu' only",
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """None means bfloat16 when quantizing, and as stored when reloading: a plain reload must change nothing."""
+        self.as_stored = torch_dtype is None and self.pre_quantized
+        if torch_dtype is None and not self.pre_quantized:
+            logger.info("torch_dtype is not given: what is not quantized loads as torch.bfloat16")
+            return torch.bfloat16
+        return torch_dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """For device_map="auto": a byte an element, which no method exceeds by more than its scales."""
+        return torch.uint8
+
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """For device_map="auto": what is not quantized keeps its size."""
+        parameters = model.named_parameters()
+        return {name: torch_dtype or p.dtype for name, p in parameters if not self._is_quantized(name, ("weight",))}
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """The host's one mention of the files: read what tensors they hold, so that a wrong one is refused unread."""
+        self.tensors = read_headers(checkpoint_files, loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        self.decisions = plan(model, config)
+        if state_dict is not None:  # from_single_file, which has read and renamed the tensors by now
+            self.tensors = {name: TensorInfo.of(tensor) for name, tensor in state_dict.items()}
+        if self.pre_quantized:
+            # Online, the nn.Linear stays until its weight arrives: the host takes a tensor of another shape than the
+            # skeleton's only from a checkpoint that is quantized already.
+            for path, decision in self.decisions.items():
+                if decision.scheme:
+                    swap(model, path, self._skeleton(model.get_submodule(path), path, decision))
+        check_tensors(model, self.tensors, config)
+        if self.as_stored:
+            adopt_dtypes(model, self.tensors)
+
+    def _skeleton(self, linear: nn.Module, path: str, decision: Decision) -> MXLinear:
+        assert isinstance(linear, nn.Linear)
+        config = self.quantization_config
+        dual = config.quant_method == "mxfp4_dualscale"
+        return MXLinear(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            method=str(config.quant_method),
+            activation=decision.activation,
+            rule=config.rule,
+            device="meta",
+            dtype=linear.weight.dtype,
+            smooth=config.require_smooth_scale or (dual and f"{path}.mul_scale" in self.tensors),
+        )
+
+    # -- the weights -------------------------------------------------------------------------------------------------
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
+    ) -> bool:
+        return self._is_quantized(param_name, BUFFERS if self.pre_quantized else ("weight",))
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        """Called for a misshapen tensor whose file told no shapes beforehand."""
+        raise CheckpointError(
+            "misshapen tensor", where=param_name, got=tuple(loaded_param.shape), expected=tuple(current_param.shape)
+        )
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str | int,
+        state_dict: Mapping[str, Tensor],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        path, _, name = param_name.rpartition(".")
+        module = model.get_submodule(path)
+        if self.pre_quantized:
+            # Not `param_value`: the host has cast that to torch_dtype, and a bf16 level-0 scale is another number.
+            setattr(module, name, state_dict[param_name].to(target_device))
+            return
+        assert isinstance(module, nn.Linear)
+        new = quantized(param_value.to(target_device), None, self.quantization_config, self.decisions[path])
+        if module.bias is not None:  # loaded before its weight, or still to come
+            new.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+        swap(model, path, new)
+
+    def _is_quantized(self, tensor: str, names: tuple[str, ...]) -> bool:
+        path, _, name = tensor.rpartition(".")
+        decision = self.decisions.get(path)
+        return decision is not None and decision.scheme is not None and name in names
+
+    # -- after the weights -------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if absent:
+            raise CheckpointError(
+                f"{len(absent)} tensors were not loaded",
+                where=type(model).__name__,
+                got=f"no data for {', '.join(absent[:3])}",
+                hint="The checkpoint is incomplete: download or convert it again.",
+            )
+        record(model, self.quantization_config, self.decisions)
+        self.report = report_of(model, self.decisions)
+        self.tensors = {}
+        logger.info(
+            "%s: %d linears quantized to %s, %d kept",
+            self.report.model,
+            len(self.report.quantized),
+            self.quantization_config.quant_method,
+            len(self.report.kept),
+        )
+        return model
+
+
+def pipeline_config(method: str, **overrides: Any) -> Any:
+    """The `quantization_config=` of a pipeline's `from_pretrained`, one config per expert.
+
+    Args:
+        method: "mxfp4", "mxfp4_dualscale" or "mxfp8".
+        overrides: keys of `MXConfig` for every expert, and per expert (`transformer`, `transformer_2`) a dictionary of keys
+            that differ there, an MXConfig that replaces all, or None to leave that expert as it is.
+
+    Returns:
+        A diffusers PipelineQuantizationConfig. A component that the pipeline does not have is passed over by diffusers.
+
+    Raises:
+        ConfigError: an unknown method, key or component.
+
+        >>> pipeline_config("mxfp4", ignored_layers=["blocks.0.*"], transformer_2={"activation": "mxfp8"})
+    """
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+
+    shared = {key: value for key, value in overrides.items() if key not in COMPONENTS}
+    keys = {f.name for f in fields(MXConfig)} | set(ALIASES) | {"w4a8_fallback_steps"}
+    for key, value in shared.items():
+        if key not in keys:
+            known = COMPONENTS if isinstance(value, (Mapping, MXConfig)) else [*keys, *COMPONENTS]
+            hint = near_names(key, known) or f"Components: {', '.join(COMPONENTS)}. Keys: {', '.join(sorted(keys))}."
+            raise ConfigError(
+                "neither a key of the config nor a component", where="pipeline_config", got=repr(key), hint=hint
+            )
+    mapping = {}
+    for component in COMPONENTS:
+        own = overrides.get(component, {})
+        if isinstance(own, MXConfig):
+            mapping[component] = own
+        elif isinstance(own, Mapping):
+            mapping[component] = MXConfig.from_dict({"quant_method": method, **shared, **own})
+        elif own is not None:
+            raise ConfigError(
+                "no config for a component",
+                where=component,
+                got=repr(own),
+                expected="a dictionary of keys, an MXConfig or None",
+            )
+    if not mapping:
+        raise ConfigError(
+            "every component is left as it is", where="pipeline_config", hint="Load without quantization_config."
+        )
+    return PipelineQuantizationConfig(quant_mapping=mapping)
+
+
+def _reconciled(stored: MXConfig, asked: object) -> MXConfig:
+    """A checkpoint's own config, with the run-time choices of the caller: storage is as stored, activations are as asked."""
+    if asked is None:
+        return stored
+    config = MXConfig.from_dict(asked) if isinstance(asked, Mapping) else asked
+    method = getattr(config, "quant_method", type(config).__name__)
+    if method != stored.quant_method:
+        raise ConfigError(
+            "the checkpoint is quantized with another method than the one asked for",
+            where="quant_method",
+            got=f"'{getattr(method, 'value', method)}' passed to from_pretrained",
+            expected=f"'{stored.quant_method}', which its config.json states",
+            hint="Leave quantization_config out, or load the BF16 model to quantize it otherwise.",
+        )
+    config = cast(MXConfig, config)  # nothing else has such a method
+    if set(config.ignored_layers) - set(stored.ignored_layers) or config.num_bf16_fallback_layers:
+        logger.warning("the checkpoint's own choice of quantized layers is used: its weights are quantized already")
+    return replace(stored, activation=config.activation, w4a8_fallback_layers=config.w4a8_fallback_layers)
+
+
+def _config_of_caller() -> object:
+    """What the caller passed as `quantization_config` to the `from_pretrained` that is loading a quantized checkpoint.
+
+    diffusers drops it before any hook is called, with a warning; the user who asked for mxfp8 would get an mxfp4 model.
+    No hook hands it over, so it is read, never changed, from the frame of that one function. Were it not to be found in
+    some version, that warning is what is left, and tests/test_diffusers.py says so.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if (
+            frame.f_code.co_name == "from_pretrained"
+            and frame.f_globals.get("__name__") == "diffusers.models.modeling_utils"
+        ):
+            return frame.f_locals.get("quantization_config")
+        frame = frame.f_back
+    return None
+
+
+def _register() -> None:
+    for method in Method:
+        known = AUTO_QUANTIZER_MAPPING.setdefault(method.value, MXQuantizer)
+        AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, MXConfig)
+        if known is not MXQuantizer:
+            logger.warning("diffusers has its own quantizer for %r: mxdit cannot load or quantize to it", method.value)
+
+
+_register()

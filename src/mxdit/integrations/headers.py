@@ -1,0 +1,123 @@
+"""What the files of a checkpoint say of their tensors, checked against the model before any is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mxdit.config import MXConfig, near_names
+from mxdit.errors import CheckpointError
+from mxdit.layers import MXLinear
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor; `dtype` is None where the file has one that no layer of ours takes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        """The info of a tensor in memory."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+
+
+def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, TensorInfo | None]:
+    """Tensor name -> info from the headers of safetensors files; for other files the `names` alone, each with None."""
+    files = [str(file) for file in files]
+    if not all(file.endswith(".safetensors") for file in files):
+        return dict.fromkeys(names)
+    found: dict[str, TensorInfo | None] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for name in sorted(stored.keys()):
+                part = stored.get_slice(name)
+                found[name] = TensorInfo(tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
+    return found
+
+
+def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], config: MXConfig) -> None:
+    """Raise CheckpointError unless `stored` is exactly what the skeleton `model` needs; diffusers only warns.
+
+    Layers of ours must have their very dtypes; other tensors are cast by the host.
+    """
+    wanted = model.state_dict()
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    extra = [name for name in stored if name not in wanted and not any(re.search(pattern, name) for pattern in ignored)]
+    missing = [name for name in wanted if name not in stored]
+    where = type(model).__name__
+    if missing:
+        got = near_names(missing[0], extra)
+        raise CheckpointError(
+            f"{_count(missing)} missing from the checkpoint",
+            where=where,
+            expected=_some(missing),
+            hint=" ".join(filter(None, [got, _hint(config, extra, missing)])),
+        )
+    if extra:
+        raise CheckpointError(
+            f"{_count(extra)} in the checkpoint that the model has no place for",
+            where=where,
+            got=_some(extra),
+            hint=_hint(config, extra, missing),
+        )
+    ours = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, MXLinear)
+        for name, _ in module.named_buffers()
+    }
+    for name, info in stored.items():
+        if info is None or name not in wanted:
+            continue
+        want = TensorInfo.of(wanted[name])
+        if info.shape != want.shape or (name in ours and info.dtype != want.dtype):
+            hint = None
+            if info.dtype == torch.float8_e4m3fn and config.quant_method != "mxfp8":
+                hint = "This is the numeric layout of vLLM-Omni and MindIE-SD (one FP4 value a byte): run mxdit convert on it."
+            elif info.dtype in (torch.float32, torch.float16, torch.bfloat16) and name in ours:
+                hint = "The layer is not quantized here: list it under ignored_layers in config.json, or convert again."
+            raise CheckpointError("misshapen or mistyped tensor", where=name, got=info, expected=want, hint=hint)
+
+
+def adopt_dtypes(model: nn.Module, tensors: Mapping[str, TensorInfo | None]) -> None:
+    """Give the parameters of a skeleton the dtypes of the file: without torch_dtype, the host casts to the skeleton's."""
+    for name, parameter in list(model.named_parameters()):
+        info = tensors.get(name)
+        if info is not None and info.dtype != parameter.dtype:
+            path, _, leaf = name.rpartition(".")
+            empty = torch.empty_like(parameter, dtype=info.dtype)
+            setattr(model.get_submodule(path), leaf, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+
+
+def _hint(config: MXConfig, extra: list[str], missing: list[str]) -> str:
+    if not config.is_checkpoint_serialized and any(name.endswith(".weight_scale") for name in extra):
+        return "The weights are quantized already: restore the quantization_config of its config.json."
+    if config.is_checkpoint_serialized and any(name.endswith(("weight_scale", "mul_scale")) for name in missing):
+        return "Its config.json lists other layers in ignored_layers than the files hold: convert the model again."
+    return "The checkpoint is incomplete or of another model: download or convert it again."
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
