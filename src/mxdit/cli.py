@@ -1,0 +1,282 @@
+"""The `mxdit` command. Prints live here and nowhere else; bad input is one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mxdit.errors import InputError, MXDiTError
+from mxdit.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+err = Console(stderr=True)
+out = Console()
+
+say = partial(out.print, highlight=False, soft_wrap=True)
+
+METHODS = ("none", "mxfp4", "mxfp4_dualscale", "mxfp8")
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+@app.callback()
+def settings(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log, too.")] = False,
+) -> None:
+    """4-bit microscaling (MXFP4, W4A4) for video diffusion transformers: Wan2.2 text-to-video and image-to-video."""
+    # Nothing may reach for a model hub: what is not in the directory is an error at once, not after a time-out.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    handler = RichHandler(console=err, show_time=False, show_path=False)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+    if not verbose:
+        for host in ("diffusers", "transformers"):
+            os.environ.setdefault(f"{host.upper()}_VERBOSITY", "error")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")  # names that old releases need
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="Diffusers pipeline directory. Default: the bundled mini model."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    image: Annotated[Path | None, typer.Option(help="First frame: makes it image-to-video.")] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            help="none, mxfp4, mxfp4_dualscale or mxfp8. Default: as the directory is stored.", metavar="METHOD"
+        ),
+    ] = None,
+    ignored_layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear (path or glob) that stays unquantized. May be repeated.", metavar="GLOB"),
+    ] = None,
+    num_bf16_fallback_layers: Annotated[
+        int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="Activations over the same weights: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
+    ] = None,
+    quantization_config: Annotated[
+        str | None,
+        typer.Option(
+            help="More keys, as JSON or a JSON file; under 'transformer' and 'transformer_2' for one expert only.",
+            metavar="JSON|FILE",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the (high-noise) expert.")] = None,
+    guidance_scale_2: Annotated[float | None, typer.Option(help="Guidance of the low-noise expert.")] = None,
+    boundary_ratio: Annotated[float | None, typer.Option(help="Where the low-noise expert takes over, 0 to 1.")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.", metavar="WxH")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames, 1 more than a multiple of 4.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second of the MP4.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: of everything that is not quantized.")] = "bf16",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.")] = Path("video.mp4"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make a video. Without any option: a text-to-video clip with the bundled model, in about a minute on a CPU.
+
+    What is not given takes the model's own default (guidance, shift, frames, size, fps).
+
+        mxdit generate --quantization mxfp4 -o seven.mp4
+
+        mxdit generate -m Wan2.2-I2V-A14B-Diffusers --image first.png --prompt "..." --quantization mxfp4_dualscale
+    """
+    from mxdit import pipelines, video
+    from mxdit.generate import generate as run
+    from mxdit.generate import make_request
+
+    video.check_output(output)
+    extra = _read_config(quantization_config)
+    components = {name: extra.pop(name) for name in list(extra) if name in pipelines.COMPONENTS}
+    method = quantization or extra.pop("quant_method", None)
+    if method is not None and method not in METHODS:
+        raise InputError("unknown method", where="--quantization", got=repr(method), expected=", ".join(METHODS))
+    keys = {
+        "ignored_layers": list(ignored_layers) if ignored_layers else None,
+        "num_bf16_fallback_layers": num_bf16_fallback_layers,
+        "activation": activation,
+    }
+    keys = {**extra, **{key: value for key, value in keys.items() if value is not None}}
+    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    picture = None if image is None else video.read_image(image)
+    task = "t2v" if picture is None else "i2v"
+    directory = pipelines.open_model(pipelines.bundled(task) if model is None else model)
+    preset = directory.preset(task)
+    rate = preset.fps if fps is None else fps
+    if rate < 1:
+        raise InputError("frames per second must be at least 1", where="--fps", got=rate)
+    request = make_request(
+        directory,
+        task,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        image=picture,
+        size=None if size is None else _size(size),
+        frames=frames,
+        steps=steps,
+        guidance=guidance_scale,
+        guidance_2=guidance_scale_2,
+        seed=seed,
+        flow_shift=flow_shift,
+        boundary_ratio=boundary_ratio,
+    )
+    config = pipelines.quantization(directory, method, keys, components)
+
+    err.print(f"[bold]{preset.name}[/bold] from {directory.path}", highlight=False, soft_wrap=True)
+    pipelines.show_loading(err.is_terminal)
+    pipeline = pipelines.load(directory, task, config, dtype=torch_dtype, device=torch_device)
+    experts = pipelines.experts_of(pipeline)
+    for name, report in experts.items():
+        err.print(f"  {name}: {pipelines.summary(report)}", highlight=False, soft_wrap=True)
+    columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task("", total=request.steps)
+        result = run(pipeline, request, lambda done, _: progress.update(bar, completed=done))
+    video.write_mp4(output, result.frames, rate)
+
+    step = sum(result.step_seconds) / len(result.step_seconds)
+    if as_json:
+        figures = {
+            "output": str(output),
+            "prompt": request.prompt,
+            "experts": {name: {k: v for k, v in r.to_dict().items() if k != "layers"} for name, r in experts.items()},
+            "seconds": result.seconds,
+            "seconds_per_step": step,
+            "peak_bytes": result.peak_bytes,
+        }
+        out.print_json(json.dumps(figures))
+    else:
+        say(f"{output}: {request.width}x{request.height}, {request.frames} frames, “{request.prompt}”")
+        peak = f"peak memory {result.peak_bytes / 2**30:.2f} GiB"
+        say(f"{step:.3f} s per step, {result.seconds:.1f} s in all, {peak}")
+
+
+@app.command()
+def info(
+    directory: Annotated[Path | None, typer.Argument(help="A pipeline directory to describe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Versions, backends and why not; for a directory, how each of its experts is quantized."""
+    from mxdit import pipelines
+    from mxdit.backends import backends
+
+    packages = ("mxdit", "torch", "diffusers", "transformers", "safetensors", "av")
+    figures: dict[str, Any] = {
+        "versions": {name: _version(name) for name in packages},
+        "backends": [{"name": b.name, "device": b.device, "why_not": b.why_not()} for b in backends()],
+    }
+    if directory is not None:
+        model = pipelines.open_model(directory)
+        figures["model"] = {
+            "path": str(directory),
+            "preset": model.preset(model.tasks[0]).name,
+            "tasks": list(model.tasks),
+            "boundary_ratio": model.boundary_ratio,
+            "experts": pipelines.describe(model),
+        }
+    if as_json:
+        out.print_json(json.dumps(figures))
+        return
+    say("  ".join(f"{name} {number or 'not installed'}" for name, number in figures["versions"].items()))
+    for backend in figures["backends"]:
+        say(f"backend {backend['name']} on {backend['device']}: {backend['why_not'] or 'usable'}")
+    if directory is not None:
+        described = figures["model"]
+        boundary = f", boundary {described['boundary_ratio']}" if described["boundary_ratio"] else ""
+        say(f"\n{described['path']}: {described['preset']}, {' and '.join(described['tasks'])}{boundary}")
+        table = Table(
+            "expert", "weights", "activations", "quantized", "kept", "MiB", caption="linears, and bytes of files"
+        )
+        for name, row in described["experts"].items():
+            method, activation = row["quant_method"] or "unquantized", row["activation"] or "-"
+            size = f"{row['bytes'] / 2**20:.1f}"
+            table.add_row(name, method, activation, str(row["quantized"]), str(row["kept"]), size)
+        out.print(table)
+
+
+def _read_config(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    where = "--quantization-config"
+    if not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text()
+        except OSError as error:
+            raise InputError("neither JSON nor a readable file", where=where, got=str(error)) from None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError("not JSON", where=where, got=str(error)) from None
+    if not isinstance(value, dict):
+        raise InputError("not a JSON object", where=where, got=type(value).__name__)
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT"."""
+    parts = text.lower().replace("*", "x").split("x")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise InputError("not a size", where="--size", got=repr(text), expected="WIDTHxHEIGHT, as in 832x480")
+    return int(parts[1]), int(parts[0])
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in DTYPES:
+        raise InputError("unknown dtype", where="--dtype", got=repr(name), expected=", ".join(DTYPES))
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("this device cannot be used", where="--device", got=f"{name!r}: {reason}") from None
+    return name
+
+
+def _version(package: str) -> str | None:
+    if package == "mxdit":
+        return __version__
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    """Run the command; a known error is one line on stderr and exit code 2, and a traceback is a bug of ours."""
+    try:
+        app()
+    except MXDiTError as error:
+        err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

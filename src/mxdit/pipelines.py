@@ -1,0 +1,253 @@
+"""Video pipelines in any mode: what a directory holds, what to quantize, and loading it.
+
+`open_model` reads what a directory is without loading weights; `load` makes the pipeline. diffusers is imported inside the
+functions, so that the command line can refuse bad input at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mxdit.config import MXConfig
+from mxdit.errors import CheckpointError, ConfigError, InputError
+from mxdit.integrations import pipeline_config
+from mxdit.models import COMPONENTS, SPECS
+from mxdit.models.presets import Preset, preset_for
+from mxdit.quantize import plan, report_of
+from mxdit.report import QuantReport
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PIPELINES = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
+TASKS = {name: task for spec in SPECS.values() for name, task in spec.pipelines.items()}
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """What a pipeline's directory says about itself, before any weight is read.
+
+    Attributes:
+        path: the directory.
+        tasks: what it can make, "t2v" or "i2v" or both, its own pipeline's first.
+        experts: component name -> its config.json.
+        boundary_ratio: share of the noise schedule above which the first expert runs, or None for a single expert.
+        vae_stride: (frames, height and width) per latent position.
+    """
+
+    path: Path
+    tasks: tuple[str, ...]
+    experts: Mapping[str, Mapping[str, Any]]
+    boundary_ratio: float | None
+    vae_stride: tuple[int, int]
+
+    @property
+    def stored(self) -> dict[str, MXConfig]:
+        """The quantization config of each expert that is stored quantized."""
+        return {
+            name: MXConfig.from_dict(config["quantization_config"])
+            for name, config in self.experts.items()
+            if config.get("quantization_config")
+        }
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width have to be multiples of: VAE stride times patch."""
+        patch = next(iter(self.experts.values()))["patch_size"]
+        return self.vae_stride[1] * int(patch[1])
+
+    @property
+    def max_positions(self) -> int:
+        """Most positions along one axis that the rotary embedding has, counted in latent frames or patches."""
+        return next(iter(self.experts.values()))["rope_max_seq_len"]
+
+    def preset(self, task: str) -> Preset:
+        """Defaults for this model and `task`."""
+        config = next(iter(self.experts.values()))
+        return preset_for(task, config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"])
+
+
+def bundled(task: str) -> Path:
+    """Directory of the small trained model that comes with mxdit. Raises InputError where it is not installed."""
+    spec = find_spec("mxdit_models")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            "the bundled model is not installed",
+            where="mxdit_models",
+            hint="Install it with `pip install ./models` from a checkout of mxdit, or name a model with --model.",
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / task
+
+
+def open_model(path: Path) -> ModelDirectory:
+    """Read a diffusers pipeline directory's JSON files.
+
+    Raises:
+        InputError: there is no such directory, or it holds no pipeline that mxdit knows.
+        CheckpointError: a JSON file in it is missing or damaged.
+    """
+    if not path.is_dir():
+        raise InputError("no such directory", where=str(path), hint="Name a diffusers pipeline directory with --model.")
+    if not (path / "model_index.json").is_file():
+        raise InputError(
+            "this is no diffusers pipeline directory",
+            where=str(path),
+            got="no model_index.json",
+            expected="the directory that holds model_index.json, transformer/, vae/, ...",
+        )
+    index = _read_json(path / "model_index.json")
+    task = TASKS.get(index.get("_class_name", ""))
+    if task is None:
+        raise InputError(
+            "mxdit cannot run this kind of pipeline",
+            where=str(path / "model_index.json"),
+            got=index.get("_class_name"),
+            expected=" or ".join(TASKS),
+        )
+    present = [name for name in COMPONENTS if (index.get(name) or [None])[0] is not None]
+    if not present:
+        raise CheckpointError("the pipeline names no transformer", where=str(path / "model_index.json"))
+    experts = {name: _read_json(path / name / "config.json") for name in present}
+    vae = _read_json(path / "vae" / "config.json")
+    stride = (int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8))
+    # TI2V: one set of weights, whose first latent frame may be given.
+    tasks = (task, *(t for t in PIPELINES if t != task)) if index.get("expand_timesteps") else (task,)
+    return ModelDirectory(path, tasks, experts, index.get("boundary_ratio"), stride)
+
+
+def quantization(
+    model: ModelDirectory,
+    method: str | None,
+    keys: Mapping[str, Any],
+    components: Mapping[str, Any] | None = None,
+) -> Any:
+    """What to pass as `quantization_config` so that `model` runs as asked; None to load it as it is.
+
+    Args:
+        model: the directory.
+        method: "mxfp4", "mxfp4_dualscale", "mxfp8", "none", or None, which means as stored.
+        keys: MXConfig keys for every expert, those not given left out.
+        components: per expert, keys that differ there, or None to leave that expert alone.
+
+    Raises:
+        ConfigError: keys without a method, or a method that the stored weights do not have.
+    """
+    stored = model.stored
+    if method == "none" and stored:
+        raise ConfigError(
+            "the weights are stored quantized and cannot be run unquantized",
+            where=str(model.path),
+            got=", ".join(f"{name}: {config.quant_method}" for name, config in stored.items()),
+            hint="Load the BF16 model instead, or leave --quantization out.",
+        )
+    components = {name: value for name, value in (components or {}).items() if name in model.experts}
+    if method in (None, "none"):
+        if not keys and not components:
+            return None
+        if not stored:
+            raise ConfigError(
+                "quantization options without a method",
+                where=str(model.path),
+                got=", ".join([*keys, *components]),
+                hint="Add --quantization mxfp4, mxfp4_dualscale or mxfp8.",
+            )
+        method = str(next(iter(stored.values())).quant_method)
+    for name in model.experts:
+        if name not in stored and stored:
+            components.setdefault(name, None)  # an expert that was stored in BF16 on purpose stays so
+    return pipeline_config(method, **keys, **components)
+
+
+def load(
+    model: ModelDirectory,
+    task: str,
+    quantization_config: Any = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+) -> DiffusionPipeline:
+    """The pipeline for `task`, on `device`; transformers and text encoder in `dtype`, the VAE in FP32.
+
+    The VAE decodes once and is small, and its BF16 error shows in flat areas: diffusers' own Wan examples load it so.
+    """
+    import diffusers
+
+    pipeline_class = getattr(diffusers, PIPELINES[task])
+    options = {} if quantization_config is None else {"quantization_config": quantization_config}
+    pipeline = pipeline_class.from_pretrained(
+        str(model.path), torch_dtype={"vae": torch.float32, "default": dtype}, local_files_only=True, **options
+    )
+    return pipeline.to(device)
+
+
+def show_loading(show: bool) -> None:
+    """Show the hosts' progress bars while weights load, or not."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for host in (diffusers_logging, transformers_logging):
+        (host.enable_progress_bar if show else host.disable_progress_bar)()
+
+
+def experts_of(pipeline: Any) -> dict[str, QuantReport]:
+    """What the linears of each expert of a loaded pipeline are."""
+    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    return {name: report_of(model) for name, model in found.items() if model is not None}
+
+
+def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
+    """Per expert, from the JSON and the tensors' sizes alone: method, activation, linears quantized and kept, bytes."""
+    import diffusers
+
+    described = {}
+    for name, config in model.experts.items():
+        stored = model.stored.get(name)
+        transformer_class = getattr(diffusers, config["_class_name"])
+        with torch.device("meta"):
+            skeleton = transformer_class.from_config(dict(config))
+        if stored is None:
+            kept = sum(isinstance(module, torch.nn.Linear) for module in skeleton.modules())
+            counts = (0, kept)
+        else:
+            decisions = plan(skeleton, stored)
+            done = sum(bool(decision.scheme) for decision in decisions.values())
+            counts = (done, len(decisions) - done)
+        described[name] = {
+            "quant_method": stored and str(stored.quant_method),
+            "activation": stored and stored.activation,
+            "quantized": counts[0],
+            "kept": counts[1],
+            "bytes": sum(file.stat().st_size for file in (model.path / name).glob("*.safetensors")),
+        }
+    return described
+
+
+def summary(report: QuantReport) -> str:
+    """One line: how many linears run how."""
+    counts = Counter(f"{layer.method} {layer.scheme}" for layer in report.quantized)
+    parts = [f"{count} linears {name}" for name, count in counts.items()]
+    if report.kept:
+        parts.append(f"{len(report.kept)} linears unquantized")
+    return f"{', '.join(parts)}; {report.bytes_after / 2**20:.1f} MiB of linears"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            "a file is missing", where=str(path), hint="Download or convert the model again."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError("the file cannot be read", where=str(path), got=str(error)) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("the file holds no JSON object", where=str(path), got=type(value).__name__)
+    return value

@@ -1,0 +1,79 @@
+"""Frames in and out: a first frame from an image file, an MP4 from frames."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mxdit.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def read_image(path: Path) -> Image:
+    """An RGB image, turned as its EXIF says. Raises InputError for a file that is none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), hint="Name an image with --image.") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(
+            "not a readable image", where=str(path), got=str(error), expected="PNG, JPEG, WebP, ..."
+        ) from None
+
+
+def fit_size(image: Image, area: int, multiple: int) -> tuple[int, int]:
+    """(height, width) in multiples of `multiple`, of about `area` pixels and the image's aspect, as Wan's own I2V script."""
+    aspect = image.height / image.width
+    height = round(math.sqrt(area * aspect)) // multiple * multiple
+    width = round(math.sqrt(area / aspect)) // multiple * multiple
+    return max(multiple, height), max(multiple, width)
+
+
+def cover(image: Image, height: int, width: int) -> Image:
+    """The image scaled to fill height x width, what stands over cut off evenly: never stretched."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError, before any work is done, for a path that no MP4 can be written to."""
+    if path.suffix.lower() != ".mp4":
+        raise InputError("the output is an MP4 file", where=str(path), expected="a name that ends in .mp4")
+    if path.is_dir():
+        raise InputError("the output path is a directory", where=str(path), expected="a file name in it")
+    if not path.parent.is_dir():
+        raise InputError("the output's directory does not exist", where=str(path.parent), hint="Create it first.")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError("the output path cannot be written", where=str(path))
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write frames (n, height, width, 3) uint8 as H.264, yuv420p, near-lossless (crf 12).
+
+    The file appears whole or not at all. Height and width must be even, which all sizes of Wan are.
+    """
+    import av
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "medium"})
+            stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(partial, path)
+    except (OSError, av.FFmpegError) as error:
+        raise InputError("the video could not be written", where=str(path), got=str(error)) from None
+    finally:
+        partial.unlink(missing_ok=True)

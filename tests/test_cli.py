@@ -1,0 +1,201 @@
+"""The command as a user meets it: real (tiny) pipelines, real MP4s, and what happens on bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import mxdit
+import tiny
+from mxdit import cli, pipelines
+
+SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4"]
+
+
+@pytest.fixture(scope="module", params=tiny.TASKS)
+def task(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {task: tiny.save(root / task, task) for task in tiny.TASKS}
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    return tmp_path / "first.png"
+
+
+def mxdit_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `mxdit ARGS`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mxdit", *map(str, args)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def read_mp4(path: Path) -> tuple[np.ndarray, int]:
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+        assert rate is not None
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), int(rate)
+
+
+@pytest.mark.parametrize("method", ["none", "mxfp4", "mxfp4_dualscale", "mxfp8"])
+def test_generate_in_every_mode(monkeypatch, capsys, tmp_path, models, image, task, method):
+    output = tmp_path / "clip.mp4"
+    extra = ["--image", image] if task == "i2v" else []
+    code, out, _ = mxdit_command(
+        monkeypatch, capsys, "generate", "-m", models[task], "--prompt", "a red seven", *SMALL, *extra,
+        "--quantization", method, "--fps", 12, "-o", output, "--json",
+    )  # fmt: skip
+    assert code == 0
+    figures = json.loads(out)
+    frames, rate = read_mp4(output)
+    assert frames.shape == (5, 16, 16, 3) and rate == 12
+    assert set(figures["experts"]) == {"transformer", "transformer_2"}
+    expected = 0 if method == "none" else tiny.LINEARS * tiny.BLOCKS
+    assert [expert["quantized"] for expert in figures["experts"].values()] == [expected] * 2
+    assert figures["seconds_per_step"] > 0 and figures["peak_bytes"] > 2**20
+    assert [path.name for path in tmp_path.iterdir() if path.name != "first.png"] == [
+        "clip.mp4"
+    ]  # nothing half-written
+
+
+def test_what_each_expert_runs_is_said(monkeypatch, capsys, tmp_path, models):
+    config = {"transformer_2": {"ignored_layers": ["blocks.0.*"]}}
+    code, out, err = mxdit_command(
+        monkeypatch, capsys, "generate", "-m", models["t2v"], "--prompt", "x", *SMALL, "-o", tmp_path / "a.mp4",
+        "--quantization", "mxfp4", "--activation", "mxfp8", "--quantization-config", json.dumps(config),
+    )  # fmt: skip
+    assert code == 0
+    assert "transformer: 20 linears mxfp4 w4a8" in err
+    assert "transformer_2: 10 linears mxfp4 w4a8" in err
+    assert "s per step" in out and "peak memory" in out
+
+
+def test_a_quantized_directory_runs_as_it_is_stored_and_says_so(monkeypatch, capsys, tmp_path, models):
+    model = pipelines.open_model(models["t2v"])
+    pipelines.load(model, "t2v", mxdit.pipeline_config("mxfp4", transformer_2=None)).save_pretrained(
+        tmp_path / "packed"
+    )
+    args = ["--prompt", "x", *SMALL]
+    first, second = tmp_path / "online.mp4", tmp_path / "offline.mp4"
+    config = json.dumps({"transformer_2": None})
+    code, _, _ = mxdit_command(
+        monkeypatch, capsys, "generate", "-m", models["t2v"], *args, "-o", first, "--quantization", "mxfp4",
+        "--quantization-config", config,
+    )  # fmt: skip
+    assert code == 0
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args, "-o", second)
+    assert code == 0 and "transformer: 20 linears mxfp4 w4a4" in err and "transformer_2: 26 linears unquantized" in err
+    assert np.array_equal(read_mp4(first)[0], read_mp4(second)[0])
+
+    # The run-time choice goes on top of what is stored; another method, or none, cannot.
+    code, _, err = mxdit_command(
+        monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args, "-o", second, "--activation", "bf16"
+    )
+    assert code == 0 and "transformer: 20 linears mxfp4 w4a16" in err
+    for method in ("mxfp8", "none"):
+        code, _, err = mxdit_command(
+            monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args, "-o", second, "--quantization", method
+        )
+        assert code == 2 and err.count("error:") == 1 and "mxfp4" in err
+
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", tmp_path / "packed", "--json")
+    experts = json.loads(out)["model"]["experts"]
+    assert code == 0
+    assert (experts["transformer"]["quant_method"], experts["transformer"]["quantized"]) == ("mxfp4", 20)
+    assert (experts["transformer_2"]["quant_method"], experts["transformer_2"]["quantized"]) == (None, 0)
+    assert experts["transformer"]["bytes"] < experts["transformer_2"]["bytes"]
+
+
+BAD = {
+    "a size off the patches": (["--size", "20x16"], "multiple of 16"),
+    "a size that is none": (["--size", "big"], "WIDTHxHEIGHT"),
+    "frames off the VAE's stride": (["--frames", "6"], "Nearest: 5"),
+    "more than the position table": (["--size", "1024x16"], "position table"),
+    "no steps": (["--steps", "0"], "at least one step"),
+    "an empty prompt": (["--prompt", " "], "the prompt is empty"),
+    "an unknown method": (["--quantization", "mxpf4"], "mxfp4_dualscale"),
+    "an unknown dtype": (["--dtype", "bf61"], "bf16"),
+    "a device that is not here": (["--device", "npu"], "--device"),
+    "options without a method": (["--activation", "bf16"], "--quantization"),
+    "an unknown config key": (
+        ["--quantization", "mxfp4", "--quantization-config", '{"ignored_layer": []}'],
+        "ignored_layers",
+    ),
+    "a config that is no JSON": (["--quantization-config", "{"], "not JSON"),
+    "a config file that is not there": (["--quantization-config", "none.json"], "none.json"),
+    "a layer that is not there": (["--quantization", "mxfp4", "--ignored-layers", "blocks.7.*"], "matches nothing"),
+    "an image that is none": (["--image", __file__], "not a readable image"),
+    "an image that is not there": (["--image", "none.png"], "no such file"),
+    "a boundary out of range": (["--boundary-ratio", "2"], "0 to 1"),
+    "a shift out of range": (["--flow-shift", "0"], "positive"),
+    "no frames per second": (["--fps", "0"], "--fps"),
+    "an output of another kind": (["-o", "clip.gif"], ".mp4"),
+    "an output in no directory": (["-o", "none/clip.mp4"], "does not exist"),
+    "a model that is not there": (["-m", "none"], "no such directory"),
+}
+
+
+@pytest.mark.parametrize("args, said", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, models, args, said):
+    monkeypatch.chdir(tmp_path)
+    base = ["generate", "-m", models["t2v"], "--prompt", "x", *SMALL, "-o", "clip.mp4"]
+    code, out, err = mxdit_command(monkeypatch, capsys, *base, *args)
+    assert code == 2 and out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and said in lines[0] and "Traceback" not in err
+    assert not list(tmp_path.iterdir())  # nothing written
+
+
+def test_task_and_model_must_agree(monkeypatch, capsys, tmp_path, models, image):
+    base = ["--prompt", "x", *SMALL, "-o", tmp_path / "clip.mp4"]
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", models["t2v"], "--image", image, *base)
+    assert code == 2 and "text-to-video model" in err
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", models["i2v"], *base)
+    assert code == 2 and "needs a first frame" in err
+
+
+def test_a_model_without_defaults_needs_a_prompt(monkeypatch, capsys, tmp_path, models):
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", models["t2v"], "-o", tmp_path / "clip.mp4")
+    assert code == 2 and "no prompt" in err
+
+
+def test_damaged_directories(monkeypatch, capsys, tmp_path, models):
+    (tmp_path / "empty").mkdir()
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "empty")
+    assert code == 2 and "model_index.json" in err
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text("{")
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "broken")
+    assert code == 2 and "cannot be read" in err
+    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "broken")
+    assert code == 2 and "FluxPipeline" in err and "WanPipeline" in err
+
+
+def test_info_lists_versions_and_backends(monkeypatch, capsys):
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", "--json")
+    figures = json.loads(out)
+    assert code == 0 and figures["versions"]["mxdit"] == mxdit.__version__
+    assert any(backend["why_not"] is None for backend in figures["backends"])
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info")
+    assert code == 0 and mxdit.__version__ in out and "usable" in out
