@@ -1,6 +1,7 @@
 """Stage 2: render clips, encode them with the trained VAE, and keep the latents for stages 3 and 4.
 
-    python tools/train_mini/cache_latents.py [--out build/mini] [--clips 6400]
+    python tools/train_mini/cache_latents.py [--out build/mini] [--clips 6400]           # for the pre-training
+    python tools/train_mini/cache_latents.py --spread 0.25 --folder latents-near         # for the experts
 
 Writes chunks of 320 clips; a run that is interrupted continues at the first missing chunk. Half of the clips also get
 the I2V condition exactly as `WanImageToVideoPipeline` makes it: the first frame followed by gray, encoded.
@@ -46,9 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/mini"))
     parser.add_argument("--clips", type=int, default=6400)
+    parser.add_argument("--spread", type=float, default=1.0, help="see data.render")
+    parser.add_argument("--folder", default="latents")
     args = parser.parse_args()
     vae = load_vae(args.out / "vae" / "final")
-    folder = args.out / "latents"
+    folder = args.out / args.folder
     folder.mkdir(parents=True, exist_ok=True)
     avoid = frozenset(heldout_specs())
     started = time.perf_counter()
@@ -56,11 +59,11 @@ def main() -> None:
         path = folder / f"{chunk:04d}.pt"
         if path.exists():
             continue
-        rng = np.random.default_rng((SEED, chunk))
+        rng = np.random.default_rng((SEED, chunk, round(100 * args.spread)))
         specs = [sample_spec(rng, avoid) for _ in range(CHUNK)]
         latents, conditions = [], []
         for first in range(0, CHUNK, BATCH):
-            clips = render(specs[first : first + BATCH], rng)
+            clips = render(specs[first : first + BATCH], rng, spread=args.spread)
             latents.append(encode(vae, clips))
             if first < CHUNK // 2:
                 gray = torch.zeros_like(clips)

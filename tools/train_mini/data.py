@@ -96,24 +96,27 @@ def sample_spec(rng: np.random.Generator, avoid: frozenset[Spec] = frozenset()) 
             return spec
 
 
-def render(specs: list[Spec], rng: np.random.Generator, split: str = "train", frames: int = FRAMES) -> Tensor:
+def render(
+    specs: list[Spec], rng: np.random.Generator, split: str = "train", frames: int = FRAMES, spread: float = 1.0
+) -> Tensor:
     """Render one clip per spec: (batch, 3, frames, SIZE, SIZE) fp32 in [-1, 1].
 
     What a caption leaves open is drawn from `rng`: the scan, its size and slant, where the path starts, and a light
-    gradient over the background. A path never leaves the picture.
+    gradient over the background. A path never leaves the picture. `spread` scales how much of the free room its start, size
+    and slant vary over.
     """
     images, labels = scans(split)
     n = len(specs)
     scan = torch.stack([images[rng.choice(np.flatnonzero(labels == s.digit))] for s in specs])
-    side = torch.from_numpy(rng.uniform(0.92, 1.08, n)).float() * GLYPH
-    slant = torch.from_numpy(rng.uniform(-0.15, 0.15, n)).float()
+    side = torch.from_numpy(rng.uniform(1 - 0.08 * spread, 1 + 0.08 * spread, n)).float() * GLYPH
+    slant = torch.from_numpy(rng.uniform(-0.15 * spread, 0.15 * spread, n)).float()
     travel = torch.tensor([SPEEDS[s.speed] for s in specs]) * torch.from_numpy(rng.uniform(0.9, 1.1, n)).float()
     step = torch.tensor([DIRECTIONS[s.direction] for s in specs])  # (n, 2) unit vectors x, y
 
     # The centre of the path stays where both its ends keep the digit inside the frame.
     reach = (step.abs() * travel[:, None] + GLYPH) / 2
     slack = (SIZE / 2 - reach).clamp(min=0)
-    centre = torch.from_numpy(rng.uniform(-1, 1, (n, 2))).float() * slack
+    centre = torch.from_numpy(rng.uniform(-spread, spread, (n, 2))).float() * slack
     time = torch.linspace(-0.5, 0.5, FRAMES)[:frames]
     path = centre[:, None] + step[:, None] * (travel[:, None] * time)[..., None]  # (n, frames, 2) pixels from centre
 
