@@ -1,0 +1,97 @@
+"""The bundled model: ordinary diffusers directories, shapes that exercise the formats, and clips that survive four bits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mxdit
+from mxdit import pipelines, video
+from mxdit.generate import generate, make_request
+
+STOCK = """
+import sys
+import numpy as np, torch
+from diffusers import {cls}
+from PIL import Image
+pipe = {cls}.from_pretrained(sys.argv[1], local_files_only=True)
+pipe.set_progress_bar_config(disable=True)
+image = dict(image=Image.open(sys.argv[2])) if "ImageTo" in "{cls}" else dict()
+frames = pipe(prompt="a red seven moving left slowly on a blue background", negative_prompt="", height=64, width=64,
+              num_frames=5, num_inference_steps=4, guidance_scale=3.0, output_type="np",
+              generator=torch.Generator().manual_seed(0), **image).frames
+assert "mxdit" not in sys.modules and frames.shape == (1, 5, 64, 64, 3) and np.isfinite(frames).all()
+"""
+
+
+def first_frame() -> Path:
+    return pipelines.bundled("t2v").parent / "first_frame.png"
+
+
+@pytest.mark.parametrize("task, cls", [("t2v", "WanPipeline"), ("i2v", "WanImageToVideoPipeline")])
+def test_stock_diffusers_loads_it_without_mxdit(task, cls):
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        STOCK.format(cls=cls),
+        str(pipelines.bundled(task)),
+        str(first_frame()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_shapes_are_the_big_models_in_small(task):
+    model = pipelines.open_model(pipelines.bundled(task))
+    assert set(model.experts) == {"transformer", "transformer_2"}
+    assert model.boundary_ratio == {"t2v": 0.875, "i2v": 0.9}[task]
+    for config in model.experts.values():
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        assert config["num_attention_heads"] > 1 and config["num_layers"] >= 4
+        assert width % 64 == 0 and config["ffn_dim"] % 1024 == 512  # an odd number of 512 groups, as 13824 = 27 x 512
+        assert config["in_channels"] == {"t2v": 16, "i2v": 36}[task]
+    preset = model.preset(task)
+    assert preset.name.startswith("mini") and preset.frames >= 17 and min(preset.size) >= 64
+
+
+def test_it_is_small_enough_for_a_repository():
+    folder = pipelines.bundled("t2v").parent
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 60e6
+
+
+def clip(task: str, method: str | None, source: Path | None = None) -> tuple[np.ndarray, object]:
+    """A short T2V or I2V clip, and the pipeline that made it."""
+    model = pipelines.open_model(source or pipelines.bundled(task))
+    config = None if method is None else pipelines.quantization(model, method, {})
+    pipe = pipelines.load(model, task, config)
+    image = video.read_image(first_frame()) if task == "i2v" else None
+    return generate(pipe, make_request(model, task, image=image, frames=9, steps=6)).frames, pipe
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_offline_is_online_bit_for_bit_and_both_stay_near_bf16(task, tmp_path):
+    reference, _ = clip(task, None)
+    for method, least in (("mxfp8", 24.0), ("mxfp4", 14.0), ("mxfp4_dualscale", 14.0)):
+        online, pipe = clip(task, method)
+        pipe.save_pretrained(tmp_path / method)  # pyright: ignore[reportAttributeAccessIssue]
+        stored = json.loads((tmp_path / method / "transformer" / "config.json").read_text())["quantization_config"]
+        assert stored["quant_method"] == method and stored["is_checkpoint_serialized"] is True
+        offline, again = clip(task, None, tmp_path / method)
+        assert np.array_equal(online, offline)
+        for name in ("transformer", "transformer_2"):
+            left, right = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[key], right[key]) and left[key].dtype == right[key].dtype for key in left)
+        error = np.square(online.astype(float) - reference).mean()
+        assert error > 0 and 10 * np.log10(255**2 / error) > least  # another clip entirely would be at about 8 dB
+        report = mxdit.report_of(pipe.transformer)  # pyright: ignore[reportAttributeAccessIssue]
+        assert len(report.quantized) == 40 and report.bytes_after < report.bytes_before
