@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -190,6 +191,21 @@ def test_damaged_directories(monkeypatch, capsys, tmp_path, models):
     (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "broken")
     assert code == 2 and "FluxPipeline" in err and "WanPipeline" in err
+
+
+@pytest.mark.parametrize("method", ["none", "mxfp4"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_weights(monkeypatch, capsys, tmp_path, models, method, damage):
+    shutil.copytree(models["t2v"], tmp_path / "model")
+    weights = tmp_path / "model" / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        weights.unlink()
+    args = ["--prompt", "x", *SMALL, "--quantization", method, "-o", tmp_path / "clip.mp4"]
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", tmp_path / "model", *args)
+    assert code == 2 and "transformer_2" in err and "damaged" in err and err.count("error:") == 1
+    assert not (tmp_path / "clip.mp4").exists()
 
 
 def test_info_lists_versions_and_backends(monkeypatch, capsys):

@@ -44,7 +44,7 @@ def settings(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
     if not verbose:
         for host in ("diffusers", "transformers"):
-            os.environ.setdefault(f"{host.upper()}_VERBOSITY", "error")
+            os.environ.setdefault(f"{host.upper()}_VERBOSITY", "critical")
         warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")  # names that old releases need
 
 

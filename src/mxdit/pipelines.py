@@ -177,14 +177,27 @@ def load(
     """The pipeline for `task`, on `device`; transformers and text encoder in `dtype`, the VAE in FP32.
 
     The VAE decodes once and is small, and its BF16 error shows in flat areas: diffusers' own Wan examples load it so.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or does not fit the model.
+        ConfigError: the quantization config does not fit the model.
     """
     import diffusers
+    from safetensors import SafetensorError
 
     pipeline_class = getattr(diffusers, PIPELINES[task])
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
-    pipeline = pipeline_class.from_pretrained(
-        str(model.path), torch_dtype={"vae": torch.float32, "default": dtype}, local_files_only=True, **options
-    )
+    try:
+        pipeline = pipeline_class.from_pretrained(
+            str(model.path), torch_dtype={"vae": torch.float32, "default": dtype}, local_files_only=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            "the model cannot be loaded",
+            where=str(model.path),
+            got=" ".join(str(error).split()).rstrip("."),
+            hint="A file is missing or damaged: download or convert the model again.",
+        ) from error
     return pipeline.to(device)
 
 

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from data import Spec, render
+from data import NEAR, Spec, render
 from train_experts import SHIFT, TextConditioned
 
 BOUNDARY = {"t2v": 0.875, "i2v": 0.9}  # as Wan2.2-T2V-A14B and -I2V-A14B
@@ -43,7 +43,7 @@ def expert(folder: Path, task: str) -> tuple[WanTransformer3DModel, TextConditio
 def first_frame() -> Image.Image:
     """An image to start I2V from: a scan that nothing was trained on, as the I2V preset's prompt describes it."""
     spec = Spec(5, "yellow", "right", "quickly", "green")
-    frame = render([spec], np.random.default_rng(2), "test")[0, :, 0]
+    frame = render([spec], np.random.default_rng(2), "test", spread=NEAR)[0, :, 0]
     return Image.fromarray(((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
@@ -54,8 +54,8 @@ def main() -> None:
     args = parser.parse_args()
     vae = AutoencoderKLWan.from_pretrained(args.out / "vae" / "final", torch_dtype=torch.bfloat16)
     for task, pipeline_class in (("t2v", WanPipeline), ("i2v", WanImageToVideoPipeline)):
-        high, trained = expert(args.out / f"{task}-high", task)
-        low, _ = expert(args.out / f"{task}-low", task)
+        high, trained = expert(args.out / "high", task)
+        low, _ = expert(args.out / "low", task)
         pipeline = pipeline_class(
             tokenizer=trained.tokenizer,
             text_encoder=trained.text_encoder.to(torch.bfloat16),

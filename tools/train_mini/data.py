@@ -22,6 +22,7 @@ SIZE = 64  # pixels, height and width
 FRAMES = 17
 FPS = 8
 GLYPH = 32.0  # pixels, nominal side of a digit
+NEAR = 0.25  # `spread` of the clips that the experts end on and are judged by
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLORS = {

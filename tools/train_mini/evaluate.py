@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import heldout_specs, render
+from data import NEAR, heldout_specs, render
 from judge import Judge
 from mxdit import pipelines
 from mxdit.generate import generate, make_request
@@ -58,7 +58,7 @@ def main() -> None:
     judge = Judge()
     print(f"judge's accuracy on single frames of unseen scans: {judge.accuracy:.3f}", flush=True)
     specs = heldout_specs()[: args.prompts]
-    stills = render(list(specs), np.random.default_rng(23), "test", frames=1)[:, :, 0]
+    stills = render(list(specs), np.random.default_rng(23), "test", frames=1, spread=NEAR)[:, :, 0]
     results: dict[str, dict[str, float]] = {"judge": {"digit": judge.accuracy}}
     for task in [args.task] if args.task else list(TARGETS):
         model = pipelines.open_model(args.models / task)

@@ -15,7 +15,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-STAGES = ("vae", "pretrain", "t2v-high", "t2v-low", "i2v-high", "i2v-low")
+STAGES = ("vae", "pretrain", "high", "low")
 WINDOW = 50
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     middle.legend()
     for stage in STAGES[2:]:
         right.plot(curves[stage]["step"], curves[stage]["loss"], label=stage)
-    right.set(title="Experts: velocity MSE", xlabel="step", yscale="log")
+    right.set(title="The two experts: velocity MSE", xlabel="step", yscale="log")
     right.legend()
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
