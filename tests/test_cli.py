@@ -122,8 +122,8 @@ def test_a_quantized_directory_runs_as_it_is_stored_and_says_so(monkeypatch, cap
     code, out, _ = mxdit_command(monkeypatch, capsys, "info", tmp_path / "packed", "--json")
     experts = json.loads(out)["model"]["experts"]
     assert code == 0
-    assert (experts["transformer"]["quant_method"], experts["transformer"]["quantized"]) == ("mxfp4", 20)
-    assert (experts["transformer_2"]["quant_method"], experts["transformer_2"]["quantized"]) == (None, 0)
+    assert (experts["transformer"]["quant_method"], experts["transformer"]["schemes"]) == ("mxfp4", {"w4a4": 20})
+    assert (experts["transformer_2"]["quant_method"], experts["transformer_2"]["schemes"]) == (None, {})
     assert experts["transformer"]["bytes"] < experts["transformer_2"]["bytes"]
 
 
@@ -150,6 +150,24 @@ BAD = {
     "a boundary out of range": (["--boundary-ratio", "2"], "0 to 1"),
     "a shift out of range": (["--flow-shift", "0"], "positive"),
     "no frames per second": (["--fps", "0"], "--fps"),
+    "a frame rate that no file can have": (["--fps", "3000000000"], "--fps"),
+    "a seed out of range": (["--seed", str(10**20)], "--seed"),
+    "guidance that is no number": (["--guidance-scale", "nan"], "finite"),
+    "a shift that is no number": (["--flow-shift", "nan"], "positive"),
+    "a binary config file": (["--quantization-config", sys.executable], "neither JSON nor"),
+    "two methods": (
+        ["--quantization", "mxfp4", "--quantization-config", '{"quant_method": "mxfp8"}'],
+        "two methods at once; got 'mxfp8'; expected 'mxfp4'",
+    ),
+    "every expert left out": (
+        ["--quantization", "mxfp4", "--quantization-config", '{"transformer": null, "transformer_2": null}'],
+        "every expert is left unquantized",
+    ),
+    "a path with brackets": (["-m", "/none/[/x]"], "/none/[/x]: no such directory"),
+    "a glob with brackets": (["--quantization", "mxfp4", "--ignored-layers", "*.to_[xy]"], "'*.to_[xy]'"),
+    "an impossible path": (["-m", "x" * 5000], "no such directory"),
+    "an impossible file name": (["-o", "x" * 250 + ".mp4"], "cannot be written"),
+    "an output on a file system that takes none": (["-o", "/proc/clip.mp4"], "cannot be written"),
     "an output of another kind": (["-o", "clip.gif"], ".mp4"),
     "an output in no directory": (["-o", "none/clip.mp4"], "does not exist"),
     "a model that is not there": (["-m", "none"], "no such directory"),
@@ -165,6 +183,29 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, models,
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and said in lines[0] and "Traceback" not in err
     assert not list(tmp_path.iterdir())  # nothing written
+
+
+def test_prompts_may_hold_brackets(monkeypatch, capsys, tmp_path, models):
+    args = ["--prompt", "a red [/b] seven", *SMALL, "-o", tmp_path / "clip.mp4"]
+    code, out, _ = mxdit_command(monkeypatch, capsys, "generate", "-m", models["t2v"], *args)
+    assert code == 0 and "a red [/b] seven" in out
+
+
+def test_experts_of_different_methods(monkeypatch, capsys, tmp_path, models):
+    config = mxdit.pipeline_config("mxfp4", transformer_2={"quant_method": "mxfp8", "ignored_layers": ["blocks.0.*"]})
+    pipelines.load(pipelines.open_model(models["t2v"]), "t2v", config).save_pretrained(tmp_path / "packed")
+    args = ["--prompt", "x", *SMALL, "-o", tmp_path / "clip.mp4", "--activation", "mxfp8"]
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args)
+    assert code == 0
+    assert "transformer: 20 linears mxfp4 w4a8" in err and "transformer_2: 10 linears mxfp8 w8a8" in err
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", tmp_path / "packed", "--json")
+    experts = json.loads(out)["model"]["experts"]
+    assert [(e["quant_method"], e["schemes"], e["kept"]) for e in experts.values()] == [
+        ("mxfp4", {"w4a4": 20}, 6),
+        ("mxfp8", {"w8a8": 10}, 16),
+    ]
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", tmp_path / "packed")
+    assert code == 0 and "20 w4a4" in out and "10 w8a8" in out
 
 
 def test_task_and_model_must_agree(monkeypatch, capsys, tmp_path, models, image):
@@ -188,6 +229,10 @@ def test_damaged_directories(monkeypatch, capsys, tmp_path, models):
     (tmp_path / "broken" / "model_index.json").write_text("{")
     code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "broken")
     assert code == 2 and "cannot be read" in err
+    shutil.copytree(models["t2v"], tmp_path / "bare")
+    (tmp_path / "bare" / "transformer" / "config.json").write_text("{}")
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "bare")
+    assert code == 2 and "num_layers" in err
     (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "broken")
     assert code == 2 and "FluxPipeline" in err and "WanPipeline" in err

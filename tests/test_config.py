@@ -44,10 +44,10 @@ def test_every_format_is_a_method_and_has_activations():
 
 
 def test_defaults_per_method():
-    assert MXConfig("mxfp4").activation == "mxfp4" and MXConfig("mxfp4").rule == "uos"
+    assert MXConfig("mxfp4").effective_activation == "mxfp4" and MXConfig("mxfp4").rule == "uos"
     assert MXConfig("mxfp4", mxfp4_scale_alg=0).rule == "ocp"
-    assert MXConfig("mxfp4_dualscale").activation == "mxfp4" and MXConfig("mxfp4_dualscale").rule is None
-    assert MXConfig("mxfp8").activation == "mxfp8"
+    assert MXConfig("mxfp4_dualscale").effective_activation == "mxfp4" and MXConfig("mxfp4_dualscale").rule is None
+    assert MXConfig("mxfp8").effective_activation == "mxfp8"
 
 
 def test_vllm_omni_names():
@@ -91,12 +91,15 @@ def test_frozen():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "no quant_method; got {}; expected one of mxfp4, mxfp4_dualscale, mxfp8"),
+        ({}, "unknown quant_method; got None; expected one of mxfp4, mxfp4_dualscale, mxfp8"),
         ({"quant_method": "mxfp4_dual"}, "unknown quant_method; got 'mxfp4_dual'.* Did you mean 'mxfp4_dualscale'"),
         (
             {"quant_method": "mxfp4", "ignore_layers": []},
             "unknown key; got 'ignore_layers'. Did you mean 'ignored_layers'",
         ),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "unknown quant_method; got 'bitsandbytes'"),
+        (["quant_method"], "no dictionary of keys"),
+        ({"quant_method": "mxfp4", "producer": "mxdit"}, "producer is no dictionary; got 'mxdit'"),
         ({"quant_method": "mxfp4", "zzz": 1}, "unknown key; got 'zzz'. Known keys: quant_method, ignored_layers,"),
         ({"quant_method": "mxfp4", "ignored_layers": "blocks.0"}, "no list of layer paths.* got 'blocks.0'"),
         ({"quant_method": "mxfp4", "ignored_layers": [3]}, r"no list of layer paths.* got \[3\]"),

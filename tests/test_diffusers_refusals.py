@@ -74,6 +74,13 @@ def test_storage_is_the_checkpoints_and_activations_are_the_callers(source, tmp_
     assert "the checkpoint's own choice of quantized layers is used" in caplog.text
 
 
+def test_a_caller_who_names_no_activation_gets_the_stored_one(source, tmp_path):
+    tiny.load(source / "transformer", MXConfig("mxfp4", activation="bf16")).save_pretrained(tmp_path)
+    for config in (None, MXConfig("mxfp4")):
+        model = tiny.load(tmp_path, config)
+        assert {m.scheme for m in model.modules() if isinstance(m, MXLinear)} == {"w4a16"}
+
+
 def drop(name):
     return lambda tensors: tensors.pop(name)
 
@@ -100,7 +107,10 @@ def put(name, tensor):
         ),
         (put(f"{LAYER}.weight_scale", torch.zeros(64, 18)), r"got \(64, 18\) float32; expected \(64, 18\) uint8"),
         (put(f"{LAYER}.weight", torch.zeros(64, 576).bfloat16()), r"got \(64, 576\) bfloat16;.*is not quantized here"),
-        (put(f"{LAYER}.weight", torch.zeros(64, 576).to(torch.float8_e4m3fn)), "numeric layout.*mxdit convert"),
+        (
+            put(f"{LAYER}.weight", torch.zeros(64, 576).to(torch.float8_e4m3fn)),
+            "numeric layout.*which mxdit does not read: quantize the BF16 model",
+        ),
         (put("proj_out.weight", torch.zeros(64, 65)), r"proj_out.weight: misshapen.*got \(64, 65\)"),
     ],
 )
@@ -234,6 +244,7 @@ def test_configs_that_do_not_fit_the_model(source):
         ("mxfp4", {"transformer_2": {"ignored": []}}, "unknown key; got 'ignored'. Did you mean 'ignored_layers'"),
         ("mxfp4", {"transformer": "mxfp8"}, "transformer: no config for a component; got 'mxfp8'"),
         ("mxfp4", {"transformer": None, "transformer_2": None}, "every component is left as it is"),
+        ("mxfp4", {"quant_method": "mxfp8"}, "two methods at once; got 'mxfp4' and quant_method='mxfp8'"),
         ("mxfp4", {"w4a8_fallback_steps": [1]}, "per denoising step is not supported"),
     ],
 )

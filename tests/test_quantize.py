@@ -243,6 +243,59 @@ def test_a_refused_config_changes_nothing():
     assert "quantization_config" not in model.config
 
 
+def test_a_pipeline_is_not_a_model():
+    pipe = tiny.pipeline()
+    for call in (lambda: mxdit.quantize_(pipe, "mxfp4"), lambda: mxdit.set_activation(pipe, "mxfp8")):
+        with pytest.raises(ModelError, match=r"got WanPipeline.* Pass the transformer itself rather than a pipeline"):
+            call()
+
+
+@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_weight_that_no_format_can_hold_is_named(method, bad):
+    model = tiny.transformer().bfloat16()
+    with torch.no_grad():
+        model.blocks[1].ffn.net[2].weight[3, 40] = bad
+    with pytest.raises(
+        ModelError, match=r"blocks.1.ffn.net.2.weight: the weight holds what .* cannot; got 1 infs or NaNs"
+    ):
+        mxdit.quantize_(model, method)
+
+
+def test_an_odd_number_of_input_features_stays():
+    model = tiny.transformer().bfloat16()
+    model.blocks[0].ffn.net[2] = nn.Linear(575, 64).bfloat16()
+    decided = schemes(model, "mxfp4")
+    assert decided["blocks.0.ffn.net.2"] == "odd number of input features"
+    assert schemes(model, "mxfp8")["blocks.0.ffn.net.2"] == "w8a8"
+    assert len(mxdit.quantize_(model, "mxfp4").quantized) == tiny.BLOCKS * tiny.LINEARS - 1
+
+
+def test_an_mxfp8_activation_of_a_layer_that_stays_is_refused():
+    config = {"quant_method": "mxfp4", "w4a8_fallback_layers": ["proj_out"]}
+    with pytest.raises(ConfigError, match="'proj_out', which stays: outside the blocks"):
+        schemes(meta(), config)
+
+
+def test_set_activation_keeps_groups_together():
+    model = tiny.transformer().bfloat16()
+    mxdit.quantize_(model, "mxfp4")
+    with pytest.raises(ConfigError, match="layers that share their input"):
+        mxdit.set_activation(model, "mxfp8", layers=["*.attn1.to_q"])
+    assert {layer.scheme for layer in mxdit.report_of(model).quantized} == {"w4a4"}  # nothing was set
+
+
+def test_every_mixture_that_a_config_states_is_recorded():
+    model = tiny.transformer().bfloat16()
+    mxdit.quantize_(model, "mxfp4")
+    mxdit.set_activation(model, "mxfp8")
+    mxdit.set_activation(model, "bf16", layers=["blocks.1.*"])
+    recorded = model.config.quantization_config
+    assert recorded.activation == "bf16" and len(recorded.w4a8_fallback_layers) == tiny.LINEARS
+    ran = [(layer.path, layer.scheme) for layer in mxdit.report_of(model).quantized]
+    assert ran == [(path, str(d)) for path, d in mxdit.plan(model, recorded).items() if d.scheme]
+
+
 def test_set_activation_on_some_layers():
     model = tiny.transformer().bfloat16()
     mxdit.quantize_(model, "mxfp4")

@@ -9,6 +9,7 @@ import sys
 import warnings
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,9 @@ app = typer.Typer(
 err = Console(stderr=True)
 out = Console()
 
-say = partial(out.print, highlight=False, soft_wrap=True)
+# What users typed goes to the terminal as it is: no markup in prompts, paths and globs.
+say = partial(out.print, highlight=False, soft_wrap=True, markup=False)
+tell = partial(err.print, highlight=False, soft_wrap=True, markup=False)
 
 METHODS = ("none", "mxfp4", "mxfp4_dualscale", "mxfp8")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -106,10 +109,14 @@ def generate(
     from mxdit.generate import generate as run
     from mxdit.generate import make_request
 
+    _need("diffusers", "transformers", "av", "PIL")
     video.check_output(output)
     extra = _read_config(quantization_config)
     components = {name: extra.pop(name) for name in list(extra) if name in pipelines.COMPONENTS}
-    method = quantization or extra.pop("quant_method", None)
+    named = extra.pop("quant_method", None)
+    method = quantization or named
+    if named not in (None, method):
+        raise InputError("two methods at once", where="--quantization-config", got=f"{named!r}", expected=repr(method))
     if method is not None and method not in METHODS:
         raise InputError("unknown method", where="--quantization", got=repr(method), expected=", ".join(METHODS))
     keys = {
@@ -124,8 +131,8 @@ def generate(
     directory = pipelines.open_model(pipelines.bundled(task) if model is None else model)
     preset = directory.preset(task)
     rate = preset.fps if fps is None else fps
-    if rate < 1:
-        raise InputError("frames per second must be at least 1", where="--fps", got=rate)
+    if not 1 <= rate <= 1000:
+        raise InputError("no such frame rate", where="--fps", got=rate, expected="1 to 1000 frames a second")
     request = make_request(
         directory,
         task,
@@ -143,12 +150,12 @@ def generate(
     )
     config = pipelines.quantization(directory, method, keys, components)
 
-    err.print(f"[bold]{preset.name}[/bold] from {directory.path}", highlight=False, soft_wrap=True)
+    tell(f"{preset.name} from {directory.path}")
     pipelines.show_loading(err.is_terminal)
     pipeline = pipelines.load(directory, task, config, dtype=torch_dtype, device=torch_device)
     experts = pipelines.experts_of(pipeline)
     for name, report in experts.items():
-        err.print(f"  {name}: {pipelines.summary(report)}", highlight=False, soft_wrap=True)
+        tell(f"  {name}: {pipelines.summary(report)}")
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("", total=request.steps)
@@ -187,6 +194,7 @@ def info(
         "backends": [{"name": b.name, "device": b.device, "why_not": b.why_not()} for b in backends()],
     }
     if directory is not None:
+        _need("diffusers")
         model = pipelines.open_model(directory)
         figures["model"] = {
             "path": str(directory),
@@ -205,14 +213,20 @@ def info(
         described = figures["model"]
         boundary = f", boundary {described['boundary_ratio']}" if described["boundary_ratio"] else ""
         say(f"\n{described['path']}: {described['preset']}, {' and '.join(described['tasks'])}{boundary}")
-        table = Table(
-            "expert", "weights", "activations", "quantized", "kept", "MiB", caption="linears, and bytes of files"
-        )
+        table = Table("expert", "weights", "quantized linears", "kept", "MiB of files")
         for name, row in described["experts"].items():
-            method, activation = row["quant_method"] or "unquantized", row["activation"] or "-"
+            schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items()) or "-"
             size = f"{row['bytes'] / 2**20:.1f}"
-            table.add_row(name, method, activation, str(row["quantized"]), str(row["kept"]), size)
+            table.add_row(name, row["quant_method"] or "unquantized", schemes, str(row["kept"]), size)
         out.print(table)
+
+
+def _need(*modules: str) -> None:
+    """Raise InputError, before any work, for a package of the extras that is not installed."""
+    for module in modules:
+        if find_spec(module) is None:
+            hint = "Install what videos need: pip install 'mxdit[diffusers,video]'."
+            raise InputError("a package is not installed", where=module, hint=hint)
 
 
 def _read_config(text: str | None) -> dict[str, Any]:
@@ -222,7 +236,7 @@ def _read_config(text: str | None) -> dict[str, Any]:
     if not text.lstrip().startswith("{"):
         try:
             text = Path(text).read_text()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise InputError("neither JSON nor a readable file", where=where, got=str(error)) from None
     try:
         value = json.loads(text)
@@ -274,7 +288,7 @@ def main() -> None:
     try:
         app()
     except MXDiTError as error:
-        err.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        tell(f"error: {error}")
         sys.exit(2)
 
 

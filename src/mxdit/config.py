@@ -89,14 +89,17 @@ class MXConfig:
         _set(self, "quant_method", method)
         _set(self, "ignored_layers", _names("ignored_layers", self.ignored_layers))
         _set(self, "w4a8_fallback_layers", _names("w4a8_fallback_layers", self.w4a8_fallback_layers))
+        if not isinstance(self.producer, Mapping):
+            raise ConfigError(
+                "producer is no dictionary", where=WHERE, got=repr(self.producer), expected="name: version"
+            )
         for key in ("require_smooth_scale", "is_checkpoint_serialized"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(
                     f"{key} is no boolean", where=WHERE, got=repr(getattr(self, key)), expected="true or false"
                 )
-        if self.activation is None:
-            _set(self, "activation", ACTIVATIONS[method][0])
-        check_activation(method, self.activation)
+        if self.activation is not None:
+            check_activation(method, self.activation)
         if self.w4a8_fallback_layers:
             check_activation(method, "mxfp8")
         self._check_fallback_blocks()
@@ -155,6 +158,11 @@ class MXConfig:
             )
 
     @property
+    def effective_activation(self) -> str:
+        """`activation`, or the method's own where none was chosen."""
+        return self.activation or ACTIVATIONS[self.quant_method][0]
+
+    @property
     def rule(self) -> str | None:
         """Name of the scale rule, or None where the format has only one."""
         return None if self.mxfp4_scale_alg is None else SCALE_RULES[self.mxfp4_scale_alg]
@@ -162,6 +170,9 @@ class MXConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MXConfig:
         """Read a `quantization_config`, ours or one with vLLM-Omni's keys. Raises ConfigError for an unknown key."""
+        if not isinstance(values, Mapping):
+            raise ConfigError("no dictionary of keys", where=WHERE, got=repr(values), expected="a JSON object")
+        _check_choice("quant_method", values.get("quant_method"), FORMATS)
         known = [f.name for f in fields(cls)]
         accepted = [*known, *ALIASES, "w4a8_fallback_steps"]
         found: dict[str, Any] = {}
@@ -182,8 +193,6 @@ class MXConfig:
                         hint=f"Keep {name!r} only.",
                     )
                 found[name] = found.get(name) or value
-        if "quant_method" not in found:
-            raise ConfigError("no quant_method", where=WHERE, got=dict(values), expected=f"one of {', '.join(FORMATS)}")
         for method in ("mxfp4", "mxfp8"):
             if values.get(f"is_checkpoint_{method}_serialized") and found["quant_method"] != method:
                 raise ConfigError(
@@ -214,6 +223,7 @@ class MXConfig:
     def to_dict(self) -> dict[str, Any]:
         """The JSON-serializable dictionary of config.json; `from_dict` gives an equal config back."""
         optional = {
+            "activation": self.activation,
             "num_bf16_fallback_layers": self.num_bf16_fallback_layers,
             "w4a8_fallback_layers": list(self.w4a8_fallback_layers) or None,
             "mxfp4_scale_alg": self.mxfp4_scale_alg,
@@ -224,7 +234,6 @@ class MXConfig:
             "quant_method": str(self.quant_method),
             "is_checkpoint_serialized": self.is_checkpoint_serialized,
             "ignored_layers": list(self.ignored_layers),
-            "activation": self.activation,
             "layout": self.layout,
             "version": self.version,
             **{key: value for key, value in optional.items() if value is not None},
@@ -236,6 +245,7 @@ class MXConfig:
             self,
             ignored_layers=tuple(ignored_layers),
             num_bf16_fallback_layers=None,
+            activation=self.effective_activation,
             is_checkpoint_serialized=True,
             version=FORMAT_VERSION,
             producer=dict(producer),

@@ -5,6 +5,7 @@ Defaults come from the model's preset, so the command line, a server and a scrip
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mxdit.errors import InputError
+from mxdit.errors import InputError, ModelError
 from mxdit.pipelines import ModelDirectory
 from mxdit.video import cover, fit_size
 
@@ -181,8 +182,13 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
                 got=request.boundary_ratio,
                 expected="0 to 1",
             )
-    if request.flow_shift is not None and request.flow_shift <= 0:
+    if request.flow_shift is not None and not 0 < request.flow_shift < math.inf:
         raise InputError("the flow shift must be positive", where="--flow-shift", got=request.flow_shift)
+    for option, value in (("--guidance-scale", request.guidance), ("--guidance-scale-2", request.guidance_2)):
+        if value is not None and not math.isfinite(value):
+            raise InputError("the guidance must be a finite number", where=option, got=value)
+    if not 0 <= request.seed < 2**63:
+        raise InputError("the seed is out of range", where="--seed", got=request.seed, expected="0 to 2**63 - 1")
 
 
 def generate(pipeline: Any, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
@@ -192,23 +198,34 @@ def generate(pipeline: Any, request: Request, on_step: Callable[[int, int], None
         pipeline: from `mxdit.pipelines.load`.
         request: from `make_request`.
         on_step: called with (steps done, steps in all) after each step.
+
+    Raises:
+        InputError: a flow shift for a scheduler that has none.
+        ModelError: pixels that are no numbers.
     """
+    scheduler, boundary_ratio = pipeline.scheduler, pipeline.config.boundary_ratio
     if request.flow_shift is not None:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, flow_shift=request.flow_shift
-        )
+        key = next((key for key in ("flow_shift", "shift") if key in scheduler.config), None)
+        if key is None:
+            raise InputError(
+                "this model's scheduler has no flow shift",
+                where="--flow-shift",
+                got=type(scheduler).__name__,
+                expected="UniPCMultistepScheduler, as Wan2.2 has it, or FlowMatchEulerDiscreteScheduler",
+            )
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, **{key: request.flow_shift})
     if request.boundary_ratio is not None:
         pipeline.register_to_config(boundary_ratio=request.boundary_ratio)
     pipeline.set_progress_bar_config(disable=True)
     device = torch.device(pipeline.device)
-    accelerator = getattr(torch, device.type) if device.type != "cpu" else None
+    accelerator = torch.get_device_module(device) if device.type in ("cuda", "npu") else None
     if accelerator is not None:
-        accelerator.reset_peak_memory_stats()
+        accelerator.reset_peak_memory_stats(device)
     marks: list[float] = []
 
     def step_done(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if accelerator is not None:
-            accelerator.synchronize()
+            accelerator.synchronize(device)
         marks.append(time.perf_counter())
         if on_step:
             on_step(step + 1, request.steps)
@@ -216,26 +233,36 @@ def generate(pipeline: Any, request: Request, on_step: Callable[[int, int], None
 
     options: dict[str, Any] = {} if request.image is None else {"image": request.image}
     started = time.perf_counter()
-    frames = pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_frames=request.frames,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        guidance_scale_2=request.guidance_2,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-        callback_on_step_end=step_done,
-        callback_on_step_end_tensor_inputs=["latents"],
-        output_type="np",
-        **options,
-    ).frames[0]
+    try:
+        frames = pipeline(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_frames=request.frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            guidance_scale_2=request.guidance_2,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            callback_on_step_end=step_done,
+            callback_on_step_end_tensor_inputs=["latents"],
+            output_type="np",
+            **options,
+        ).frames[0]
+    finally:  # the next request starts from the pipeline as it was loaded
+        pipeline.scheduler = scheduler
+        pipeline.register_to_config(boundary_ratio=boundary_ratio)
     finished = time.perf_counter()
     if accelerator is not None:
-        peak = accelerator.max_memory_allocated()
+        peak = accelerator.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
     # The first step's time includes the text encoder, so steps are timed between their ends.
     gaps = tuple(after - before for before, after in pairwise(marks)) or (finished - started,)
-    return Result((frames * 255).round().astype(np.uint8), gaps, finished - started, peak)
+    if not np.isfinite(frames).all():
+        raise ModelError(
+            "the model produced NaN or inf", where=request.prompt, hint="Try --dtype bf16, or less guidance."
+        )
+    # A frame at a time: a long clip's floats are gigabytes.
+    pixels = np.stack([(frame * 255).round().astype(np.uint8) for frame in frames])
+    return Result(pixels, gaps, finished - started, peak)

@@ -130,6 +130,17 @@ class MXLinear(nn.Module):
             half = weight.to(torch.bfloat16) if weight.dtype is torch.float32 else weight
             layer.weight, l0, layer.weight_scale = torch.ops.mxdit.quantize_dual(half, None, "rint")
             layer.weight_dual_scale = l0.unsqueeze(-1)
+        if not weight.is_meta and bool((layer.weight_scale == 0xFF).any()):
+            broken = int((~torch.isfinite(weight)).sum())
+            raise FormatError(
+                f"the weight holds what {method} cannot",
+                where="MXLinear.from_weight",
+                got=f"{broken} infs or NaNs"
+                if broken
+                else "a group of 512 whose largest magnitude is below 6 * 2**-126",
+                expected="finite numbers, zeros included",
+                hint="The checkpoint is damaged, or overflowed when it was cast: take it in BF16 or FP32.",
+            )
         if mul_scale is not None:
             layer.mul_scale = _bf16_multipliers(mul_scale, k).to(weight.device)
         if bias is not None:
@@ -157,6 +168,13 @@ class MXLinear(nn.Module):
         activations are computed in bf16 and the result is cast back.
         """
         dual = self.weight_dual_scale
+        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise FormatError(
+                "activations have a dtype that no scheme takes",
+                where="MXLinear",
+                got=x.dtype,
+                expected="torch.bfloat16, torch.float16 or torch.float32",
+            )
         compute = x.dtype if x.dtype in self._scheme.output_dtypes(self.method) else torch.bfloat16
         y = torch.ops.mxdit.linear(
             x.to(compute),

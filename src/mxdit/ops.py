@@ -18,7 +18,7 @@ from torch.library import Library, register_fake
 from mxdit import reference
 from mxdit.checks import check_encode, check_float, check_mul_scale, check_output, check_packed, check_weight
 from mxdit.codec import Packed, decode, encode
-from mxdit.errors import FormatError
+from mxdit.errors import BackendError, FormatError
 from mxdit.formats import FORMATS, SCHEMES, BlockFormat, block_format
 
 LIBRARY = Library("mxdit", "DEF")
@@ -215,7 +215,7 @@ def _fake_linear(
 ) -> Tensor:
     where = "mxdit::linear"
     if layout != "packed":
-        raise FormatError(
+        raise BackendError(
             "no backend for this device reads this weight layout",
             where=where,
             got=f"layout={layout!r} on {x.device.type}",

@@ -7,6 +7,7 @@ functions, so that the command line can refuse bad input at once.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from mxdit.report import QuantReport
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PIPELINES = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
 TASKS = {name: task for spec in SPECS.values() for name, task in spec.pipelines.items()}
+PIPELINES = {task: name for name, task in TASKS.items()}
+NEEDED = ("_class_name", "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "rope_max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class ModelDirectory:
     def preset(self, task: str) -> Preset:
         """Defaults for this model and `task`."""
         config = next(iter(self.experts.values()))
-        return preset_for(task, config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"])
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return preset_for(task, config["num_layers"], width, len(self.experts))
 
 
 def bundled(task: str) -> Path:
@@ -94,7 +97,7 @@ def open_model(path: Path) -> ModelDirectory:
         InputError: there is no such directory, or it holds no pipeline that mxdit knows.
         CheckpointError: a JSON file in it is missing or damaged.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, it does not raise for an impossible name
         raise InputError("no such directory", where=str(path), hint="Name a diffusers pipeline directory with --model.")
     if not (path / "model_index.json").is_file():
         raise InputError(
@@ -104,7 +107,7 @@ def open_model(path: Path) -> ModelDirectory:
             expected="the directory that holds model_index.json, transformer/, vae/, ...",
         )
     index = _read_json(path / "model_index.json")
-    task = TASKS.get(index.get("_class_name", ""))
+    task = TASKS.get(str(index.get("_class_name")))
     if task is None:
         raise InputError(
             "mxdit cannot run this kind of pipeline",
@@ -116,6 +119,15 @@ def open_model(path: Path) -> ModelDirectory:
     if not present:
         raise CheckpointError("the pipeline names no transformer", where=str(path / "model_index.json"))
     experts = {name: _read_json(path / name / "config.json") for name in present}
+    for name, config in experts.items():
+        lacking = [key for key in NEEDED if key not in config]
+        if lacking:
+            raise CheckpointError(
+                "the transformer's config lacks what describes it",
+                where=str(path / name / "config.json"),
+                expected=", ".join(lacking),
+                hint="Download or convert the model again.",
+            )
     vae = _read_json(path / "vae" / "config.json")
     stride = (int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8))
     # TI2V: one set of weights, whose first latent frame may be given.
@@ -141,6 +153,15 @@ def quantization(
         ConfigError: keys without a method, or a method that the stored weights do not have.
     """
     stored = model.stored
+    components = dict(components or {})
+    unknown = [name for name in components if name not in model.experts]
+    if unknown:
+        raise ConfigError(
+            "a config for an expert that the model does not have",
+            where=str(model.path),
+            got=unknown[0],
+            expected=" or ".join(model.experts),
+        )
     if method == "none" and stored:
         raise ConfigError(
             "the weights are stored quantized and cannot be run unquantized",
@@ -148,21 +169,30 @@ def quantization(
             got=", ".join(f"{name}: {config.quant_method}" for name, config in stored.items()),
             hint="Load the BF16 model instead, or leave --quantization out.",
         )
-    components = {name: value for name, value in (components or {}).items() if name in model.experts}
     if method in (None, "none"):
         if not keys and not components:
             return None
-        if not stored:
+        if not stored or method == "none":
             raise ConfigError(
                 "quantization options without a method",
                 where=str(model.path),
                 got=", ".join([*keys, *components]),
                 hint="Add --quantization mxfp4, mxfp4_dualscale or mxfp8.",
             )
+        # Run-time choices over weights whose methods, one for each expert, are what they are.
         method = str(next(iter(stored.values())).quant_method)
+        for name, config in stored.items():
+            components[name] = {"quant_method": str(config.quant_method), **(components.get(name) or {})}
     for name in model.experts:
-        if name not in stored and stored:
-            components.setdefault(name, None)  # an expert that was stored in BF16 on purpose stays so
+        if stored and name not in stored:
+            components[name] = None  # stored unquantized on purpose
+    if all(components.get(name, {}) is None for name in model.experts):
+        raise ConfigError(
+            "every expert is left unquantized",
+            where=str(model.path),
+            got=f"method {method!r}, and null for {', '.join(model.experts)}",
+            hint="Leave --quantization out to run the model as it is.",
+        )
     return pipeline_config(method, **keys, **components)
 
 
@@ -217,27 +247,22 @@ def experts_of(pipeline: Any) -> dict[str, QuantReport]:
 
 
 def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
-    """Per expert, from the JSON and the tensors' sizes alone: method, activation, linears quantized and kept, bytes."""
+    """Per expert, from the JSON and the tensors' sizes alone: method, linears by scheme, linears kept, bytes of files."""
     import diffusers
 
     described = {}
     for name, config in model.experts.items():
         stored = model.stored.get(name)
-        transformer_class = getattr(diffusers, config["_class_name"])
         with torch.device("meta"):
-            skeleton = transformer_class.from_config(dict(config))
+            skeleton = getattr(diffusers, config["_class_name"]).from_config(dict(config))
         if stored is None:
-            kept = sum(isinstance(module, torch.nn.Linear) for module in skeleton.modules())
-            counts = (0, kept)
+            schemes = [None for module in skeleton.modules() if isinstance(module, torch.nn.Linear)]
         else:
-            decisions = plan(skeleton, stored)
-            done = sum(bool(decision.scheme) for decision in decisions.values())
-            counts = (done, len(decisions) - done)
+            schemes = [decision.scheme for decision in plan(skeleton, stored).values()]
         described[name] = {
             "quant_method": stored and str(stored.quant_method),
-            "activation": stored and stored.activation,
-            "quantized": counts[0],
-            "kept": counts[1],
+            "schemes": dict(Counter(scheme for scheme in schemes if scheme)),
+            "kept": schemes.count(None),
             "bytes": sum(file.stat().st_size for file in (model.path / name).glob("*.safetensors")),
         }
     return described

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mxdit.config import ConfigLike, MXConfig, check_activation, near_names
-from mxdit.errors import ConfigError, ModelError
-from mxdit.formats import scheme_for
+from mxdit.errors import ConfigError, FormatError, ModelError
+from mxdit.formats import block_format, scheme_for
 from mxdit.layers import MXLinear
 from mxdit.models import ModelSpec, spec_of
 from mxdit.report import LayerReport, QuantReport
@@ -68,11 +68,12 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
             decisions[path] = Decision(reason=f"ignored_layers{pattern}")
         elif block[0] < first:
             decisions[path] = Decision(reason=f"num_bf16_fallback_layers: {first}")
+        elif _features(model, path) % block_format(config.quant_method).per_byte:
+            decisions[path] = Decision(reason="odd number of input features")
         elif any(fnmatchcase(block[1], pattern) for pattern in spec.keep):
             decisions[path] = Decision(reason=f"kept by the spec of {spec.transformer}")
         else:
-            activation = "mxfp8" if path in raised else config.activation
-            assert activation is not None  # MXConfig fills in the default
+            activation = "mxfp8" if path in raised else config.effective_activation
             decisions[path] = Decision(scheme_for(config.quant_method, activation).name, activation)
 
     if not any(decision.scheme for decision in decisions.values()):
@@ -82,6 +83,14 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
             got=f"{len(linears)} linears, of which ignored_layers keeps {len(ignored)}, and {first} fallback blocks",
             expected=f"at least one linear of its {blocks} blocks",
             hint="Shorten ignored_layers or lower num_bf16_fallback_layers, or load the model without a quantization config.",
+        )
+    idle = [path for path in raised if not decisions[path].scheme]
+    if idle:
+        raise ConfigError(
+            "a layer is to run with MXFP8 activations and is not quantized",
+            where="w4a8_fallback_layers",
+            got=f"{idle[0]!r}, which stays: {decisions[idle[0]].reason}",
+            hint="Leave it out, or let it be quantized.",
         )
     _check_groups(decisions, spec)
     return decisions
@@ -95,7 +104,7 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
 
     Raises what `plan` raises, and ModelError for a model that is quantized already or whose weights are not loaded.
     """
-    config = MXConfig.of(config)
+    config, _ = MXConfig.of(config), spec_of(model)
     if config.is_checkpoint_serialized:
         raise ConfigError(
             "the config is one of a serialized checkpoint, and this model is to be quantized now",
@@ -112,7 +121,7 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
         if decision.scheme:
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)
-            swap(model, path, quantized(linear.weight, linear.bias, config, decision))
+            swap(model, path, quantized(linear.weight, linear.bias, config, decision, path))
             del linear  # or its weight would live until the next one is quantized
     record(model, config, decisions)
     return report_of(model, decisions)
@@ -127,9 +136,11 @@ def set_activation(model: nn.Module, activation: str, layers: Iterable[str] | No
         layers: paths or globs of the linears it applies to; None means every quantized one.
 
     Raises:
-        ConfigError: a pattern matches no quantized linear, or the weights do not go with such activations.
+        ConfigError: a pattern matches no quantized linear, the weights do not go with such activations, or layers that
+            runtimes fuse would differ.
         ModelError: the model has no quantized linear.
     """
+    spec = spec_of(model)
     quantized_layers = {path: module for path, module in model.named_modules() if isinstance(module, MXLinear)}
     if not quantized_layers:
         raise ModelError(
@@ -139,6 +150,10 @@ def set_activation(model: nn.Module, activation: str, layers: Iterable[str] | No
     chosen = _resolve(model, list(quantized_layers), patterns, "layers", kind="a quantized linear")
     for path in chosen:
         check_activation(quantized_layers[path].method, activation, where=path)
+    after = {path: activation if path in chosen else layer.activation for path, layer in quantized_layers.items()}
+    _check_groups(
+        {p: Decision(scheme_for(layer.method, after[p]).name, after[p]) for p, layer in quantized_layers.items()}, spec
+    )
     for path in chosen:
         quantized_layers[path].activation = activation
     _note_activations(model, quantized_layers)
@@ -188,11 +203,19 @@ def fallback_blocks(config: MXConfig, blocks: int) -> int:
     return min(FALLBACK_BLOCKS.get(config.quant_method, 0), blocks // FALLBACK_SHARE)
 
 
-def quantized(weight: Tensor, bias: Tensor | None, config: MXConfig, decision: Decision) -> MXLinear:
-    """The layer that `decision` makes of a float weight (N, K) and its bias (N,) or None, on the weight's device."""
-    return MXLinear.from_weight(
-        weight, bias, method=str(config.quant_method), activation=decision.activation, rule=config.rule
-    )
+def quantized(weight: Tensor, bias: Tensor | None, config: MXConfig, decision: Decision, path: str) -> MXLinear:
+    """The layer that `decision` makes of the float weight (N, K) and bias (N,) or None of `path`, on the weight's device.
+
+    Raises ModelError, with the path, for a weight that cannot be quantized: one that holds an inf or a NaN.
+    """
+    try:
+        return MXLinear.from_weight(
+            weight, bias, method=str(config.quant_method), activation=decision.activation, rule=config.rule
+        )
+    except FormatError as error:
+        raise ModelError(
+            error.what, where=f"{path}.weight", got=error.got, expected=error.expected, hint=error.hint
+        ) from error
 
 
 def swap(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -215,24 +238,32 @@ def _note_activations(model: nn.Module, layers: Mapping[str, MXLinear]) -> None:
     recorded = _recorded(model)
     if recorded is None:
         return
-    activations = {layer.activation for layer in layers.values()}
-    base = recorded.activation if len(activations) > 1 else activations.pop()
-    differing = {path: layer.activation for path, layer in layers.items() if layer.activation != base}
-    if set(differing.values()) <= {"mxfp8"}:
-        updated = replace(recorded, activation=base, w4a8_fallback_layers=tuple(differing))
-        model.register_to_config(quantization_config=updated)  # pyright: ignore[reportCallIssue]
-    else:
+    # A config can say one activation, and MXFP8 for some layers.
+    others = {layer.activation for layer in layers.values()} - {"mxfp8"}
+    if len(others) > 1:
         logger.warning(
-            "%s: this mixture of activations holds for this run only; a saved copy would run with activation %r",
+            "%s: activations in %s at once hold for this run only; a saved copy would run with %s",
             type(model).__name__,
-            base,
+            " and ".join(sorted(others)),
+            recorded.effective_activation,
         )
+        return
+    base = others.pop() if others else "mxfp8"
+    raised = [path for path, layer in layers.items() if layer.activation != base]
+    updated = replace(recorded, activation=base, w4a8_fallback_layers=tuple(raised))
+    model.register_to_config(quantization_config=updated)  # pyright: ignore[reportCallIssue]
 
 
 def _recorded(model: nn.Module) -> MXConfig | None:
     """The config that `record` left in a diffusers model."""
     recorded = getattr(getattr(model, "config", None), "quantization_config", None)
     return recorded if isinstance(recorded, MXConfig) else None
+
+
+def _features(model: nn.Module, path: str) -> int:
+    linear = model.get_submodule(path)
+    assert isinstance(linear, (nn.Linear, MXLinear))
+    return linear.in_features
 
 
 def _block_count(model: nn.Module, spec: ModelSpec) -> int:

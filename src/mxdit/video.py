@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ def read_image(path: Path) -> Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise InputError("no such file", where=str(path), hint="Name an image with --image.") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(
             "not a readable image", where=str(path), got=str(error), expected="PNG, JPEG, WebP, ..."
         ) from None
@@ -51,10 +52,21 @@ def check_output(path: Path) -> None:
         raise InputError("the output is an MP4 file", where=str(path), expected="a name that ends in .mp4")
     if path.is_dir():
         raise InputError("the output path is a directory", where=str(path), expected="a file name in it")
-    if not path.parent.is_dir():
-        raise InputError("the output's directory does not exist", where=str(path.parent), hint="Create it first.")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError("the output path cannot be written", where=str(path))
+    try:
+        if not path.parent.is_dir():
+            raise InputError("the output's directory does not exist", where=str(path.parent), hint="Create it first.")
+        with _partial(path).open("wb"):
+            pass
+    except OSError as error:
+        raise InputError("the output path cannot be written", where=str(path), got=error.strerror) from None
+    finally:
+        with suppress(OSError):
+            _partial(path).unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """The name that an unfinished file has."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -63,14 +75,19 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
     The file appears whole or not at all. Height and width must be even, which all sizes of Wan are.
     """
     import av
+    from av.video.reformatter import ColorRange, Colorspace
 
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     try:
         with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "medium"})
             stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+            # Players take untagged video for BT.709 from 720 lines up: convert to it and say so.
+            stream.codec_context.colorspace = Colorspace.ITU709
+            stream.codec_context.color_range = ColorRange.MPEG
             for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
             container.mux(stream.encode())
         os.replace(partial, path)
     except (OSError, av.FFmpegError) as error:

@@ -179,7 +179,7 @@ class MXQuantizer(DiffusersQuantizer):
             setattr(module, name, state_dict[param_name].to(target_device))
             return
         assert isinstance(module, nn.Linear)
-        new = quantized(param_value.to(target_device), None, self.quantization_config, self.decisions[path])
+        new = quantized(param_value.to(target_device), None, self.quantization_config, self.decisions[path], path)
         if module.bias is not None:  # loaded before its weight, or still to come
             new.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
         swap(model, path, new)
@@ -240,6 +240,13 @@ def pipeline_config(method: str, **overrides: Any) -> Any:
             raise ConfigError(
                 "neither a key of the config nor a component", where="pipeline_config", got=repr(key), hint=hint
             )
+    if shared.get("quant_method", method) != method:
+        raise ConfigError(
+            "two methods at once",
+            where="pipeline_config",
+            got=f"{method!r} and quant_method={shared['quant_method']!r}",
+            hint="Keep one; an expert of its own method gets it as transformer_2={'quant_method': ...}.",
+        )
     mapping = {}
     for component in COMPONENTS:
         own = overrides.get(component, {})
@@ -278,7 +285,9 @@ def _reconciled(stored: MXConfig, asked: object) -> MXConfig:
     config = cast(MXConfig, config)  # nothing else has such a method
     if set(config.ignored_layers) - set(stored.ignored_layers) or config.num_bf16_fallback_layers:
         logger.warning("the checkpoint's own choice of quantized layers is used: its weights are quantized already")
-    return replace(stored, activation=config.activation, w4a8_fallback_layers=config.w4a8_fallback_layers)
+    if config.activation is not None:
+        return replace(stored, activation=config.activation, w4a8_fallback_layers=config.w4a8_fallback_layers)
+    return replace(stored, w4a8_fallback_layers=config.w4a8_fallback_layers or stored.w4a8_fallback_layers)
 
 
 def _config_of_caller() -> object:

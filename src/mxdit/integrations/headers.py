@@ -91,7 +91,10 @@ def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], con
         if info.shape != want.shape or (name in ours and info.dtype != want.dtype):
             hint = None
             if info.dtype == torch.float8_e4m3fn and config.quant_method != "mxfp8":
-                hint = "This is the numeric layout of vLLM-Omni and MindIE-SD (one FP4 value a byte): run mxdit convert on it."
+                hint = (
+                    "This is the numeric layout of vLLM-Omni and MindIE-SD, one FP4 value a byte, which mxdit does not read: "
+                    "quantize the BF16 model instead."
+                )
             elif info.dtype in (torch.float32, torch.float16, torch.bfloat16) and name in ours:
                 hint = "The layer is not quantized here: list it under ignored_layers in config.json, or convert again."
             raise CheckpointError("misshapen or mistyped tensor", where=name, got=info, expected=want, hint=hint)

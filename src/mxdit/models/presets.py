@@ -15,7 +15,8 @@ class Preset:
 
     name       what to call it.
     task       "t2v" or "i2v".
-    shape      (num_layers, inner dimension) of its transformer: how the model is recognized. (0, 0) is any model.
+    shape      (num_layers, inner dimension, experts): how the model is recognized; Wan2.1-14B is a Wan2.2 of one expert.
+               None is any model.
     size       (height, width) in pixels; for I2V only their product counts, the image gives the aspect.
     frames     1 mod 4.
     fps        frames per second of the written video.
@@ -27,7 +28,7 @@ class Preset:
 
     name: str
     task: str
-    shape: tuple[int, int]
+    shape: tuple[int, int, int] | None
     size: tuple[int, int]
     frames: int
     fps: int
@@ -40,17 +41,27 @@ class Preset:
 
 
 PRESETS = (
-    Preset("Wan2.2-T2V-A14B", "t2v", (40, 5120), (480, 832), 81, 16, 40, 4.0, 3.0, 12.0),
-    Preset("Wan2.2-I2V-A14B", "i2v", (40, 5120), (480, 832), 81, 16, 40, 3.5, 3.5, 5.0),
-    Preset("Wan2.2-TI2V-5B", "t2v", (30, 3072), (704, 1280), 121, 24, 50, 5.0, None, 5.0),
-    Preset("Wan2.2-TI2V-5B", "i2v", (30, 3072), (704, 1280), 121, 24, 50, 5.0, None, 5.0),
+    Preset("Wan2.2-T2V-A14B", "t2v", (40, 5120, 2), (480, 832), 81, 16, 40, 4.0, 3.0, 12.0),
+    Preset("Wan2.2-I2V-A14B", "i2v", (40, 5120, 2), (480, 832), 81, 16, 40, 3.5, 3.5, 5.0),
+    Preset("Wan2.2-TI2V-5B", "t2v", (30, 3072, 1), (704, 1280), 121, 24, 50, 5.0, None, 5.0),
+    Preset("Wan2.2-TI2V-5B", "i2v", (30, 3072, 1), (704, 1280), 121, 24, 50, 5.0, None, 5.0),
     Preset(
-        "mini-T2V", "t2v", (4, 256), (64, 64), 17, 8, 20, 3.0, 3.0, 3.0, "a red seven moving left on a blue background"
+        "mini-T2V",
+        "t2v",
+        (4, 256, 2),
+        (64, 64),
+        17,
+        8,
+        20,
+        3.0,
+        3.0,
+        3.0,
+        "a red seven moving left on a blue background",
     ),
     Preset(
         "mini-I2V",
         "i2v",
-        (4, 256),
+        (4, 256, 2),
         (64, 64),
         17,
         8,
@@ -61,12 +72,12 @@ PRESETS = (
         "a yellow five moving right on a green background",
     ),
     # Any other model of the family: the A14B's figures, with the scheduler as its directory has it.
-    Preset("Wan", "t2v", (0, 0), (480, 832), 81, 16, 40, 4.0, 3.0, None),
-    Preset("Wan", "i2v", (0, 0), (480, 832), 81, 16, 40, 3.5, 3.5, None),
+    Preset("Wan", "t2v", None, (480, 832), 81, 16, 40, 4.0, 3.0, None),
+    Preset("Wan", "i2v", None, (480, 832), 81, 16, 40, 3.5, 3.5, None),
 )
 
 
-def preset_for(task: str, num_layers: int, inner_dim: int) -> Preset:
+def preset_for(task: str, num_layers: int, inner_dim: int, experts: int) -> Preset:
     """The preset of a model, or its task's general one."""
-    exact = [p for p in PRESETS if p.task == task and p.shape == (num_layers, inner_dim)]
-    return exact[0] if exact else next(p for p in PRESETS if p.task == task and p.shape == (0, 0))
+    exact = [p for p in PRESETS if p.task == task and p.shape == (num_layers, inner_dim, experts)]
+    return exact[0] if exact else next(p for p in PRESETS if p.task == task and p.shape is None)
