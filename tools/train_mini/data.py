@@ -79,18 +79,24 @@ def scans(split: str) -> tuple[Tensor, np.ndarray]:
 
 @cache
 def heldout_specs() -> tuple[Spec, ...]:
-    """The 320 of 2,560 captions that no expert is trained on: 32 of each digit, digits in turn."""
+    """Captions that no expert is trained on: up to 32 of each digit, digits in turn."""
     rng = np.random.default_rng(7)
     rest = list(product(COLORS, DIRECTIONS, SPEEDS, BACKGROUNDS))
     rest = [r for r in rest if r[0] != r[3]]
     picks = [rng.permutation(len(rest))[:32] for _ in DIGITS]
-    return tuple(Spec(digit, *rest[picks[digit][i]]) for i in range(32) for digit in range(10))
+    specs = (Spec(digit, *rest[picks[digit][i]]) for i in range(32) for digit in range(10))
+    return tuple(spec for spec in specs if not _swappable(spec.color, spec.background))
+
+
+def _swappable(color: str, background: str) -> bool:
+    """Whether the two words could change places: "a white four on a blue background". A small text encoder mixes them up."""
+    return color in BACKGROUNDS and background in COLORS
 
 
 def sample_spec(rng: np.random.Generator, avoid: frozenset[Spec] = frozenset()) -> Spec:
     while True:
         color = str(rng.choice(list(COLORS)))
-        background = str(rng.choice([b for b in BACKGROUNDS if b != color]))
+        background = str(rng.choice([b for b in BACKGROUNDS if not _swappable(color, b)]))
         direction, speed = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(SPEEDS)))
         spec = Spec(int(rng.integers(10)), color, direction, speed, background)
         if spec not in avoid:

@@ -48,8 +48,8 @@ class Stage:
 # The ranges overlap a little beyond the two boundaries, 0.875 (T2V) and 0.9 (I2V), that an expert may be asked at.
 STAGES = {
     "pretrain": Stage("latents", 10000, 6e-4, 0.9995, 0.0, 1.0, 0.0),
-    "high": Stage("latents-near", 8000, 5e-4, 0.999, 0.86, 1.0, 6.0),
-    "low": Stage("latents-near", 8000, 5e-4, 0.999, 0.0, 0.915, 6.0),
+    "high": Stage("latents-near", 12000, 5e-4, 0.999, 0.86, 1.0, 6.0),
+    "low": Stage("latents-near", 12000, 5e-4, 0.999, 0.0, 0.915, 6.0),
 }
 
 
@@ -110,13 +110,15 @@ class Latents:
 
     def __init__(self, folder: Path) -> None:
         chunks = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
-        half = len(chunks[0]["conditions"])
-        # Clips with a condition come first, in both lists alike.
-        with_image = [c["latents"][:half] for c in chunks]
-        self.latents = torch.cat(with_image + [c["latents"][half:] for c in chunks])
+        # Clips with a condition come first in a chunk, and here in all three lists.
+        parts = [slice(None, len(c["conditions"])) for c in chunks], [slice(len(c["conditions"]), None) for c in chunks]
+        self.latents = torch.cat(
+            [c["latents"][part] for slices in parts for c, part in zip(chunks, slices, strict=True)]
+        )
+        self.captions = [
+            t for slices in parts for c, part in zip(chunks, slices, strict=True) for t in c["captions"][part]
+        ]
         self.conditions = torch.cat([c["conditions"] for c in chunks])
-        self.captions = [t for c in chunks for t in c["captions"][:half]]
-        self.captions += [t for c in chunks for t in c["captions"][half:]]
 
     def batch(self, stage: Stage, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
         """Model input (batch, 36, ...), noise levels (batch,), velocity target (batch, 16, ...), its weight, captions."""
