@@ -36,6 +36,7 @@ CELL = 112  # pixels
 def work(task: str, mode: str, scratch: Path) -> None:
     """One mode of one task, in this process; leaves frames and figures in `scratch`."""
     method, _, how = mode.partition(" ")
+    pipelines.show_loading(False)
     saved = scratch / f"{task}-{method}"
     source = saved if how == "offline" else pipelines.bundled(task)
     model = pipelines.open_model(source)

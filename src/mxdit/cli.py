@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import warnings
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -48,7 +47,6 @@ def settings(
     if not verbose:
         for host in ("diffusers", "transformers"):
             os.environ.setdefault(f"{host.upper()}_VERBOSITY", "critical")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")  # names that old releases need
 
 
 @app.command()

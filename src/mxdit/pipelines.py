@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -217,10 +218,14 @@ def load(
 
     pipeline_class = getattr(diffusers, PIPELINES[task])
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
+    dtypes = {"vae": torch.float32, "default": dtype}
     try:
-        pipeline = pipeline_class.from_pretrained(
-            str(model.path), torch_dtype={"vae": torch.float32, "default": dtype}, local_files_only=True, **options
-        )
+        with warnings.catch_warnings():
+            # diffusers 0.42 calls it `dtype`; 0.40 knows only the old name.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            pipeline = pipeline_class.from_pretrained(
+                str(model.path), torch_dtype=dtypes, local_files_only=True, **options
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             "the model cannot be loaded",

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TARGETS, help="default: both")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    pipelines.show_loading(False)
     judge = Judge()
     print(f"judge's accuracy on single frames of unseen scans: {judge.accuracy:.3f}", flush=True)
     specs = heldout_specs()[: args.prompts]

@@ -48,8 +48,8 @@ class Stage:
 # The ranges overlap a little beyond the two boundaries, 0.875 (T2V) and 0.9 (I2V), that an expert may be asked at.
 STAGES = {
     "pretrain": Stage("latents", 10000, 6e-4, 0.9995, 0.0, 1.0, 0.0),
-    "high": Stage("latents-near", 12000, 5e-4, 0.999, 0.86, 1.0, 6.0),
-    "low": Stage("latents-near", 12000, 5e-4, 0.999, 0.0, 0.915, 6.0),
+    "high": Stage("latents-near", 10500, 5e-4, 0.999, 0.86, 1.0, 6.0),
+    "low": Stage("latents-near", 10500, 5e-4, 0.999, 0.0, 0.915, 6.0),
 }
 
 
