@@ -54,8 +54,8 @@ def main() -> None:
     args = parser.parse_args()
     vae = AutoencoderKLWan.from_pretrained(args.out / "vae" / "final", torch_dtype=torch.bfloat16)
     for task, pipeline_class in (("t2v", WanPipeline), ("i2v", WanImageToVideoPipeline)):
-        high, trained = expert(args.out / "high", task)
-        low, _ = expert(args.out / "low", task)
+        high, trained = expert(args.out / "high-long", task)
+        low, _ = expert(args.out / "low-long", task)
         pipeline = pipeline_class(
             tokenizer=trained.tokenizer,
             text_encoder=trained.text_encoder.to(torch.bfloat16),

@@ -1,6 +1,6 @@
 """Stage 2: render clips, encode them with the trained VAE, and keep the latents for stages 3 and 4.
 
-    python tools/train_mini/cache_latents.py [--out build/mini] [--clips 6400]           # for the pre-training
+    python tools/train_mini/cache_latents.py [--out build/mini] [--device cuda]          # for the pre-training
     python tools/train_mini/cache_latents.py --spread 0.25 --folder latents-near         # for the experts
 
 Writes chunks of 320 clips; a run that is interrupted continues at the first missing chunk. Half of the clips also get
@@ -20,6 +20,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from data import heldout_specs, render, sample_spec
+from train_vae import fast_on_cpu
 
 SEED = 2
 CHUNK = 320
@@ -30,17 +31,9 @@ BATCH = 16
 def encode(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     """Normalized posterior means, as the pipelines see them: (n, 16, frames, height / 8, width / 8) bf16."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = vae._encode(clips)[:, :16]
-    return ((z.float() - mean) / std).bfloat16()
-
-
-def load_vae(folder: Path) -> AutoencoderKLWan:
-    vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    return vae
+    with torch.autocast(vae.device.type, dtype=torch.bfloat16):
+        z = vae._encode(clips.to(vae.device))[:, :16]
+    return ((z.float().cpu() - mean) / std).bfloat16()
 
 
 def main() -> None:
@@ -49,8 +42,11 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=6400)
     parser.add_argument("--spread", type=float, default=1.0, help="see data.render")
     parser.add_argument("--folder", default="latents")
+    parser.add_argument("--device", type=torch.device, default="cpu")
     args = parser.parse_args()
-    vae = load_vae(args.out / "vae" / "final")
+    vae = AutoencoderKLWan.from_pretrained(args.out / "vae" / "final", torch_dtype=torch.float32).to(args.device)
+    if args.device.type == "cpu":
+        fast_on_cpu(vae)
     folder = args.out / args.folder
     folder.mkdir(parents=True, exist_ok=True)
     avoid = frozenset(heldout_specs())

@@ -104,9 +104,15 @@ def sample_spec(rng: np.random.Generator, avoid: frozenset[Spec] = frozenset()) 
 
 
 def render(
-    specs: list[Spec], rng: np.random.Generator, split: str = "train", frames: int = FRAMES, spread: float = 1.0
+    specs: list[Spec],
+    rng: np.random.Generator,
+    split: str = "train",
+    *,
+    first: int = 0,
+    frames: int = FRAMES,
+    spread: float = 1.0,
 ) -> Tensor:
-    """Render one clip per spec: (batch, 3, frames, SIZE, SIZE) fp32 in [-1, 1].
+    """Render one clip per spec, `frames` of its FRAMES from `first` on: (batch, 3, frames, SIZE, SIZE) fp32 in [-1, 1].
 
     What a caption leaves open is drawn from `rng`: the scan, its size and slant, where the path starts, and a light
     gradient over the background. A path never leaves the picture. `spread` scales how much of the free room its start, size
@@ -124,7 +130,7 @@ def render(
     reach = (step.abs() * travel[:, None] + GLYPH) / 2
     slack = (SIZE / 2 - reach).clamp(min=0)
     centre = torch.from_numpy(rng.uniform(-spread, spread, (n, 2))).float() * slack
-    time = torch.linspace(-0.5, 0.5, FRAMES)[:frames]
+    time = torch.linspace(-0.5, 0.5, FRAMES)[first : first + frames]
     path = centre[:, None] + step[:, None] * (travel[:, None] * time)[..., None]  # (n, frames, 2) pixels from centre
 
     # affine_grid maps output coordinates in [-1, 1] to the scan's: scale by SIZE/side, shear, then shift.

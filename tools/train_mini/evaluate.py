@@ -1,8 +1,8 @@
 """Does the assembled mini model make what it is asked for? Scores T2V and I2V clips with `judge.py`.
 
-    python tools/train_mini/evaluate.py [--models models/src/mxdit_models] [--prompts 64] [--out build/mini/evaluation]
+    python tools/train_mini/evaluate.py [--models models/src/mxdit_models] [--prompts N] [--skip N] [--out DIR]
 
-T2V: captions that no expert was trained on. I2V: first frames rendered from scans that nothing was trained on. Prints each
+T2V: captions that no expert was trained on, all 261 of them by default. I2V: first frames rendered from scans that nothing was trained on. Prints each
 figure beside its target, and writes results.json and a contact sheet per task.
 """
 
@@ -49,16 +49,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models/src/mxdit_models"))
     parser.add_argument("--out", type=Path, default=Path("build/mini/evaluation"))
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, help="how many; default: all")
+    parser.add_argument("--skip", type=int, default=0, help="held-out captions to pass over")
     parser.add_argument("--steps", type=int, help="default: the preset's")
     parser.add_argument("--guidance", type=float, help="default: the preset's")
+    parser.add_argument("--guidance-2", type=float, help="default: the preset's")
     parser.add_argument("--task", choices=TARGETS, help="default: both")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pipelines.show_loading(False)
     judge = Judge()
     print(f"judge's accuracy on single frames of unseen scans: {judge.accuracy:.3f}", flush=True)
-    specs = heldout_specs()[: args.prompts]
+    specs = heldout_specs()[args.skip :][: args.prompts]
     stills = render(list(specs), np.random.default_rng(23), "test", frames=1, spread=NEAR)[:, :, 0]
     results: dict[str, dict[str, float]] = {"judge": {"digit": judge.accuracy}}
     for task in [args.task] if args.task else list(TARGETS):
@@ -69,7 +71,14 @@ def main() -> None:
         for i, spec in enumerate(specs):
             image = to_image(stills[i]) if task == "i2v" else None
             request = make_request(
-                model, task, prompt=spec.caption, image=image, seed=i, steps=args.steps, guidance=args.guidance
+                model,
+                task,
+                prompt=spec.caption,
+                image=image,
+                seed=args.skip + i,
+                steps=args.steps,
+                guidance=args.guidance,
+                guidance_2=args.guidance_2,
             )
             frames = generate(pipeline, request).frames
             clips.append(frames)
