@@ -1,6 +1,38 @@
 """Wan 2.1 and 2.2 (T2V, I2V, TI2V): one transformer class, two experts in the A14B cascades."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from mxdit.models.spec import ModelSpec
+
+
+def _original_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """diffusers' config of an original WanModel; what its config.json leaves to code defaults is read off the tensors."""
+    width = original["dim"]
+    image = shapes.get("img_emb.proj.0.weight")  # the CLIP branch, in Wan2.1 I2V only
+    positions = shapes.get("img_emb.emb_pos")
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(shapes["patch_embedding.weight"][2:]),
+        "num_attention_heads": original["num_heads"],
+        "attention_head_dim": width // original["num_heads"],
+        "in_channels": original["in_dim"],
+        "out_channels": original["out_dim"],
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": original["freq_dim"],
+        "ffn_dim": original["ffn_dim"],
+        "num_layers": original["num_layers"],
+        "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+        "qk_norm": "rms_norm_across_heads" if "blocks.0.self_attn.norm_q.weight" in shapes else None,
+        "eps": original["eps"],
+        "image_dim": image[0] if image else None,
+        "added_kv_proj_dim": width if image else None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": positions[1] if positions else None,
+    }
+
 
 WAN = ModelSpec(
     transformer="WanTransformer3DModel",
@@ -12,4 +44,47 @@ WAN = ModelSpec(
     ),
     components=("transformer", "transformer_2"),
     pipelines={"WanPipeline": "t2v", "WanImageToVideoPipeline": "i2v"},
+    original={
+        "patch_embedding": "patch_embedding",
+        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj",
+        "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+        "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+        "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+        "head.head": "proj_out",
+        "head.modulation": "scale_shift_table",
+        "blocks.#.self_attn": "blocks.#.attn1",
+        "blocks.#.self_attn.q": "blocks.#.attn1.to_q",
+        "blocks.#.self_attn.k": "blocks.#.attn1.to_k",
+        "blocks.#.self_attn.v": "blocks.#.attn1.to_v",
+        "blocks.#.self_attn.o": "blocks.#.attn1.to_out.0",
+        "blocks.#.cross_attn": "blocks.#.attn2",
+        "blocks.#.cross_attn.q": "blocks.#.attn2.to_q",
+        "blocks.#.cross_attn.k": "blocks.#.attn2.to_k",
+        "blocks.#.cross_attn.v": "blocks.#.attn2.to_v",
+        "blocks.#.cross_attn.o": "blocks.#.attn2.to_out.0",
+        "blocks.#.cross_attn.k_img": "blocks.#.attn2.add_k_proj",
+        "blocks.#.cross_attn.v_img": "blocks.#.attn2.add_v_proj",
+        "blocks.#.cross_attn.norm_k_img": "blocks.#.attn2.norm_added_k",
+        "blocks.#.ffn.0": "blocks.#.ffn.net.0.proj",
+        "blocks.#.ffn.2": "blocks.#.ffn.net.2",
+        "blocks.#.norm3": "blocks.#.norm2",  # the original's norm1 and norm2 have no parameters
+        "blocks.#.modulation": "blocks.#.scale_shift_table",
+    },
+    original_components={"high_noise_model": "transformer", "low_noise_model": "transformer_2"},
+    original_config=_original_config,
+    runtime={
+        "attn1.to_q": "attn1.to_qkv",
+        "attn1.to_k": "attn1.to_qkv",
+        "attn1.to_v": "attn1.to_qkv",
+        "attn1.to_out.0": "attn1.to_out",
+        "attn2.to_out.0": "attn2.to_out",
+        "ffn.net.0.proj": "ffn.net_0.proj",
+        "ffn.net.2": "ffn.net_2",
+    },
 )
