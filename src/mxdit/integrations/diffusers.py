@@ -17,9 +17,10 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from mxdit.checkpoint.files import TensorInfo
 from mxdit.config import ALIASES, ConfigLike, Method, MXConfig, near_names
 from mxdit.errors import CheckpointError, ConfigError
-from mxdit.integrations.headers import TensorInfo, adopt_dtypes, check_tensors, read_headers
+from mxdit.integrations.headers import adopt_dtypes, check_tensors, read_headers
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
 from mxdit.quantize import Decision, plan, quantized, record, report_of, swap

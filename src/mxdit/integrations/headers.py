@@ -4,39 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
+from mxdit.checkpoint.files import TensorInfo, read_header
 from mxdit.config import MXConfig, near_names
 from mxdit.errors import CheckpointError
 from mxdit.layers import MXLinear
-
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8,
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and dtype of a stored tensor; `dtype` is None where the file has one that no layer of ours takes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorInfo:
-        """The info of a tensor in memory."""
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-    def __str__(self) -> str:
-        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
 
 
 def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, TensorInfo | None]:
@@ -46,10 +22,7 @@ def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, Tensor
         return dict.fromkeys(names)
     found: dict[str, TensorInfo | None] = {}
     for file in files:
-        with safe_open(file, framework="pt") as stored:
-            for name in sorted(stored.keys()):
-                part = stored.get_slice(name)
-                found[name] = TensorInfo(tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
+        found.update({name: tensor.info for name, tensor in read_header(Path(file)).items()})
     return found
 
 
@@ -92,8 +65,8 @@ def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], con
             hint = None
             if info.dtype == torch.float8_e4m3fn and config.quant_method != "mxfp8":
                 hint = (
-                    "This is the numeric layout of vLLM-Omni and MindIE-SD, one FP4 value a byte, which mxdit does not read: "
-                    "quantize the BF16 model instead."
+                    "This is the numeric layout of vLLM-Omni and MindIE-SD, one FP4 value a byte: bring it into ours with "
+                    "`mxdit convert`."
                 )
             elif info.dtype in (torch.float32, torch.float16, torch.bfloat16) and name in ours:
                 hint = "The layer is not quantized here: list it under ignored_layers in config.json, or convert again."
