@@ -30,7 +30,7 @@ FLOORS = (
     {"pipelines", "video", "evals"},
     {"generate"},
     {"serve"},
-    {"cli", "__main__"},
+    {"cli"},
 )
 SAME_FLOOR = {("formats", "errors")}  # formats raise errors
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

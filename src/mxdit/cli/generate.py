@@ -1,52 +1,19 @@
-"""The `mxdit` command. Prints live here and nowhere else; bad input is one clear line and exit code 2."""
+"""`mxdit generate` and `mxdit info`."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import sys
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mxdit.errors import InputError, MXDiTError
+from mxdit.cli.console import METHODS, app, dtype_of, err, need, out, read_config, say, tell
+from mxdit.errors import InputError
 from mxdit.version import __version__
-
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
-err = Console(stderr=True)
-out = Console()
-
-# What users typed goes to the terminal as it is: no markup in prompts, paths and globs.
-say = partial(out.print, highlight=False, soft_wrap=True, markup=False)
-tell = partial(err.print, highlight=False, soft_wrap=True, markup=False)
-
-METHODS = ("none", "mxfp4", "mxfp4_dualscale", "mxfp8")
-DTYPES = ("bf16", "fp16", "fp32")
-
-
-@app.callback()
-def settings(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log, too.")] = False,
-) -> None:
-    """4-bit microscaling (MXFP4, W4A4) for video diffusion transformers: Wan2.2 text-to-video and image-to-video."""
-    # Nothing may reach for a model hub: what is not in the directory is an error at once, not after a time-out.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    handler = RichHandler(console=err, show_time=False, show_path=False)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
-    if not verbose:
-        for host in ("diffusers", "transformers"):
-            os.environ.setdefault(f"{host.upper()}_VERBOSITY", "critical")
 
 
 @app.command()
@@ -107,9 +74,9 @@ def generate(
     from mxdit.generate import generate as run
     from mxdit.generate import make_request
 
-    _need("diffusers", "transformers", "av", "PIL")
+    need("diffusers", "transformers", "av", "PIL")
     video.check_output(output)
-    extra = _read_config(quantization_config)
+    extra = read_config(quantization_config)
     components = {name: extra.pop(name) for name in list(extra) if name in pipelines.COMPONENTS}
     named = extra.pop("quant_method", None)
     method = quantization or named
@@ -123,7 +90,7 @@ def generate(
         "activation": activation,
     }
     keys = {**extra, **{key: value for key, value in keys.items() if value is not None}}
-    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    torch_dtype, torch_device = dtype_of(dtype), _device(device)
     picture = None if image is None else video.read_image(image)
     task = "t2v" if picture is None else "i2v"
     directory = pipelines.open_model(pipelines.bundled(task) if model is None else model)
@@ -192,7 +159,7 @@ def info(
         "backends": [{"name": b.name, "device": b.device, "why_not": b.why_not()} for b in backends()],
     }
     if directory is not None:
-        _need("diffusers")
+        need("diffusers")
         model = pipelines.open_model(directory)
         figures["model"] = {
             "path": str(directory),
@@ -219,46 +186,12 @@ def info(
         out.print(table)
 
 
-def _need(*modules: str) -> None:
-    """Raise InputError, before any work, for a package of the extras that is not installed."""
-    for module in modules:
-        if find_spec(module) is None:
-            hint = "Install what videos need: pip install 'mxdit[diffusers,video]'."
-            raise InputError("a package is not installed", where=module, hint=hint)
-
-
-def _read_config(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    where = "--quantization-config"
-    if not text.lstrip().startswith("{"):
-        try:
-            text = Path(text).read_text()
-        except (OSError, ValueError) as error:
-            raise InputError("neither JSON nor a readable file", where=where, got=str(error)) from None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError("not JSON", where=where, got=str(error)) from None
-    if not isinstance(value, dict):
-        raise InputError("not a JSON object", where=where, got=type(value).__name__)
-    return value
-
-
 def _size(text: str) -> tuple[int, int]:
     """(height, width) of "WIDTHxHEIGHT"."""
     parts = text.lower().replace("*", "x").split("x")
     if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
         raise InputError("not a size", where="--size", got=repr(text), expected="WIDTHxHEIGHT, as in 832x480")
     return int(parts[1]), int(parts[0])
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in DTYPES:
-        raise InputError("unknown dtype", where="--dtype", got=repr(name), expected=", ".join(DTYPES))
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def _device(name: str) -> str:
@@ -279,16 +212,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def main() -> None:
-    """Run the command; a known error is one line on stderr and exit code 2, and a traceback is a bug of ours."""
-    try:
-        app()
-    except MXDiTError as error:
-        tell(f"error: {error}")
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

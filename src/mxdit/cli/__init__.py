@@ -1,0 +1,20 @@
+"""The `mxdit` command. Prints live here and nowhere else; bad input is one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+from mxdit.cli import checkpoints, generate  # each registers its commands
+from mxdit.cli.console import app, tell
+from mxdit.errors import MXDiTError
+
+__all__ = ["app", "checkpoints", "generate", "main"]
+
+
+def main() -> None:
+    """Run the command; a known error is one line on stderr and exit code 2, and a traceback is a bug of ours."""
+    try:
+        app()
+    except MXDiTError as error:
+        tell(f"error: {error}")
+        sys.exit(2)

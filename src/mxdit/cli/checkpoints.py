@@ -1,0 +1,230 @@
+"""`mxdit quantize`, `mxdit convert` and `mxdit inspect`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from mxdit.cli.console import app, dtype_of, err, need, out, read_config, say, tell
+from mxdit.errors import InputError
+
+RULES = {"ocp": 0, "uos": 2}
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+Source = Annotated[Path, typer.Argument(help="A pipeline, a cascade of two experts, or one expert.", metavar="SRC")]
+Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist.", metavar="DST")]
+ShardSize = Annotated[str, typer.Option(help="Largest file, such as 2GiB or 500MB.", metavar="SIZE")]
+Copy = Annotated[bool, typer.Option("--copy", help="Copy what is carried over instead of hard-linking it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def quantize(
+    source: Source,
+    destination: Destination,
+    method: Annotated[str | None, typer.Option(help="mxfp4, mxfp4_dualscale or mxfp8.", metavar="METHOD")] = None,
+    ignored_layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear (path or glob) that stays unquantized. May be repeated.", metavar="GLOB"),
+    ] = None,
+    num_bf16_fallback_layers: Annotated[
+        int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help="Scale rule of mxfp4: uos (default) or ocp.", metavar="RULE")] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="Activations the checkpoint asks for: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="More keys, as JSON or a JSON file; under 'transformer' and 'transformer_2' for one expert only.",
+            metavar="JSON|FILE",
+        ),
+    ] = None,
+    shard_size: ShardSize = "2GiB",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: of everything that is not quantized.")] = "bf16",
+    copy: Copy = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a BF16, FP16 or FP32 checkpoint, streaming, to a directory that loads as it is.
+
+    SRC is in diffusers' layout or in Wan's own (high_noise_model/, low_noise_model/). Memory holds one layer at a time.
+    A run that is interrupted goes on when the same command is given again.
+
+        mxdit quantize Wan2.2-T2V-A14B-Diffusers Wan2.2-T2V-A14B-mxfp4 --method mxfp4_dualscale
+    """
+    from mxdit.checkpoint import quantize_checkpoint
+    from mxdit.models import COMPONENTS
+
+    need("diffusers")
+    keys = read_config(config)
+    overrides = {name: keys.pop(name) for name in list(keys) if name in COMPONENTS}
+    named = keys.pop("quant_method", None)
+    chosen = method or named
+    if chosen is None:
+        raise InputError("no method", where="--method", expected="mxfp4, mxfp4_dualscale or mxfp8")
+    if named not in (None, chosen):
+        raise InputError("two methods at once", where="--config", got=repr(named), expected=repr(chosen))
+    if rule is not None and (chosen != "mxfp4" or rule not in RULES):
+        raise InputError(
+            "no such scale rule", where="--rule", got=f"{rule!r} for {chosen}", expected="uos or ocp, for mxfp4"
+        )
+    given = {
+        "ignored_layers": list(ignored_layers) if ignored_layers else None,
+        "num_bf16_fallback_layers": num_bf16_fallback_layers,
+        "activation": activation,
+        "mxfp4_scale_alg": None if rule is None else RULES[rule],
+    }
+    keys = {"quant_method": chosen, **keys, **{key: value for key, value in given.items() if value is not None}}
+    plan = quantize_checkpoint(
+        source,
+        destination,
+        keys,
+        {name: None if own is None else {**keys, **_object(name, own)} for name, own in overrides.items()},
+        dtype=dtype_of(dtype),
+        shard_size=_bytes(shard_size),
+    )
+    _run(plan, copy, dry_run, as_json)
+
+
+@app.command()
+def convert(
+    source: Source,
+    destination: Destination,
+    to: Annotated[str, typer.Option(help="packed (ours), vllm-omni or sglang.", metavar="LAYOUT")] = "packed",
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The unquantized model, for what SRC lacks: config.json, VAE, text encoder.", metavar="DIR"),
+    ] = None,
+    fallback_from_base: Annotated[
+        bool,
+        typer.Option(
+            "--fallback-from-base",
+            help="Keep layers that the format has no place for in BF16, from --base: those of another method, and smoothed "
+            "float ones.",
+        ),
+    ] = False,
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Go on where the other format cannot say everything.")
+    ] = False,
+    shard_size: ShardSize = "2GiB",
+    copy: Copy = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a quantized checkpoint into another layout, streaming, bit for bit where the formats allow it.
+
+    Reads msModelSlim's directories (packed or numeric, wrapped or not), vLLM-Omni's, SGLang's and ours.
+
+        mxdit convert msmodelslim-out Wan2.2-T2V-A14B-mxfp4 --base Wan2.2-T2V-A14B-Diffusers
+        mxdit convert Wan2.2-T2V-A14B-mxfp4 for-vllm --to vllm-omni
+    """
+    from mxdit.checkpoint import convert_checkpoint
+
+    need("diffusers")
+    plan = convert_checkpoint(
+        source,
+        destination,
+        to,
+        base=base,
+        fallback_from_base=fallback_from_base,
+        allow_loss=allow_loss,
+        shard_size=_bytes(shard_size),
+    )
+    _run(plan, copy, dry_run, as_json)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint in any layout.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The unquantized model, for layouts without a config.json.", metavar="DIR")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is, check every tensor of it, and say who can load it.
+
+    Exit code 0: clean. 1: something is wrong. 2: it cannot be read.
+    """
+    from mxdit.checkpoint import inspect_checkpoint
+
+    need("diffusers")
+    with Progress(
+        TextColumn("Reading"), BarColumn(), console=err, transient=True, disable=not err.is_terminal
+    ) as progress:
+        bar = progress.add_task("", total=None)
+        found = inspect_checkpoint(
+            directory, base, lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    if as_json:
+        out.print_json(json.dumps(found.to_dict()))
+    else:
+        for expert in found.experts:
+            linears = ", ".join(f"{count} {method}" for method, count in expert.linears.items())
+            size = f"{expert.nbytes / 2**20:.1f} MiB"
+            say(f"{expert.component or directory}: {expert.layout} layout, linears: {linears}; {size}")
+            if expert.kept:
+                say(f"  float inside the blocks: {_some(expert.kept)}")
+            for note in expert.notes:
+                say(f"  note: {note}")
+            for finding in expert.findings:
+                say(f"  wrong: {finding}")
+            for runtime, reason in expert.loaders.items():
+                say(f"  {runtime}: {'loads it' if reason is None else f'no: {reason}'}")
+        say("clean" if found.clean else f"{sum(len(e.findings) for e in found.experts)} findings")
+    if not found.clean:
+        raise typer.Exit(1)
+
+
+def _run(plan: Any, copy: bool, dry_run: bool, as_json: bool) -> None:
+    """Show the plan, or carry it out."""
+    figures = plan.to_dict()
+    if not dry_run:
+        columns = (TextColumn("Writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+            bar = progress.add_task("", total=plan.nbytes)
+            plan.write(lambda done, _: progress.update(bar, completed=done), copy=copy)
+    if as_json:
+        out.print_json(json.dumps({**figures, "written": not dry_run}))
+        return
+    for item in plan.lost:
+        tell(f"lost: {item}")
+    if dry_run:
+        for expert in figures["experts"]:
+            for file, tensors in expert["files"].items():
+                table = Table("tensor", "shape and dtype", title=f"{expert['component']}/{file}".lstrip("/"))
+                for name, info in tensors.items():
+                    table.add_row(name, info)
+                out.print(table)
+    for expert in figures["experts"]:
+        linears = ", ".join(f"{count} {method}" for method, count in expert["linears"].items())
+        say(f"{expert['component'] or 'expert'}: linears: {linears}; {expert['bytes'] / 2**20:.1f} MiB")
+    done = "would be written" if dry_run else "written"
+    say(f"{figures['destination']}: {figures['bytes'] / 2**20:.1f} MiB {done}, {len(plan.carried)} files carried over")
+
+
+def _bytes(text: str) -> int:
+    """Bytes of "2GiB", "500MB" or "1000000"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    number = float(found[1]) * UNITS[found[2] or ""] if found else 0
+    if number < 1:
+        raise InputError("not a size", where="--shard-size", got=repr(text), expected="something like 2GiB or 500MB")
+    return int(number)
+
+
+def _object(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError("not a JSON object", where=f"--config, {name}", got=repr(value), expected="keys, or null")
+    return value
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
