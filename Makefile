@@ -1,10 +1,13 @@
-# Two commands: `make demo` and `make test`. Both make the environment they need.
+# Two commands: `make demo` and `make test`. Both make the environment they need. `make test-interop` fetches other tools, and
+# holds mxdit against them.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .interop
+PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-interop lint clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml models/pyproject.toml constraints.txt
@@ -22,6 +25,15 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/pytest -n 2
+
+# The tools that mxdit reads from and writes for, in a folder that only their own processes see: one patches its libraries.
+$(PEERS_STAMP): tests/interop/requirements.txt | $(STAMP)
+	rm -rf $(PEERS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(PEERS) -r tests/interop/requirements.txt
+	touch $@
+
+test-interop: $(PEERS_STAMP)
+	$(BIN)/pytest tests/interop
 
 clean:
 	rm -rf demo build/lib dist

@@ -1,0 +1,255 @@
+"""What msModelSlim 26.1.0 writes, read by us: its own values, to the bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+import mxdit
+import original
+import peers
+import tiny
+from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint
+from mxdit.checkpoint.experts import Expert, read_expert
+from mxdit.checkpoint.sources import open_source
+from mxdit.errors import CheckpointError, InputError
+
+READABLE = {
+    "dual": "mxfp4_dualscale",
+    "dual-smoothed": "mxfp4_dualscale",
+    "dual-some-float": "mxfp4_dualscale",
+    "dual-shards": "mxfp4_dualscale",
+    "dual-ascendv1": "mxfp4_dualscale",
+    "single": "mxfp4",
+    "single-some-float": "mxfp4",
+    "w4a8": "mxfp4",
+    "mxfp8": "mxfp8",
+    "mxfp8-some-float": "mxfp8",
+}
+VARIANTS = [
+    (name, kind)
+    for name in READABLE
+    for kind in ("packed", "numeric")
+    if (READABLE[name], kind) != ("mxfp8", "numeric")
+]
+ZEROS = "blocks.0.ffn.net.2.weight"  # its first row is zero, see `original.transformer`
+
+
+@pytest.fixture(scope="session", params=VARIANTS, ids="-".join)
+def made(request: pytest.FixtureRequest, quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of msModelSlim's that we read whole, as it packs it and as older tools would have stored it."""
+    name, variant = request.param
+    if variant == "packed":
+        return quantized / name
+    return peers.numeric(quantized / name, tmp_path_factory.mktemp("numeric") / name)
+
+
+def oracle(directory: Path, folder: str) -> dict[str, Tensor]:
+    """msModelSlim's own values by our names: what it multiplies by, and its factors."""
+    paths = {theirs.rpartition(".")[0]: ours.rpartition(".")[0] for ours, theirs in original.names(tiny.BLOCKS).items()}
+    values = {}
+    for name, value in load_file(directory / "oracle" / f"{folder}.safetensors").items():
+        path, _, leaf = name.rpartition(".")
+        values[f"{paths[path]}.{leaf}"] = value
+    if ZEROS in values and bool(values[ZEROS][0].isnan().all()):
+        # With dual scales it computes 0 / 0 for a group of zeros, in memory; its packer writes -0.
+        values[ZEROS][0] = 0
+    assert not any(value.isnan().any() for value in values.values())
+    return values
+
+
+def decoded(expert: Expert) -> dict[str, Tensor]:
+    """The weights of the quantized linears, and their factors, as our reader gives them."""
+    values = {}
+    for path, method in expert.methods.items():
+        if method:
+            read = {
+                leaf: expert.parts.get(f"{path}.{leaf}") for leaf in ("weight", "weight_scale", "weight_dual_scale")
+            }
+            codes, scale, outer = (None if part is None else part.read() for part in read.values())
+            values[f"{path}.weight"] = mxdit.decode(
+                mxdit.Packed(codes, scale, None if outer is None else outer.squeeze(-1), method)
+            )
+            if f"{path}.mul_scale" in expert.parts:
+                values[f"{path}.mul_scale"] = expert.parts[f"{path}.mul_scale"].read()
+    return values
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_every_value_is_msmodelslims_own(base, made):
+    source, under = open_source(made), open_source(base)
+    assert set(source.experts) == {"transformer", "transformer_2"} and not source.pipeline
+    for folder, component in original.EXPERTS.items():
+        expert = read_expert(source.read(component), under.read(component))
+        assert expert.findings == () and expert.lost == ()
+        theirs = oracle(made, folder)
+        assert_equal(decoded(expert), theirs)
+        assert {m for m in expert.methods.values() if m} == {READABLE[made.name]}
+        # Everything that it left float is the model's own, in BF16; biases of quantized layers are in FP32.
+        float_tensors = original.transformer(component).state_dict()
+        for name, part in expert.parts.items():
+            if name in float_tensors and name not in theirs:
+                assert torch.equal(part.read().float(), float_tensors[name].bfloat16().float()), name
+                bias = name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in theirs
+                assert part.info.dtype == (torch.float32 if bias else torch.bfloat16), name
+
+
+def test_the_converted_directory_loads_and_computes_with_these_values(base, made, tmp_path):
+    convert_checkpoint(made, tmp_path / "packed", "packed", base=base).write()
+    for folder, component in original.EXPERTS.items():
+        model = tiny.load(tmp_path / "packed" / component, dtype=torch.float32)
+        theirs = oracle(made, folder)
+        layers = {path: m for path, m in model.named_modules() if isinstance(m, mxdit.MXLinear)}
+        assert {f"{path}.weight" for path in layers} == {name for name in theirs if name.endswith(".weight")}
+        assert {layer.activation for layer in layers.values()} == {"mxfp8" if "8" in made.name else "mxfp4"}
+        if "mxfp8" not in READABLE[made.name]:
+            mxdit.set_activation(model, "bf16")
+        exact = original.transformer(component)
+        for name, weight in theirs.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight":
+                exact.get_parameter(name).data = weight * theirs.get(f"{path}.mul_scale", torch.ones(1))
+        got, want = tiny.forward(model), tiny.forward(exact)
+        tolerance = 0.1 if "mxfp8" in READABLE[made.name] else 0.02  # MXFP8 activations, or BF16 ones
+        assert (got - want).norm() < tolerance * want.norm()
+
+
+def test_the_pipeline_runs(base, quantized, tmp_path):
+    convert_checkpoint(quantized / "dual-smoothed", tmp_path / "packed", "packed", base=base).write()
+    pipe = WanPipeline.from_pretrained(tmp_path / "packed", torch_dtype=torch.bfloat16)
+    frames = tiny.generate(pipe)
+    assert frames.shape == (1, 5, 16, 16, 3) and frames.std() > 0
+
+
+@pytest.mark.parametrize("name", [name for name, method in READABLE.items() if method != "mxfp8"])
+def test_packed_and_numeric_files_convert_to_the_same_bytes(base, quantized, tmp_path, name):
+    older = peers.numeric(quantized / name, tmp_path / "numeric")
+    written = []
+    for source in (quantized / name, older):
+        destination = tmp_path / f"from {source.name}"
+        convert_checkpoint(source, destination, "packed", base=base).write()
+        files = sorted(destination.glob("transformer*/*"))
+        written.append({str(file.relative_to(destination)): file.read_bytes() for file in files})
+    assert written[0] == written[1] and len(written[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("single-smoothed", r"blocks\.1\.attn1\.to_q\.mul_scale: mxfp4 is not smoothed"),
+        ("dual-float-smoothed", r"blocks\.0\.attn1\.to_q\.mul_scale: a float layer was smoothed.*--fallback-from-base"),
+        ("dual-mxfp8-smoothed", r"blocks\.0\.attn1\.to_q: 10 layers are stored in another method.*mxfp8 in blocks 0"),
+        ("public", r"blocks\.0\.attn1\.to_q: 10 layers are stored in another method.*mxfp8 in blocks 0.*--fallback-from-base"),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_is_refused_by_name(base, quantized, tmp_path, name, message):
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(quantized / name, tmp_path / "packed", "packed", base=base)
+    found = inspect_checkpoint(quantized / name, base)
+    assert not found.clean and len(found.experts) == 2 and all(expert.findings for expert in found.experts)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("dual-float-smoothed", ("blocks.0.attn1.to_q", "blocks.0.attn1.to_k", "blocks.0.attn1.to_v", "blocks.1.ffn.net.2")),
+        ("dual-mxfp8-smoothed", ("blocks.0.",)),
+        ("public", ("blocks.0.",)),
+    ],
+)  # fmt: skip
+def test_the_base_gives_what_has_no_place(base, quantized, tmp_path, name, kept):
+    lossy = name == "public"  # its marks of quantized attention
+    if lossy:
+        with pytest.raises(
+            InputError, match=r"4 things would be lost.*2 marks of.*MXFP4_DYNAMIC.*4 rotations.*--allow-loss"
+        ):
+            convert_checkpoint(quantized / name, tmp_path / "p", "packed", base=base, fallback_from_base=True)
+    plan = convert_checkpoint(
+        quantized / name, tmp_path / "packed", "packed", base=base, fallback_from_base=True, allow_loss=lossy
+    )
+    plan.write()
+    assert inspect_checkpoint(tmp_path / "packed").clean
+    source = open_source(tmp_path / "packed")
+    for folder, component in original.EXPERTS.items():
+        theirs = {n: v for n, v in oracle(quantized / name, folder).items() if not n.startswith(kept)}
+        expert = read_expert(source.read(component))
+        assert_equal(decoded(expert), theirs)
+        for path, tensor in original.transformer(component).state_dict().items():
+            if path.startswith(kept):
+                assert torch.equal(expert.parts[path].read(), tensor.bfloat16()), path
+        assert torch.isfinite(tiny.forward(tiny.load(tmp_path / "packed" / component))).all()
+
+
+def test_smoothed_single_scale_has_no_way_in(base, quantized, tmp_path):
+    with pytest.raises(CheckpointError, match="mxfp4 is not smoothed"):
+        convert_checkpoint(
+            quantized / "single-smoothed", tmp_path / "packed", "packed", base=base, fallback_from_base=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("low_noise_model", "low_noise_model: one expert of the cascade is missing"),
+        ("high_noise_model/quant_model_description_w4a4_mxfp4.json", "no description of the quantized model"),
+        ("high_noise_model/quant_model_weight_w4a4_mxfp4.safetensors", "no weights"),
+    ],
+)
+def test_half_a_directory_is_refused(base, quantized, tmp_path, gone, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized / "single", copy)
+    shutil.rmtree(copy / gone) if (copy / gone).is_dir() else (copy / gone).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(copy, tmp_path / "packed", "packed", base=base)
+
+
+def test_one_expert_at_the_root_belongs_to_the_only_one_of_the_base(quantized, tmp_path):
+    """As msModelSlim writes TI2V-5B."""
+    shutil.copytree(quantized / "mxfp8" / "high_noise_model", tmp_path / "root")
+    whole = tiny.pipeline("t2v", torch.float32)
+    WanPipeline(**{**whole.components, "transformer_2": None}, boundary_ratio=None).save_pretrained(tmp_path / "base")
+    assert inspect_checkpoint(tmp_path / "root", tmp_path / "base").clean
+    convert_checkpoint(tmp_path / "root", tmp_path / "packed", "packed", base=tmp_path / "base").write()
+    pipe = WanPipeline.from_pretrained(tmp_path / "packed", torch_dtype=torch.bfloat16)
+    assert pipe.transformer_2 is None and isinstance(pipe.transformer.blocks[0].attn1.to_q, mxdit.MXLinear)
+    alone = tmp_path / "base" / "transformer"  # or the expert itself is named as the base
+    convert_checkpoint(tmp_path / "root", tmp_path / "alone", "packed", base=alone).write()
+    names = {str(path.relative_to(tmp_path / "alone")) for path in (tmp_path / "alone").rglob("*") if path.is_file()}
+    assert names == {"config.json", f"{original.STEM}.safetensors"}
+
+
+def test_the_base_may_be_in_wans_own_layout(base, quantized, tmp_path):
+    plain = original.save(tmp_path / "original")
+    for name, under in (("ours", base), ("theirs", plain)):
+        convert_checkpoint(
+            quantized / "dual-float-smoothed", tmp_path / name, "packed", base=under, fallback_from_base=True
+        ).write()
+    for component in original.EXPERTS.values():
+        one, other = (tmp_path / name / component / f"{original.STEM}.safetensors" for name in ("ours", "theirs"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("to", ["vllm-omni", "sglang"])
+@pytest.mark.parametrize("name", ["dual-some-float", "single-some-float", "mxfp8-some-float"])
+def test_straight_there_or_by_way_of_packed(base, quantized, tmp_path, name, to):
+    convert_checkpoint(quantized / name, tmp_path / "straight", to, base=base).write()
+    convert_checkpoint(quantized / name, tmp_path / "packed", "packed", base=base).write()
+    convert_checkpoint(tmp_path / "packed", tmp_path / "around", to).write()
+    for file in sorted((tmp_path / "straight").glob("transformer*/*")):
+        assert file.read_bytes() == (tmp_path / "around" / file.parent.name / file.name).read_bytes(), file.name
+    reasons = {
+        found.loaders[{"vllm-omni": "vLLM-Omni 0.30", "sglang": "SGLang 0.5.23"}[to]]
+        for found in inspect_checkpoint(tmp_path / "straight").experts
+    }
+    assert (reasons == {None}) == (to == "vllm-omni" or not name.startswith("dual"))

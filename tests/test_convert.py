@@ -1,0 +1,214 @@
+"""Checkpoints from one layout to another and back: the same bytes, whichever way they went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors.torch import load_file, save_file
+
+import mxdit
+import original
+import tiny
+from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
+from mxdit.errors import CheckpointError, InputError
+
+QKV = ["attn1.to_q", "attn1.to_k", "attn1.to_v"]
+KEPT = [f"blocks.0.{name}" for name in (*QKV, "attn2.to_out.0", "ffn.net.2")]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mxfp4": {"quant_method": "mxfp4", "mxfp4_scale_alg": 0},
+    "mxfp8": {"quant_method": "mxfp8"},
+    "dual": {"quant_method": "mxfp4_dualscale"},
+    "kept": {"quant_method": "mxfp4_dualscale", "ignored_layers": [*KEPT, "blocks.1.attn2.*"]},
+}
+ONLY_VLLM: dict[str, dict[str, Any]] = {  # what SGLang's layout cannot say
+    "uos": {"quant_method": "mxfp4", "mxfp4_scale_alg": 2},
+    "w4a8": {"quant_method": "mxfp4", "activation": "mxfp8"},
+    "w4a8 in places": {
+        "quant_method": "mxfp4",
+        "w4a8_fallback_layers": [f"blocks.1.{name}" for name in (*QKV, "ffn.net.0.proj")],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two experts as Wan releases them."""
+    return original.save(tmp_path_factory.mktemp("wan") / "original")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole diffusers pipeline."""
+    return tiny.save(tmp_path_factory.mktemp("wan") / "pipeline")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory, by its path inside."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def quantize(source: Path, destination: Path, config: dict[str, Any], *args: Any, **kwargs: Any) -> Path:
+    quantize_checkpoint(source, destination, config, *args, **kwargs).write()
+    return destination
+
+
+def convert(source: Path, destination: Path, to: str, **kwargs: Any) -> Path:
+    convert_checkpoint(source, destination, to, **kwargs).write()
+    return destination
+
+
+def activations(model: WanTransformer3DModel) -> dict[str, str]:
+    return {path: module.activation for path, module in model.named_modules() if isinstance(module, mxdit.MXLinear)}
+
+
+def by_diffusers(source: Path, destination: Path) -> Path:
+    """Wan's own layout to diffusers', by diffusers' converter and its real class."""
+    for folder, component in original.EXPERTS.items():
+        tensors = {}
+        for file in (source / folder).glob("*.safetensors"):
+            tensors.update(load_file(file))
+        model = WanTransformer3DModel(**original.transformer(component).config)
+        model.load_state_dict(convert_wan_transformer_to_diffusers(tensors))
+        model.save_pretrained(destination / component)
+    return destination
+
+
+def smoothed(packed: Path, destination: Path) -> Path:
+    """A dual-scale directory whose layers have factors, those with one input the same."""
+    experts = sorted(path.parent for path in packed.glob("*/config.json") if path.parent.name.startswith("transformer"))
+    for expert in experts:
+        (destination / expert.name).mkdir(parents=True)
+        (destination / expert.name / "config.json").write_text((expert / "config.json").read_text())
+        file = f"{original.STEM}.safetensors"
+        tensors = load_file(expert / file)
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            path = name.removesuffix(".weight_scale")
+            shared = path.rpartition(".")[0] if path.endswith(("to_q", "to_k", "to_v")) else path
+            generator = torch.Generator().manual_seed(len(shared))
+            factors = torch.rand(tensors[f"{path}.weight"].shape[1] * 2, generator=generator) + 0.5
+            tensors[f"{path}.mul_scale"] = factors.bfloat16().float()
+        save_file(tensors, destination / expert.name / file, {"format": "pt"})
+    return destination
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "dual", "mxfp8"])
+def test_the_original_layout_gives_what_diffusers_conversion_of_it_gives(wan, tmp_path, method):
+    direct = contents(quantize(wan, tmp_path / "direct", CONFIGS[method]))
+    diffusers = by_diffusers(wan, tmp_path / "diffusers")
+    via = contents(quantize(diffusers, tmp_path / "via", CONFIGS[method]))
+    assert direct.keys() == via.keys() and len(direct) == 4
+    for name in direct:
+        if name.endswith("config.json"):
+            theirs = json.loads(via[name])
+            assert theirs.pop("_diffusers_version")  # which converted it: the original has none to tell
+            assert json.loads(direct[name]) == theirs
+        else:
+            assert direct[name] == via[name], name
+
+
+def test_an_original_image_expert_loads(tmp_path):
+    source = original.save(tmp_path / "original", "i2v")
+    loaded = tiny.load(
+        quantize(source, tmp_path / "packed", CONFIGS["mxfp4"], dtype=torch.float32) / "transformer", None, None
+    )
+    original.transformer("transformer", "i2v").save_pretrained(tmp_path / "float")
+    assert tiny.same(loaded, tiny.load(tmp_path / "float", CONFIGS["mxfp4"], torch.float32))
+    assert torch.isfinite(tiny.forward(loaded)).all()
+
+
+@pytest.mark.parametrize("method", [*CONFIGS, *ONLY_VLLM])
+def test_original_to_packed_to_vllm_omni_and_back(wan, tmp_path, method):
+    diffusers = by_diffusers(wan, tmp_path / "diffusers")
+    packed = quantize(diffusers, tmp_path / "packed", (CONFIGS | ONLY_VLLM)[method])
+    exported = convert(packed, tmp_path / "exported", "vllm-omni")
+    back = convert(exported, tmp_path / "back", "packed")
+    assert contents(back) == contents(packed)
+    for directory in (packed, exported, back):
+        assert inspect_checkpoint(directory).clean
+    reasons = {e.loaders["vLLM-Omni 0.30"] for e in inspect_checkpoint(exported).experts}
+    assert reasons == {None}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_packed_to_sglang_and_back(wan, tmp_path, method):
+    packed = quantize(wan, tmp_path / "packed", CONFIGS[method])
+    exported = convert(packed, tmp_path / "exported", "sglang")
+    back = convert(exported, tmp_path / "back", "packed")
+    assert contents(back) == contents(packed)
+    reasons = {e.loaders["SGLang 0.5.23"] for e in inspect_checkpoint(exported).experts}
+    assert len(reasons) == 1 and (None in reasons) == (method in ("mxfp4", "mxfp8"))
+
+
+@pytest.mark.parametrize("to", ["vllm-omni", "sglang"])
+def test_smoothing_goes_there_and_back(wan, tmp_path, to):
+    plain = quantize(wan, tmp_path / "plain", CONFIGS["kept"])
+    packed = convert(smoothed(plain, tmp_path / "smoothed"), tmp_path / "packed", "packed")
+    exported = convert(packed, tmp_path / "exported", to)
+    back = contents(convert(exported, tmp_path / "back", "packed"))
+    assert back == contents(packed) and any(b"mul_scale" in data for data in back.values())
+    layer = tiny.load(tmp_path / "back" / "transformer").blocks[1].attn1.to_q
+    assert layer.mul_scale.dtype == torch.float32 and not torch.equal(layer.mul_scale, torch.ones_like(layer.mul_scale))
+
+
+@pytest.mark.parametrize("to", ["vllm-omni", "sglang"])
+def test_a_pipeline_takes_everything_else_along(pipeline, tmp_path, to):
+    packed = quantize(pipeline, tmp_path / "packed", CONFIGS["mxfp8"], shard_size=200_000)
+    exported = convert(packed, tmp_path / "exported", to, shard_size=200_000)
+    back = convert(exported, tmp_path / "back", "packed", shard_size=200_000)
+    assert contents(back) == contents(packed)
+    ours = {name for name in contents(packed) if name.startswith("transformer")}
+    assert sum(name.endswith(".index.json") for name in ours) == 2
+    theirs = contents(pipeline)
+    assert {n: d for n, d in contents(exported).items() if n in theirs and not n.startswith("transformer")} == {
+        n: d for n, d in theirs.items() if not n.startswith("transformer")
+    }
+
+
+@pytest.mark.parametrize("to", ["vllm-omni", "sglang"])
+def test_an_expert_that_was_left_float_stays_so(wan, tmp_path, to):
+    packed = quantize(wan, tmp_path / "packed", CONFIGS["mxfp4"], {"transformer_2": None})
+    exported = convert(packed, tmp_path / "exported", to)
+    assert contents(convert(exported, tmp_path / "back", "packed")) == contents(packed)
+    assert "quantization_config" not in json.loads((exported / "transformer_2" / "config.json").read_text())
+
+
+def test_patterns_become_the_layers_they_name(wan, tmp_path):
+    config = {"quant_method": "mxfp4", "w4a8_fallback_layers": ["blocks.*.ffn.*"]}
+    packed = quantize(wan, tmp_path / "packed", config)
+    exported = convert(packed, tmp_path / "exported", "vllm-omni")
+    stated = json.loads((exported / "transformer" / "config.json").read_text())["quantization_config"]
+    assert stated["w4a8_fallback_layers"] == [
+        f"blocks.{block}.{name}" for block in (0, 1) for name in ("ffn.net_0.proj", "ffn.net_2")
+    ]
+    back = convert(exported, tmp_path / "back", "packed")
+    before, after = (activations(tiny.load(directory / "transformer")) for directory in (packed, back))
+    assert before == after and set(before.values()) == {"mxfp4", "mxfp8"}
+
+
+@pytest.mark.parametrize(
+    ("config", "to", "what"),
+    [
+        ({"quant_method": "mxfp4", "activation": "bf16"}, "vllm-omni", "activation 'bf16'"),
+        ({"quant_method": "mxfp4_dualscale", "activation": "bf16"}, "vllm-omni", "activation 'bf16'"),
+        ({"quant_method": "mxfp4", "mxfp4_scale_alg": 0, "activation": "bf16"}, "sglang", "activation"),
+        ({"quant_method": "mxfp4", "mxfp4_scale_alg": 2}, "sglang", "mxfp4_scale_alg 2"),
+    ],
+)
+def test_what_a_layout_cannot_say_is_named_before_it_is_lost(wan, tmp_path, config, to, what):
+    packed = quantize(wan, tmp_path / "packed", config)
+    with pytest.raises(InputError, match=f"{what}.*--allow-loss"):
+        convert(packed, tmp_path / "exported", to)
+    assert not (tmp_path / "exported").exists()
+    exported = convert(packed, tmp_path / "exported", to, allow_loss=True)
+    assert inspect_checkpoint(exported).clean
+
+
+def test_a_float_checkpoint_is_no_source_of_a_conversion(wan, tmp_path):
+    with pytest.raises(CheckpointError, match="not quantized"):
+        convert(wan, tmp_path / "out", "vllm-omni")
