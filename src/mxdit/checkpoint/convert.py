@@ -138,7 +138,7 @@ class CheckpointPlan:
         try:
             stats = [(str(path), s.st_size, s.st_mtime_ns) for path in read for s in (path.stat(),)]
         except OSError as error:
-            raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None
+            raise CheckpointError("the file cannot be read", where=str(error.filename), got=error.strerror) from None
         return json.dumps([self.to_dict(), __version__, stats], sort_keys=True, default=str)
 
 
@@ -331,7 +331,7 @@ def _rest(source: Source) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]
         return {}, {}
     carried: dict[str, Path] = {}
     seen = {source.path.resolve()}  # a folder may be a link, as a hub's cache has them, and a link may lead in circles
-    for folder, folders, files in os.walk(source.path, followlinks=True):
+    for folder, folders, files in os.walk(source.path, onerror=_unreadable, followlinks=True):
         inside = Path(folder).relative_to(source.path)
         inner = {name: (Path(folder) / name).resolve() for name in sorted(folders) if not name.startswith(".")}
         folders[:] = [n for n, real in inner.items() if real not in seen and str(inside / n) not in source.experts]
@@ -344,6 +344,10 @@ def _rest(source: Source) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]
                 raise CheckpointError("not a file, or a link to none", where=str(path), hint="Fetch the model again.")
             carried[str(inside / file)] = path
     return carried, {INDEX: read_json(source.path / INDEX)}
+
+
+def _unreadable(error: OSError) -> None:
+    raise CheckpointError("the folder cannot be read", where=str(error.filename), got=error.strerror) from None
 
 
 def _counts(methods: Mapping[str, str | None]) -> dict[str, int]:

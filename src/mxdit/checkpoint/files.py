@@ -47,9 +47,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_JSON = (
-    1 << 24
-)  # bytes of a header or a JSON file: 100000 tensors' worth. What JSON makes in memory is bounded so, too.
+# Bytes of a header or a JSON file: 30000 tensors' worth. Parsing takes some 25 times as much memory, which is bounded so.
+MAX_JSON = 1 << 22
 MAX_NAME = 512  # characters; the names of one model's tensors are well below 100
 _REPR = reprlib.Repr()
 _REPR.maxstring = 120
