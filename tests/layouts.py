@@ -1,0 +1,73 @@
+"""One tiny expert in every layout that holds one, and how to break it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch as library
+import torch
+from torch import Tensor
+
+import original
+import tiny
+from mxdit import cli
+from mxdit.checkpoint import convert_checkpoint, quantize_checkpoint
+
+Tensors = dict[str, Tensor]
+Config = dict[str, Any]
+Q, K, V = (f"blocks.0.attn1.to_{x}" for x in "qkv")
+OUT, UP, DOWN = "blocks.0.attn1.to_out.0", "blocks.1.ffn.net.0.proj", "blocks.1.ffn.net.2"
+
+
+def experts(root: Path) -> dict[str, Path]:
+    """The expert in every layout, by name. Dual-scale is smoothed, and its first block's output stays float."""
+    tiny.transformer().bfloat16().save_pretrained(root / "float")
+    original.save(root / "wan")
+    shutil.move(root / "wan" / "high_noise_model", root / "original")
+    dual = {"quant_method": "mxfp4_dualscale", "ignored_layers": [OUT]}
+    single = {"quant_method": "mxfp4", "mxfp4_scale_alg": 0}
+    for name, config in {"dual": dual, "mxfp4": single, "mxfp8": "mxfp8"}.items():
+        quantize_checkpoint(root / "float", root / name, config).write()
+    change(root / "dual", smooth)
+    for name in ("dual", "mxfp4", "mxfp8"):
+        for to in ("vllm-omni", "sglang"):
+            convert_checkpoint(root / name, root / f"{name} {to}", to).write()
+    return {path.name: path for path in root.iterdir()}
+
+
+def smooth(tensors: Tensors) -> None:
+    """Give every dual-scale layer factors."""
+    for name in [name for name in tensors if name.endswith(".weight_dual_scale")]:
+        path = name.removesuffix(".weight_dual_scale")
+        factors = torch.linspace(0.5, 2, 2 * tensors[f"{path}.weight"].shape[1]).bfloat16().float()
+        tensors[f"{path}.mul_scale"] = factors
+
+
+def change(folder: Path, edit: Callable[[Tensors], Any]) -> None:
+    """Edit the tensors of a folder's one file."""
+    file = next(folder.glob("*.safetensors"))
+    tensors = library.load_file(file)
+    edit(tensors)
+    library.save_file(tensors, file, {"format": "pt"})
+
+
+def change_json(file: Path, edit: Callable[[Config], Any]) -> None:
+    """Edit a JSON file."""
+    value = json.loads(file.read_text())
+    edit(value)
+    file.write_text(json.dumps(value))
+
+
+def inspect(monkeypatch: Any, capsys: Any, *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `mxdit inspect ARGS`."""
+    monkeypatch.setattr(sys, "argv", ["mxdit", "inspect", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
