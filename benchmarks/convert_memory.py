@@ -2,7 +2,7 @@
 
 Makes transformers with the layer shapes of Wan2.2-A14B (d=5120, f=13824) of 4 and of 12 blocks in sharded BF16, and runs each
 command in a fresh process that samples its RssAnon (memory that no file backs). Beside each stands a plain copy of the same
-bytes, files synced, in the same run. Rates are in bytes of the source.
+bytes, files synced, in the same run. Rates are in bytes of the source. The conversions are of the last method.
 
     python benchmarks/convert_memory.py [--blocks 4 12] [--dim 5120] [--ffn 13824] [--shard 2147483648]
                                         [--methods mxfp4 ...] [--threads N] [--json FILE] [--scratch DIR]
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from load_memory import MIB, Sampler, status
 
-METHODS = ("mxfp4", "mxfp4_dualscale", "mxfp8")
+METHODS = ("mxfp8", "mxfp4", "mxfp4_dualscale")
 COLUMNS = (
     "command",
     "blocks",
