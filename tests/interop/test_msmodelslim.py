@@ -16,7 +16,8 @@ import original
 import peers
 import tiny
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint
-from mxdit.checkpoint.experts import Expert, read_expert
+from mxdit.checkpoint.canonical import read_expert
+from mxdit.checkpoint.experts import Expert
 from mxdit.checkpoint.sources import open_source
 from mxdit.errors import CheckpointError, InputError
 

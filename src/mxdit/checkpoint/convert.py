@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdit.checkpoint.experts import FLOATS, Expert, read_expert, skeleton_of
+from mxdit.checkpoint.canonical import FLOATS, read_expert, skeleton_of
+from mxdit.checkpoint.experts import Expert
 from mxdit.checkpoint.files import TensorInfo, read_json
 from mxdit.checkpoint.sglang import to_sglang
 from mxdit.checkpoint.sources import CONFIG, INDEX, Source, open_both, open_source
