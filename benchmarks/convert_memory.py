@@ -63,11 +63,9 @@ def main() -> int:
     print(table(rows, args.shard + (1 << 30)))
     steady = True
     for command in dict.fromkeys(row["command"] for row in rows[1:] if row["command"] != "copy"):
-        small, large = (row["over"] for row in rows if row["command"] == command)
+        small, large = (row["peak"] for row in rows if row["command"] == command)
         steady &= abs(large - small) <= 0.1 * max(large, small)
-        print(
-            f"{command}: peak over idle of {args.blocks[1]} blocks is {large / small:.3f} of {args.blocks[0]} blocks'"
-        )
+        print(f"{command}: the peak of {args.blocks[1]} blocks is {large / small:.3f} of {args.blocks[0]} blocks'")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0 if steady and all(row["peak"] <= args.shard + (1 << 30) for row in rows) else 1
