@@ -6,7 +6,6 @@ functions, so that the command line can refuse bad input at once.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.integrations import pipeline_config
@@ -107,7 +107,7 @@ def open_model(path: Path) -> ModelDirectory:
             got="no model_index.json",
             expected="the directory that holds model_index.json, transformer/, vae/, ...",
         )
-    index = _read_json(path / "model_index.json")
+    index = read_json(path / "model_index.json")
     task = TASKS.get(str(index.get("_class_name")))
     if task is None:
         raise InputError(
@@ -119,7 +119,7 @@ def open_model(path: Path) -> ModelDirectory:
     present = [name for name in COMPONENTS if (index.get(name) or [None])[0] is not None]
     if not present:
         raise CheckpointError("the pipeline names no transformer", where=str(path / "model_index.json"))
-    experts = {name: _read_json(path / name / "config.json") for name in present}
+    experts = {name: read_json(path / name / "config.json") for name in present}
     for name, config in experts.items():
         lacking = [key for key in NEEDED if key not in config]
         if lacking:
@@ -129,7 +129,7 @@ def open_model(path: Path) -> ModelDirectory:
                 expected=", ".join(lacking),
                 hint="Download or convert the model again.",
             )
-    vae = _read_json(path / "vae" / "config.json")
+    vae = read_json(path / "vae" / "config.json")
     stride = (int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8))
     # TI2V: one set of weights, whose first latent frame may be given.
     tasks = (task, *(t for t in PIPELINES if t != task)) if index.get("expand_timesteps") else (task,)
@@ -280,17 +280,3 @@ def summary(report: QuantReport) -> str:
     if report.kept:
         parts.append(f"{len(report.kept)} linears unquantized")
     return f"{', '.join(parts)}; {report.bytes_after / 2**20:.1f} MiB of linears"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            "a file is missing", where=str(path), hint="Download or convert the model again."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError("the file cannot be read", where=str(path), got=str(error)) from None
-    if not isinstance(value, dict):
-        raise CheckpointError("the file holds no JSON object", where=str(path), got=type(value).__name__)
-    return value

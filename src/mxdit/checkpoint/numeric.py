@@ -16,7 +16,7 @@ from mxdit.errors import CheckpointError
 from mxdit.formats import E2M1
 
 OFF_GRID = 0xFF
-_CHUNK = 1 << 18  # elements at once: the lookup's indices are eight bytes each, and larger scratch stays in the heap
+_CHUNK = 1 << 18  # elements at once: the lookup's indices are eight bytes each
 
 
 def pack(values: Tensor, where: str) -> Tensor:

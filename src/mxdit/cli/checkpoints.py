@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from mxdit.cli.console import app, dtype_of, err, need, out, read_config, say, tell
+from mxdit.cli.console import FallbackBlocks, IgnoredLayers, app, dtype_of, err, need, out, read_config, say, tell
 from mxdit.errors import InputError
 
 RULES = {"ocp": 0, "uos": 2}
@@ -30,13 +30,8 @@ def quantize(
     source: Source,
     destination: Destination,
     method: Annotated[str | None, typer.Option(help="mxfp4, mxfp4_dualscale or mxfp8.", metavar="METHOD")] = None,
-    ignored_layers: Annotated[
-        list[str] | None,
-        typer.Option(help="Linear (path or glob) that stays unquantized. May be repeated.", metavar="GLOB"),
-    ] = None,
-    num_bf16_fallback_layers: Annotated[
-        int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")
-    ] = None,
+    ignored_layers: IgnoredLayers = None,
+    num_bf16_fallback_layers: FallbackBlocks = None,
     rule: Annotated[str | None, typer.Option(help="Scale rule of mxfp4: uos (default) or ocp.", metavar="RULE")] = None,
     activation: Annotated[
         str | None, typer.Option(help="Activations the checkpoint asks for: mxfp4, mxfp8 or bf16.", metavar="FORMAT")

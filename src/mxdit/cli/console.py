@@ -29,6 +29,12 @@ tell = partial(err.print, highlight=False, soft_wrap=True, markup=False)
 METHODS = ("none", "mxfp4", "mxfp4_dualscale", "mxfp8")
 DTYPES = ("bf16", "fp16", "fp32")
 
+IgnoredLayers = Annotated[
+    list[str] | None,
+    typer.Option(help="Linear (path or glob) that stays unquantized. May be repeated.", metavar="GLOB"),
+]
+FallbackBlocks = Annotated[int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")]
+
 
 @app.callback()
 def settings(

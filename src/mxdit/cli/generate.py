@@ -11,7 +11,19 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mxdit.cli.console import METHODS, app, dtype_of, err, need, out, read_config, say, tell
+from mxdit.cli.console import (
+    METHODS,
+    FallbackBlocks,
+    IgnoredLayers,
+    app,
+    dtype_of,
+    err,
+    need,
+    out,
+    read_config,
+    say,
+    tell,
+)
 from mxdit.errors import InputError
 from mxdit.version import __version__
 
@@ -31,13 +43,8 @@ def generate(
             help="none, mxfp4, mxfp4_dualscale or mxfp8. Default: as the directory is stored.", metavar="METHOD"
         ),
     ] = None,
-    ignored_layers: Annotated[
-        list[str] | None,
-        typer.Option(help="Linear (path or glob) that stays unquantized. May be repeated.", metavar="GLOB"),
-    ] = None,
-    num_bf16_fallback_layers: Annotated[
-        int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")
-    ] = None,
+    ignored_layers: IgnoredLayers = None,
+    num_bf16_fallback_layers: FallbackBlocks = None,
     activation: Annotated[
         str | None, typer.Option(help="Activations over the same weights: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
     ] = None,
