@@ -249,11 +249,10 @@ class _Reader:
 
     def _dtype(self) -> torch.dtype:
         """The dtype that most float tensors of the model itself have."""
-        found = Counter(
-            t.info.dtype for n, t in self.tensors.items() if t.info.dtype in FLOATS and not n.endswith(SCALES)
-        )
-        half = {dtype: count for dtype, count in found.items() if dtype is not torch.float32}
-        return max(half, key=lambda dtype: half[dtype]) if half else torch.bfloat16  # type: ignore[return-value]
+        half = (torch.bfloat16, torch.float16)
+        dtypes = [t.info.dtype for name, t in self.tensors.items() if not name.endswith(SCALES)]
+        found = Counter(dtype for dtype in dtypes if dtype is not None and dtype in half)
+        return found.most_common(1)[0][0] if found else torch.bfloat16
 
     def _quantized(self, path: str, linear: nn.Linear, row: BlockFormat) -> dict[str, Part]:
         n, k = linear.out_features, linear.in_features
