@@ -1,0 +1,239 @@
+// Products on BF16 units: operands decoded to bf16, which holds every product of an element and a power of two, sums in
+// fp32. Such units flush subnormal numbers, so operands that come near them are declined. A template over the unit, `V`:
+//   kRows, kPanels    rows of activations at once; panels of 32 columns in one task
+//   group<kOuter>     sums over one group of K for some rows and one panel
+// In an unnamed namespace on purpose, see kernels.h.
+#pragma once
+#include <immintrin.h>
+
+#include "encode_avx512.h"
+#include "float_product.h"
+#include "transpose_avx512.h"
+
+namespace mxdit {
+namespace {
+
+constexpr int kPanelColumns = 32;
+// A group of activations has to have something of at least 2^-40 in it, or be all zeros, and a block of weights a scale of
+// at least that: what the unit flushes, below 2^-126, is then far below the last bit of any sum.
+constexpr int kLeastByte = 87;
+constexpr int kMostByte = 244;
+
+// One (row, group of K) of the activations; padded, so that the rows of a tile do not fall on the same cache sets.
+struct alignas(64) Bf16Group {
+  uint16_t v[kGroup];
+  uint16_t padding[32];
+};
+
+// fp32 numbers that bf16 holds.
+inline void store_bf16(const float* v, uint16_t* out) {
+  for (int i = 0; i < kBlock; i++) out[i] = static_cast<uint16_t>(bits_of(v[i]) >> 16);
+}
+
+// The 128 E4M3 magnitudes as bf16. Made by the compiler: what starts with the library must run on every CPU.
+struct Fp8Table {
+  alignas(64) uint16_t bf16[128];
+  constexpr Fp8Table() : bf16() {
+    for (int code = 0; code < 128; code++) {
+      const int field = code >> 3, fraction = code & 7;
+      if (field == 0 && fraction != 0) {  // fraction x 2^-9
+        const int top = fraction >= 4 ? 2 : fraction >= 2 ? 1 : 0;
+        bf16[code] = static_cast<uint16_t>((127 - 9 + top) << 7 | (fraction << (7 - top) & 0x7F));
+      } else {
+        bf16[code] = static_cast<uint16_t>(field == 0 ? 0 : (field + 120) << 7 | fraction << 4);
+      }
+    }
+    bf16[127] = 0x7FC0;
+  }
+};
+
+constexpr Fp8Table fp8_table;
+
+// 2^(byte-127) times 32 bf16 numbers, by their exponents. The byte must leave them normal.
+inline __m512i scaled_bf16(__m512i value, __m512i shift) {
+  return _mm512_mask_add_epi16(value, _mm512_test_epi16_mask(value, _mm512_set1_epi16(0x7FFF)), value, shift);
+}
+
+// The bf16 numbers of 32 E2M1 codes, in the lowest bits of their lanes.
+inline __m512i bf16_of_fp4(__m512i codes) {
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, -0x8000,
+                                                                 -0x4100, -0x4080, -0x4040, -0x4000, -0x3FC0, -0x3F80, -0x3F40));
+  return _mm512_permutexvar_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(15)), table);
+}
+
+// The bf16 numbers of 32 E4M3 codes, one a lane.
+inline __m512i bf16_of_fp8(__m512i codes) {
+  const __m512i* t = reinterpret_cast<const __m512i*>(fp8_table.bf16);
+  const __m512i low = _mm512_permutex2var_epi16(t[0], codes, t[1]), high = _mm512_permutex2var_epi16(t[2], codes, t[3]);
+  const __m512i value = _mm512_mask_mov_epi16(low, _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40)), high);
+  return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8));
+}
+
+// One full block of packed activations as bf16.
+inline void bf16_block(const uint8_t* codes, int format, uint8_t byte, uint16_t* out) {
+  __m512i value;
+  bool nan = false;
+  if (format == MX_FP4) {
+    const __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    value = bf16_of_fp4(_mm512_or_si512(two, _mm512_slli_epi32(two, 12)));
+  } else {
+    const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m256i magnitude = _mm256_and_si256(one, _mm256_set1_epi8(0x7F));
+    nan = _mm256_movemask_epi8(_mm256_cmpeq_epi8(magnitude, _mm256_set1_epi8(0x7F)));
+    value = bf16_of_fp8(_mm512_cvtepu8_epi16(one));
+  }
+  if (nan || byte < kLeastByte || byte > kMostByte) {
+    float block[kBlock];
+    decode_block(codes, kBlock, format, byte, block);
+    return store_bf16(block, out);
+  }
+  _mm512_store_si512(out, scaled_bf16(value, _mm512_set1_epi16(static_cast<int16_t>((byte - 127) * 128))));
+}
+
+template <class V>
+bool bf16_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first, int64_t last, uint8_t* a, uint8_t* scratch) {
+  Bf16Group* out = reinterpret_cast<Bf16Group*>(a);
+  float* outer = reinterpret_cast<float*>(out + groups_of(job.k) * held);
+  for (int64_t m = first; m < last; m++) {
+    PackedRow row = {};
+    if (job.a_format != MX_FLOAT) row = packed_row(job, base + m, encode_avx512, scratch);
+    for (int64_t g = 0; g < groups_of(job.k); g++) {
+      uint16_t* v = out[g * held + m].v;
+      const int length = group_length(job, g);
+      if (!row.codes && !job.mul_scale) {
+        const Bf16* x = static_cast<const Bf16*>(job.x) + (base + m) * job.x_stride + g * kGroup;
+        memcpy(v, x, static_cast<size_t>(length) * 2);
+        memset(v + length, 0, static_cast<size_t>(-length & (kBlock - 1)) * 2);
+      } else {
+        for (int k = 0; k < length; k += kBlock) {
+          if (row.codes && length - k >= kBlock) {
+            const int64_t at = g * kGroup + k;
+            bf16_block(row.codes + code_bytes(job.a_format, at), job.a_format, row.scale[at / kBlock], v + k);
+            continue;
+          }
+          float block[kBlock] = {};
+          activations(job, base + m, row, g * kGroup + k, min_of(kBlock, length - k), block);
+          store_bf16(block, v + k);
+        }
+      }
+      uint16_t top = 0;
+      for (int64_t k = 0; k < blocks_of(length) * kBlock; k++) {
+        const uint16_t magnitude = v[k] & 0x7FFFu;
+        top = magnitude > top ? magnitude : top;
+      }
+      if (top != 0 && top < kLeastByte << 7) return false;
+      if (job.w_outer) outer[g * held + m] = row.outer ? row.outer[g] : 1.0f;
+    }
+  }
+  return true;
+}
+
+// A block of weights as bf16, pairs of neighbours in K side by side, the pair's columns after one another. False when the
+// block holds what the unit cannot take.
+inline bool bf16_weights(const WeightPanel& panel, int64_t block, uint16_t* out) {
+  const __m512i nothing = _mm512_setzero_si512();
+  for (int half = 0; half < 2; half++) {
+    alignas(64) int32_t bytes[16];
+    for (int n = 0; n < 16; n++) bytes[n] = panel.scale[half * 16 + n][block];
+    const __m512i byte = _mm512_load_si512(bytes);
+    // What multiplying by the scale adds to the bits of a bf16 number, in both halves of a lane.
+    const __m512i shift = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_or_si512(byte, _mm512_slli_epi32(byte, 16)), _mm512_set1_epi16(127)), 7);
+    __m512i any = nothing;
+    __mmask64 nan = 0;
+    uint16_t* at = out + half * 32;
+    const auto store = [&](__m512i value) {
+      _mm512_store_si512(at, scaled_bf16(value, shift));
+      at += 2 * kPanelColumns;
+    };
+    __m512i dwords[4];
+    if (panel.format == MX_FP4) {
+      transpose_rows(panel.codes + half * 16, block * 16, panel.block_codes(block), dwords);
+      for (int j = 0; j < 4; j++) {
+        any = _mm512_or_si512(any, _mm512_and_si512(dwords[j], _mm512_set1_epi8(0x77)));
+        for (int i = 0; i < 4; i++) {
+          const __m512i two = _mm512_srli_epi32(dwords[j], 8 * i);  // in the lowest byte of a lane
+          const __m512i pair = _mm512_mask_mov_epi16(two, 0xAAAAAAAAu, _mm512_slli_epi32(two, 12));
+          store(bf16_of_fp4(pair));
+        }
+      }
+    } else {
+      for (int part = 0; part < 2; part++) {
+        const int bytes_left = panel.block_codes(block) - part * 16;
+        transpose_rows(panel.codes + half * 16, block * 32 + part * 16, bytes_left < 0 ? 0 : min_of(bytes_left, 16), dwords);
+        for (int j = 0; j < 4; j++) {
+          const __m512i magnitudes = _mm512_and_si512(dwords[j], _mm512_set1_epi8(0x7F));
+          any = _mm512_or_si512(any, magnitudes);
+          nan |= _mm512_cmpeq_epi8_mask(magnitudes, _mm512_set1_epi8(0x7F));
+          for (int i = 0; i < 2; i++) {
+            const __m512i two = _mm512_srli_epi32(dwords[j], 16 * i);  // in the two lowest bytes of a lane
+            const __m512i pair = _mm512_mask_mov_epi16(two, 0xAAAAAAAAu, _mm512_slli_epi32(two, 8));
+            store(bf16_of_fp8(_mm512_and_si512(pair, _mm512_set1_epi16(0xFF))));
+          }
+        }
+      }
+    }
+    const __mmask16 small = _mm512_cmplt_epi32_mask(byte, _mm512_set1_epi32(kLeastByte));
+    const __mmask16 large = _mm512_cmpgt_epi32_mask(byte, _mm512_set1_epi32(kMostByte));
+    if (nan | large | (small & _mm512_test_epi32_mask(any, any))) return false;
+  }
+  return true;
+}
+
+template <class V>
+bool bf16_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_t* a, int64_t m0, int64_t m1, int64_t n0,
+                   int64_t n1, uint8_t* scratch) {
+  constexpr int64_t panel_size = kGroup * kPanelColumns;
+  uint16_t* w = reinterpret_cast<uint16_t*>(scratch);
+  float* w_outer = reinterpret_cast<float*>(w + V::kPanels * panel_size);
+  float* sums = w_outer + kPanelColumns;  // (panels, rows, columns of a panel)
+  const Bf16Group* groups = reinterpret_cast<const Bf16Group*>(a);
+  const float* a_outer = reinterpret_cast<const float*>(groups + groups_of(job.k) * held);
+  const int64_t rows = m1 - m0, panels = (n1 - n0 + kPanelColumns - 1) / kPanelColumns;
+  const auto columns_end = [&](int64_t p) { return min_of(n0 + (p + 1) * kPanelColumns, n1); };
+  for (int64_t p = 0; p < panels; p++)
+    start_sums(job, sums + p * rows * kPanelColumns, rows, kPanelColumns, n0 + p * kPanelColumns, columns_end(p));
+  for (int64_t g = 0; g < groups_of(job.k); g++) {
+    const int blocks = static_cast<int>(blocks_of(group_length(job, g)));
+    for (int64_t p = 0; p < panels; p++) {
+      const WeightPanel panel(job, n0 + p * kPanelColumns, kPanelColumns);
+      const NextPanel next(job, n0 + (p + 1) * kPanelColumns, kPanelColumns);
+      for (int b = 0; b < blocks; b++) {
+        next.prefetch(g * kGroupBlocks + b);
+        if (!bf16_weights(panel, g * kGroupBlocks + b, w + p * panel_size + b * kBlock * kPanelColumns)) return false;
+      }
+    }
+    const Bf16Group* group = groups + g * held + m0;
+    for (int64_t m = 0; m < rows; m += V::kRows)
+      for (int64_t p = 0; p < panels; p++) {
+        const int count = static_cast<int>(min_of<int64_t>(V::kRows, rows - m));
+        float* at = sums + (p * rows + m) * kPanelColumns;
+        if (job.w_outer) {
+          outer_column(job, g, n0 + p * kPanelColumns, kPanelColumns, w_outer);
+          V::template group<true>(group + m, count, blocks, w + p * panel_size, a_outer + g * held + m0 + m, w_outer, at);
+        } else {
+          V::template group<false>(group + m, count, blocks, w + p * panel_size, nullptr, nullptr, at);
+        }
+      }
+  }
+  for (int64_t p = 0; p < panels; p++)
+    store_sums(job, sums + p * rows * kPanelColumns, kPanelColumns, base + m0, base + m1, n0 + p * kPanelColumns, columns_end(p));
+  return true;
+}
+
+template <class V>
+Product bf16_product(const MxLinear& job) {
+  const int64_t outer = job.w_outer ? 4 : 0;
+  return {static_cast<int64_t>(sizeof(Bf16Group)) + outer,
+          V::kPanels * kPanelColumns,
+          V::kTaskRows,
+          job.a_format == MX_FLOAT ? 0 : packed_row_bytes(job),
+          V::kPanels * kGroup * kPanelColumns * 2 + (1 + V::kPanels * V::kTaskRows) * kPanelColumns * 4,
+          bf16_prepare<V>,
+          bf16_multiply<V>};
+}
+
+// Whether bf16 holds the activations of this job.
+inline bool bf16_activations(const MxLinear& job) { return job.a_format != MX_FLOAT || job.x_dtype == MX_BF16; }
+
+}  // namespace
+}  // namespace mxdit

@@ -1,0 +1,164 @@
+// The entry points: choose a path, cut a job into pieces, give the pieces to threads.
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace mxdit {
+namespace {
+
+constexpr int64_t kHeldBytes = 32 << 20;  // of prepared activations at once
+constexpr int64_t kThreadProducts = 1 << 20;  // that are worth waking a thread for
+constexpr int64_t kThreadNumbers = 1 << 15;   // to encode or decode, likewise
+
+const std::vector<Path>& paths() {
+  static const std::vector<Path> usable = [] {
+    std::vector<Path> found;
+#ifdef MXDIT_HAS_AMX
+    if (cpu_runs_amx()) found.push_back(amx_path());
+#endif
+#ifdef MXDIT_HAS_AVX512BF16
+    if (cpu_runs_avx512bf16()) found.push_back(avx512bf16_path());
+#endif
+#ifdef MXDIT_HAS_AVX512VNNI
+    if (cpu_runs_avx512vnni()) found.push_back(avx512vnni_path());
+#endif
+#ifdef MXDIT_HAS_AVX2
+    if (cpu_runs_avx2()) found.push_back(avx2_path());
+#endif
+#ifdef MXDIT_HAS_NEON
+    if (cpu_runs_neon()) found.push_back(neon_path());
+#endif
+    found.push_back(scalar_path());
+    return found;
+  }();
+  return usable;
+}
+
+std::atomic<const Path*> selected{nullptr};
+
+const Path& path() {
+  const Path* chosen = selected;
+  return chosen ? *chosen : paths().front();
+}
+
+struct Free {
+  void operator()(uint8_t* p) const { free(p); }
+};
+using Memory = std::unique_ptr<uint8_t, Free>;
+
+Memory allocate(int64_t bytes) {
+  return Memory(static_cast<uint8_t*>(aligned_alloc(64, static_cast<size_t>((bytes + 64) / 64 * 64))));
+}
+
+int useful_threads(int threads, int64_t work, int64_t worth) {
+  return static_cast<int>(std::clamp<int64_t>(work / worth, 1, std::max(threads, 1)));
+}
+
+// Calls body(first, last) for ranges that cover [0, count), on several threads.
+template <class F>
+void over_ranges(int threads, int64_t count, F body) {
+  const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, count / (threads * 4)));
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&] {
+    for (int64_t first = next.fetch_add(step); first < count; first = next.fetch_add(step))
+      body(first, std::min(first + step, count));
+  });
+}
+
+enum class Outcome { done, declined, no_memory };
+
+Outcome multiply(const MxLinear& job, const Product& product, int threads) {
+  const int64_t groups = (job.k + kGroup - 1) / kGroup;
+  const int64_t held = std::clamp<int64_t>(kHeldBytes / (groups * product.a_row_bytes), std::min<int64_t>(job.m, 64), job.m);
+  const Memory a = allocate(groups * held * product.a_row_bytes);
+  const int64_t scratch_bytes = (std::max(product.prepare_bytes, product.multiply_bytes) + 127) / 64 * 64;
+  const Memory scratch = allocate(scratch_bytes * threads);
+  if (!a || !scratch) return Outcome::no_memory;
+  std::atomic<bool> declined{false};
+  const int64_t column_tasks = (job.n + product.columns - 1) / product.columns;
+  for (int64_t base = 0; base < job.m && !declined; base += held) {
+    const int64_t rows = std::min(held, job.m - base);
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+    const int64_t step = std::clamp<int64_t>(rows / (threads * 4), 1, 64);
+    parallel(threads, [&] {
+      uint8_t* own = scratch.get() + scratch_bytes * workers++;
+      for (int64_t m = next.fetch_add(step); m < rows && !declined; m = next.fetch_add(step))
+        if (!product.prepare(job, base, rows, m, std::min(m + step, rows), a.get(), own)) declined = true;
+    });
+    const int64_t row_tasks = (rows + product.rows - 1) / product.rows, tasks = row_tasks * column_tasks;
+    const int64_t run = std::clamp<int64_t>(tasks / (threads * 8), 1, 16);  // neighbours, so that one prefetches for the next
+    next = 0, workers = 0;
+    parallel(threads, [&] {
+      uint8_t* own = scratch.get() + scratch_bytes * workers++;
+      for (int64_t first = next.fetch_add(run); first < tasks; first = next.fetch_add(run))
+        for (int64_t task = first; task < std::min(first + run, tasks) && !declined; task++) {
+          const int64_t n = task / row_tasks * product.columns, m = task % row_tasks * product.rows;
+          if (!product.multiply(job, base, rows, a.get(), m, std::min(m + product.rows, rows), n,
+                                std::min(n + product.columns, job.n), own))
+            declined = true;
+        }
+    });
+  }
+  return declined ? Outcome::declined : Outcome::done;
+}
+
+}  // namespace
+}  // namespace mxdit
+
+using namespace mxdit;
+
+const char* mx_paths(void) {
+  static const std::string names = [] {
+    std::string joined;
+    for (const Path& each : paths()) joined.append(joined.empty() ? "" : " ").append(each.name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+int mx_select(const char* name) {
+  if (!name) {
+    selected = nullptr;
+    return 0;
+  }
+  for (const Path& each : paths())
+    if (strcmp(each.name, name) == 0) {
+      selected = &each;
+      return 0;
+    }
+  return -1;
+}
+
+const char* mx_selected(void) { return path().name; }
+
+int mx_encode(const MxEncode* job, int threads) {
+  const auto encode = path().encode;
+  over_ranges(useful_threads(threads, job->rows * job->k, kThreadNumbers), job->rows,
+              [&](int64_t first, int64_t last) { encode(*job, first, last); });
+  return 0;
+}
+
+int mx_decode(const MxDecode* job, int threads) {
+  const auto decode = path().decode;
+  over_ranges(useful_threads(threads, job->rows * job->k, kThreadNumbers), job->rows,
+              [&](int64_t first, int64_t last) { decode(*job, first, last); });
+  return 0;
+}
+
+int mx_linear(const MxLinear* job, int threads) {
+  if (job->m == 0 || job->n == 0) return 0;
+  const int workers = useful_threads(threads, job->m * job->n * job->k, kThreadProducts);
+  Outcome outcome = multiply(*job, path().fast(*job), workers);
+  if (outcome == Outcome::declined) outcome = multiply(*job, path().general(*job), workers);
+  return outcome == Outcome::done ? 0 : -1;
+}

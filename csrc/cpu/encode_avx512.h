@@ -1,0 +1,182 @@
+// Encoding with AVX-512: bf16 to the nearest E2M1, single or dual level, a block of 32 numbers in one register, and to E4M3.
+// Everything else takes the plain loops of numerics.h. In an unnamed namespace on purpose, see kernels.h.
+#pragma once
+#include <immintrin.h>
+
+#include "numerics.h"
+
+namespace mxdit {
+namespace {
+
+inline uint32_t largest_magnitude_bf16(__m512i x) {
+  const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7FFF));
+  const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(magnitude), _mm512_extracti64x4_epi64(magnitude, 1));
+  const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i inverted = _mm_xor_si128(eight, _mm_set1_epi16(-1));
+  return 0xFFFFu ^ (static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(inverted))) & 0xFFFFu);
+}
+
+// E2M1 codes, two a byte, of 32 bf16 numbers divided by 2^(byte-127). The numbers' bits minus those of the scale are three
+// binades (384) plus what is above 1.0; below 3, byte would leave no room for that.
+inline __m128i nearest_e2m1(__m512i x, int byte) {
+  const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7FFF)), one = _mm512_set1_epi16(1);
+  const __m512i w = _mm512_subs_epu16(magnitude, _mm512_set1_epi16(static_cast<int16_t>((byte - 3) << 7)));
+  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi16(w, 6), one);
+  const __m512i rounded = _mm512_srli_epi16(_mm512_add_epi16(_mm512_add_epi16(w, _mm512_set1_epi16(31)), lsb), 6);
+  const __m512i normal = _mm512_min_epu16(_mm512_sub_epi16(rounded, _mm512_set1_epi16(4)), _mm512_set1_epi16(7));
+  const __m512i half = _mm512_maskz_mov_epi16(_mm512_cmpgt_epu16_mask(w, _mm512_set1_epi16(128)), one);  // above 0.25
+  const __m512i below_one = _mm512_mask_mov_epi16(half, _mm512_cmpge_epu16_mask(w, _mm512_set1_epi16(320)),
+                                                  _mm512_set1_epi16(2));  // from 0.75
+  const __m512i code = _mm512_mask_mov_epi16(normal, _mm512_cmplt_epu16_mask(w, _mm512_set1_epi16(384)), below_one);
+  const __m512i signed_code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi16(x, 12), _mm512_set1_epi16(8)));
+  return _mm512_cvtepi32_epi8(_mm512_or_si512(signed_code, _mm512_srli_epi32(signed_code, 12)));
+}
+
+// One full block, whose largest magnitude has these bf16 bits.
+inline void encode_block_avx512(__m512i x, uint32_t amax, Scale scale, uint8_t* codes, uint8_t* byte) {
+  __m128i packed;
+  if (scale.reciprocal != 0.0f && amax >= 8u << 7) {
+    packed = nearest_e2m1(x, scale.byte);
+  } else if (scale.reciprocal == 0.0f) {  // zeros with their signs, or, beside an inf or a NaN, without
+    const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(x, 12), _mm512_set1_epi16(scale.byte == 0xFF ? 0 : 8));
+    packed = _mm512_cvtepi32_epi8(_mm512_or_si512(sign, _mm512_srli_epi32(sign, 12)));
+  } else {
+    Bf16 bits[kBlock];
+    float v[kBlock];
+    _mm512_storeu_si512(bits, x);
+    for (int i = 0; i < kBlock; i++) v[i] = widen(bits[i]);
+    store_codes(v, kBlock, scale, MX_FP4, MX_RINT, true, codes);
+    *byte = scale.byte;
+    return;
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), packed);
+  *byte = scale.byte;
+}
+
+template <int kRule>
+inline void encode_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale) {
+  int64_t b = 0;
+  for (; (b + 1) * kBlock <= job.k; b++) {
+    const __m512i block = _mm512_loadu_si512(x + b * kBlock);
+    const uint32_t amax = largest_magnitude_bf16(block);
+    encode_block_avx512(block, amax, single_scale(amax << 16, MX_FP4, kRule, false), codes + b * 16, scale + b);
+  }
+  if (b < blocks_of(job.k))
+    encode_block(x + b * kBlock, nullptr, static_cast<int>(job.k - b * kBlock), MX_FP4, kRule, MX_RINT, codes + b * 16, scale + b);
+}
+
+// fp32 lanes to the nearest bf16, as fp32.
+inline __m512 nearest_bf16(__m512 x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), lsb);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_and_si512(rounded, _mm512_set1_epi32(-0x10000)), nan,
+                                                   _mm512_set1_epi32(0x7FC00000)));
+}
+
+// Sixteen bf16 numbers as fp32, times those of `mul`, if any.
+inline __m512 sixteen(const Bf16* x, const float* mul) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  const __m512 v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  return mul ? nearest_bf16(_mm512_mul_ps(v, _mm512_loadu_ps(mul))) : v;
+}
+
+// A group of n elements, a multiple of 32.
+inline void encode_dual_group_avx512(const Bf16* x, const float* mul, int n, uint8_t* codes, uint8_t* scale, float* outer) {
+  alignas(64) float t[kGroup];
+  __m512i finite_max = _mm512_setzero_si512();
+  for (int i = 0; i < n; i += 16) {
+    const __m512 v = sixteen(x + i, mul ? mul + i : nullptr);
+    _mm512_store_ps(t + i, v);
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+    const __mmask16 finite = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+    finite_max = _mm512_mask_max_epi32(finite_max, finite, finite_max, magnitude);
+  }
+  float l0 = float_of(static_cast<uint32_t>(_mm512_reduce_max_epi32(finite_max))) * float_of(0x3E2AAAABu);
+  if (l0 < 0x1p-126f) l0 = 0.0f;
+  *outer = l0;
+  const auto quotient = [&](const float* p) {
+    const __m512 v = _mm512_load_ps(p);
+    const __mmask16 nonzero = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    return _mm512_castps_si512(nearest_bf16(_mm512_mask_div_ps(v, nonzero, v, _mm512_set1_ps(l0))));
+  };
+  for (int b = 0; b < n / kBlock; b++) {
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(quotient(t + b * kBlock), 16));
+    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(quotient(t + b * kBlock + 16), 16));
+    const __m512i block = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    const uint32_t amax = largest_magnitude_bf16(block);
+    encode_block_avx512(block, amax, level_one_scale(amax << 16), codes + b * 16, scale + b);
+  }
+}
+
+inline void encode_dual_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale, float* outer) {
+  for (int64_t g = 0; g < groups_of(job.k); g++) {
+    const float* mul = job.mul_scale ? job.mul_scale + g * kGroup : nullptr;
+    const int n = static_cast<int>(min_of<int64_t>(kGroup, job.k - g * kGroup));
+    if (n % kBlock == 0)
+      encode_dual_group_avx512(x + g * kGroup, mul, n, codes + g * kGroup / 2, scale + g * kGroupBlocks, outer + g);
+    else
+      encode_dual_group(x + g * kGroup, mul, n, MX_RINT, codes + g * kGroup / 2,
+                        scale + g * kGroupBlocks, outer + g);
+  }
+}
+
+// E4M3 codes of sixteen scaled numbers; as nearest_code<3, -6>.
+inline __m128i nearest_e4m3(__m512 v) {
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i magnitude = _mm512_min_epu32(_mm512_and_si512(u, _mm512_set1_epi32(0x7FFFFFFF)), _mm512_set1_epi32(0x43E00000));
+  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(magnitude, 20), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(magnitude, _mm512_set1_epi32(0x7FFFF)), lsb);
+  const __m512i normal = _mm512_sub_epi32(_mm512_srli_epi32(sum, 20), _mm512_set1_epi32(120 << 3));
+  const __m512 round = _mm512_set1_ps(0x1p14f);
+  const __m512i subnormal = _mm512_sub_epi32(
+      _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(magnitude), round)), _mm512_castps_si512(round));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x3C800000));
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(u, 24), _mm512_set1_epi32(0x80));
+  return _mm512_cvtepi32_epi8(_mm512_or_si512(_mm512_mask_mov_epi32(normal, small, subnormal), sign));
+}
+
+inline void encode_fp8_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale) {
+  int64_t k = 0;
+  for (; k + kBlock <= job.k; k += kBlock) {
+    const float* mul = job.mul_scale ? job.mul_scale + k : nullptr;
+    const __m512 low = sixteen(x + k, mul), high = sixteen(x + k + 16, mul ? mul + 16 : nullptr);
+    const __m512i amax = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low), _mm512_set1_epi32(0x7FFFFFFF)),
+                                          _mm512_and_si512(_mm512_castps_si512(high), _mm512_set1_epi32(0x7FFFFFFF)));
+    const Scale s = single_scale(_mm512_reduce_max_epu32(amax), MX_FP8, job.rule, false);
+    const __m512 reciprocal = _mm512_set1_ps(s.reciprocal);
+    __m128i* out = reinterpret_cast<__m128i*>(codes + k);
+    const __m128i keep = _mm_set1_epi8(s.byte == 0xFF ? 0 : -1);
+    _mm_storeu_si128(out, _mm_and_si128(nearest_e4m3(_mm512_mul_ps(low, reciprocal)), keep));
+    _mm_storeu_si128(out + 1, _mm_and_si128(nearest_e4m3(_mm512_mul_ps(high, reciprocal)), keep));
+    scale[k / kBlock] = s.byte;
+  }
+  if (k < job.k)
+    encode_block(x + k, job.mul_scale ? job.mul_scale + k : nullptr, static_cast<int>(job.k - k), MX_FP8, job.rule, MX_RINT,
+                 codes + k, scale + k / kBlock);
+}
+
+inline void encode_avx512(const MxEncode& job, int64_t first, int64_t last) {
+  const bool here = job.x_dtype == MX_BF16 && job.round == MX_RINT && (job.format == MX_FP8 || job.outer || !job.mul_scale);
+  if (!here) return encode_any(job, first, last);
+  for (int64_t row = first; row < last; row++) {
+    const Bf16* x = static_cast<const Bf16*>(job.x) + row * job.x_stride;
+    uint8_t *codes = job.codes + row * code_bytes(job.format, job.k), *scale = job.scale + row * blocks_of(job.k);
+    if (job.format == MX_FP8)
+      encode_fp8_row_avx512(job, x, codes, scale);
+    else if (job.outer)
+      encode_dual_row_avx512(job, x, codes, scale, job.outer + row * groups_of(job.k));
+    else if (job.rule == MX_OCP)
+      encode_row_avx512<MX_OCP>(job, x, codes, scale);
+    else if (job.rule == MX_UOS)
+      encode_row_avx512<MX_UOS>(job, x, codes, scale);
+    else if (job.rule == MX_EVEN6)
+      encode_row_avx512<MX_EVEN6>(job, x, codes, scale);
+    else
+      encode_row_avx512<MX_EVEN7>(job, x, codes, scale);
+  }
+}
+
+}  // namespace
+}  // namespace mxdit

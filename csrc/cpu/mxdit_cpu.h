@@ -1,0 +1,70 @@
+// The C ABI of mxdit's CPU kernels, and all that src/mxdit/backends/cpu.py knows of them.
+//
+// What is computed is docs/numerics.md; the reference in torch (src/mxdit/codec.py, reference.py) gives the same bits.
+// Matrices are row-major with the last axis contiguous; `stride` counts elements from row to row. Packed operands are in
+// the canonical layout: FP4 codes (rows, K/2) with element 2i in the low nibble, FP8 codes (rows, K), E8M0 scales
+// (rows, ceil(K/32)), outer scales fp32 (rows, ceil(K/512)). Arguments are the caller's to check.
+#pragma once
+#include <stdint.h>
+
+#define MX_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum MxDtype { MX_BF16, MX_FP16, MX_FP32 };
+enum MxFormat { MX_FP4, MX_FP8, MX_FLOAT };  // MX_FLOAT: activations that are not quantized
+enum MxRule { MX_OCP, MX_UOS, MX_EVEN6, MX_EVEN7, MX_CUBLAS };
+enum MxRound { MX_RINT, MX_ROUND, MX_FLOOR };
+
+// How x (rows, k) becomes codes and scales.
+typedef struct {
+  const void* x;          // of x_dtype
+  int64_t rows, k, x_stride;
+  int32_t x_dtype, format, rule, round;
+  const float* mul_scale;  // (k), holding values of x_dtype, or NULL
+  uint8_t* codes;
+  uint8_t* scale;
+  float* outer;  // not NULL: two scale levels
+} MxEncode;
+
+// Packed (rows, k) to values.
+typedef struct {
+  const uint8_t *codes, *scale;
+  const float* outer;  // or NULL
+  int64_t rows, k;
+  int32_t format, out_dtype;
+  void* out;  // (rows, k)
+} MxDecode;
+
+// out (m, n) = activations (m, k) times weights (n, k), transposed, plus bias. The activations come as x, to be encoded
+// as `a_format`, `rule` and mul_scale say (a_format MX_FLOAT: multiplied as they are), or packed, with x NULL.
+typedef struct {
+  int64_t m, n, k, x_stride;
+  const void* x;
+  const float* mul_scale;
+  const uint8_t *a_codes, *a_scale;
+  const float* a_outer;
+  const uint8_t *w_codes, *w_scale;
+  const float* w_outer;  // not NULL: the sum runs over groups of 512, each with its outer scales
+  const float* bias;     // (n) or NULL
+  void* out;
+  int32_t x_dtype, a_format, rule, w_format, out_dtype;
+  int32_t a_dual;  // x is encoded with two scale levels
+} MxLinear;
+
+// Names of the instruction set paths that this CPU runs, best first, separated by blanks.
+MX_API const char* mx_paths(void);
+// Use that path from now on, or, for NULL, the best; 0, or -1 for one that this CPU does not run.
+MX_API int mx_select(const char* path);
+MX_API const char* mx_selected(void);
+
+// 0, or -1 where memory ran out.
+MX_API int mx_encode(const MxEncode* job, int threads);
+MX_API int mx_decode(const MxDecode* job, int threads);
+MX_API int mx_linear(const MxLinear* job, int threads);
+
+#ifdef __cplusplus
+}
+#endif
