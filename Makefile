@@ -10,7 +10,7 @@ PEERS_STAMP := $(PEERS)/.installed
 .PHONY: demo test test-interop lint clean
 .DELETE_ON_ERROR:
 
-$(STAMP): pyproject.toml models/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml models/pyproject.toml constraints.txt $(wildcard csrc/cpu/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[diffusers,video,eval,train,dev]' -e ./models
 	touch $@
