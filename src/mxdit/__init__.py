@@ -1,6 +1,7 @@
 """mxdit: 4-bit microscaling floats for video diffusion transformers, the same numerics on every device."""
 
-from mxdit import ops as ops  # registers torch.ops.mxdit; the alias says that it is meant to be here
+from mxdit import backends as backends  # register torch.ops.mxdit and its kernels; the aliases say that they are
+from mxdit import ops as ops  # meant to be here
 from mxdit.codec import Packed, decode, encode
 from mxdit.config import MXConfig
 from mxdit.errors import (

@@ -54,7 +54,7 @@ def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, T
     return packed.codes, packed.scale
 
 
-def _fake_quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
+def fake_quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
     row = _check_single(fmt)
     check_encode(x, row, rule, round_mode, None, where="mxdit::quantize")
     return _empty_packed(x, row)
@@ -68,7 +68,7 @@ def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple
     return packed.codes, packed.outer, packed.scale
 
 
-def _fake_quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple[Tensor, Tensor, Tensor]:
+def fake_quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple[Tensor, Tensor, Tensor]:
     check_encode(x, _DUAL, _DUAL.default_rule, round_mode, mul_scale, where="mxdit::quantize_dual")
     codes, l1 = _empty_packed(x, _DUAL)
     return codes, x.new_empty((*x.shape[:-1], _DUAL.groups(x.shape[-1])), dtype=torch.float32), l1
@@ -79,7 +79,7 @@ def dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dty
     return decode(Packed(codes, scale, outer, fmt), dtype)
 
 
-def _fake_dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
+def fake_dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     row = block_format(fmt, where="mxdit::dequantize")
     check_packed(codes, scale, outer, row, where="mxdit::dequantize")
     check_float(dtype, where="mxdit::dequantize")
@@ -103,14 +103,14 @@ def matmul(
 
     Formats: mxfp4 x mxfp4, mxfp8 x mxfp8, and mxfp8 activations x mxfp4 weights (never to fp32, section 4.2).
     ``bias`` is (N,) of any float dtype. Arithmetic: `mxdit.reference`."""
-    result = _fake_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+    result = fake_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     left = reference.packed_rows(_flat(a), _flat(a_scale), a_fmt)
     right = reference.packed_rows(w, w_scale, w_fmt)
     reference.matmul(left, right, w.shape[1] * FORMATS[w_fmt].per_byte, _fp32(bias), _flat(result))
     return result
 
 
-def _fake_matmul(
+def fake_matmul(
     a: Tensor,
     a_scale: Tensor,
     w: Tensor,
@@ -141,14 +141,14 @@ def matmul_dual(
 
     ``a_l0`` is (..., ceil(K/512)) and ``w_l0`` (N, ceil(K/512)), fp32; ``bias`` is (N,) of any float dtype.
     Arithmetic: `mxdit.reference`."""
-    result = _fake_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+    result = fake_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     left = reference.packed_rows(_flat(a), _flat(a_l1), _DUAL.name)
     right = reference.packed_rows(w, w_l1, _DUAL.name)
     reference.matmul_groups(left, right, w.shape[1] * 2, _flat(a_l0), w_l0, _fp32(bias), _flat(result))
     return result
 
 
-def _fake_matmul_dual(
+def fake_matmul_dual(
     a: Tensor, w: Tensor, a_l0: Tensor, w_l0: Tensor, a_l1: Tensor, w_l1: Tensor, bias: Tensor | None, out: torch.dtype
 ) -> Tensor:
     where = "mxdit::matmul_dual"
@@ -179,8 +179,8 @@ def linear(
     dtype, and dual-scale activations, which have one rule, do not read it. ``layout`` names the weight's layout; the
     reference reads ``packed`` only.
     """
-    result = _fake_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
-    weight = _weight_format(w_dual, scheme)
+    result = fake_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
+    weight = weight_format(w_dual, scheme)
     activation = SCHEMES[scheme].weights[weight.name]
     if w_dual is not None and activation == weight.name:
         codes, l0, l1 = torch.ops.mxdit.quantize_dual(x, mul_scale, "rint")
@@ -202,7 +202,7 @@ def linear(
     return result
 
 
-def _fake_linear(
+def fake_linear(
     x: Tensor,
     w: Tensor,
     w_scale: Tensor,
@@ -222,7 +222,7 @@ def _fake_linear(
             expected="'packed'",
             hint="Load the weight in its canonical layout.",
         )
-    weight = _weight_format(w_dual, scheme)
+    weight = weight_format(w_dual, scheme)
     activation = SCHEMES[scheme].weights[weight.name]
     if mul_scale is not None:
         check_mul_scale(mul_scale, x.shape[-1], weight, where=where)
@@ -244,7 +244,7 @@ def _check_single(fmt: str) -> BlockFormat:
     return row
 
 
-def _weight_format(w_dual: Tensor | None, scheme: str) -> BlockFormat:
+def weight_format(w_dual: Tensor | None, scheme: str) -> BlockFormat:
     """The format of a weight that this scheme multiplies: an outer scale makes it dual."""
     if scheme not in SCHEMES:
         raise FormatError("unknown scheme", where="mxdit::linear", got=repr(scheme), expected=" or ".join(SCHEMES))
@@ -275,12 +275,12 @@ def _fp32(bias: Tensor | None) -> Tensor | None:
 
 def _register() -> None:
     implementations = {
-        "quantize": (quantize, _fake_quantize),
-        "quantize_dual": (quantize_dual, _fake_quantize_dual),
-        "dequantize": (dequantize, _fake_dequantize),
-        "matmul": (matmul, _fake_matmul),
-        "matmul_dual": (matmul_dual, _fake_matmul_dual),
-        "linear": (linear, _fake_linear),
+        "quantize": (quantize, fake_quantize),
+        "quantize_dual": (quantize_dual, fake_quantize_dual),
+        "dequantize": (dequantize, fake_dequantize),
+        "matmul": (matmul, fake_matmul),
+        "matmul_dual": (matmul_dual, fake_matmul_dual),
+        "linear": (linear, fake_linear),
     }
     for schema in OP_SCHEMAS:
         name = schema.partition("(")[0]

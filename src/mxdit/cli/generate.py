@@ -163,7 +163,9 @@ def info(
     packages = ("mxdit", "torch", "diffusers", "transformers", "safetensors", "av")
     figures: dict[str, Any] = {
         "versions": {name: _version(name) for name in packages},
-        "backends": [{"name": b.name, "device": b.device, "why_not": b.why_not()} for b in backends()],
+        "backends": [
+            {"name": b.name, "device": b.device, "why_not": b.why_not(), "about": b.about()} for b in backends()
+        ],
     }
     if directory is not None:
         need("diffusers")
@@ -180,7 +182,7 @@ def info(
         return
     say("  ".join(f"{name} {number or 'not installed'}" for name, number in figures["versions"].items()))
     for backend in figures["backends"]:
-        say(f"backend {backend['name']} on {backend['device']}: {backend['why_not'] or 'usable'}")
+        say(f"backend {backend['name']} on {backend['device']}: {backend['why_not'] or backend['about']}")
     if directory is not None:
         described = figures["model"]
         boundary = f", boundary {described['boundary_ratio']}" if described["boundary_ratio"] else ""
