@@ -1,4 +1,4 @@
-"""Matmuls bit for bit: exact sums, the multiply-add, both against exact arithmetic."""
+"""Matmuls bit for bit, on every path: exact sums, the multiply-add, both against exact arithmetic."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mxdit import reference
 
 OPS = torch.ops.mxdit
 HALF = [torch.bfloat16, torch.float16]
+on_every_path = pytest.mark.usefixtures("path")
 
 
 # -- the multiply-add --------------------------------------------------------------------------------------------------
@@ -87,6 +88,7 @@ def test_fma_keeps_inf_and_nan():
 # -- matmul ------------------------------------------------------------------------------------------------------------
 
 
+@on_every_path
 @pytest.mark.parametrize("out", KINDS, ids=str)
 @pytest.mark.parametrize("k", [2, 30, 64, 96, 700])
 def test_matmul_is_the_exact_sum_with_one_rounding(k, out):
@@ -101,6 +103,7 @@ def test_matmul_is_the_exact_sum_with_one_rounding(k, out):
     np.testing.assert_array_equal(got.double().numpy(), expected)
 
 
+@on_every_path
 def test_matmul_does_not_depend_on_the_order_of_k():
     a, w = torch.randn(33, 1024).bfloat16(), torch.randn(65, 1024).bfloat16()
     order = torch.randperm(32)
@@ -115,6 +118,7 @@ def test_matmul_does_not_depend_on_the_order_of_k():
     assert torch.equal(product(a, w), product(shuffled(a), shuffled(w)))
 
 
+@on_every_path
 @pytest.mark.parametrize(("a_fmt", "out"), [("mxfp8", torch.float32), ("mxfp8", torch.bfloat16)])
 def test_fp8_products_are_close_to_exact(a_fmt, out):
     """E4M3 sums do not fit 24 bits, so their last bits may differ: relative to the sum of magnitudes, by very little."""
@@ -127,6 +131,7 @@ def test_fp8_products_are_close_to_exact(a_fmt, out):
     assert (error <= bound + (np.abs(got.double().numpy()) * 2.0**-8 if out is torch.bfloat16 else 0)).all()
 
 
+@on_every_path
 @pytest.mark.parametrize("out", HALF, ids=str)
 def test_matmul_of_eight_bit_activations_and_four_bit_weights(out):
     a, w, bias = torch.randn(3, 5, 640).bfloat16(), torch.randn(11, 640).bfloat16(), torch.randn(11).bfloat16()
@@ -138,6 +143,7 @@ def test_matmul_of_eight_bit_activations_and_four_bit_weights(out):
     torch.testing.assert_close(got.double().view(15, 11), exact, rtol=2**-7, atol=2**-10)
 
 
+@on_every_path
 def test_half_precision_results_saturate():
     x = torch.full((1, 64), 2.0**9).half()
     p = mxdit.encode(x, "mxfp4")
@@ -156,6 +162,7 @@ def test_half_precision_results_saturate():
 # -- dual level --------------------------------------------------------------------------------------------------------
 
 
+@on_every_path
 def test_worked_example_c():
     a, w = torch.zeros(1, 1024), torch.zeros(1, 1024)
     a[0, 0], a[0, 1], a[0, 512] = 6, -3, 1.5
@@ -173,6 +180,7 @@ def test_worked_example_c():
     assert np.float32(wide.item()) == np.float32(-0.27500004)
 
 
+@on_every_path
 @pytest.mark.parametrize("k", [2, 64, 512, 544, 1536, 2100])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_matmul_dual_is_the_exact_chain(k, dtype):
@@ -193,12 +201,14 @@ def test_matmul_dual_is_the_exact_chain(k, dtype):
         np.testing.assert_array_equal(got.double().numpy(), oracle.to_float(np.array(chain), KINDS[out]))
 
 
+@on_every_path
 def test_dual_results_keep_inf():
     x = torch.full((1, 512), 2.0**12).half()
     codes, l0, l1 = dual(x)
     assert OPS.matmul_dual(codes, codes, l0, l0, l1, l1, None, torch.float16).item() == torch.inf
 
 
+@on_every_path
 def test_pieces_do_not_change_results():
     """A product larger than every piece that the reference works in is its rows one by one."""
     k, n = 4096, 1300

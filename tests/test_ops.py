@@ -39,6 +39,10 @@ def linear_args(scheme: str, method: str, x: torch.Tensor, n: int = 24, rule: st
     return x, packed.codes, packed.scale, packed.outer, smooth, bias, scheme, rule, "packed"
 
 
+on_every_path = pytest.mark.usefixtures("path")
+
+
+@on_every_path
 @pytest.mark.parametrize(("scheme", "method"), LINEARS)
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_linear_is_quantize_and_matmul(scheme, method, dtype):
@@ -67,6 +71,7 @@ def test_linear_is_quantize_and_matmul(scheme, method, dtype):
         assert torch.equal(got, OPS.matmul_dual(codes, w, l0, w_dual, l1, w_scale, bias, dtype))
 
 
+@on_every_path
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
 def test_float_and_eight_bit_activations_over_dual_weights_sum_by_groups(scheme):
     """acc = fma(p, weight's level 0, acc), bias first; with activations of two bits p is exact and the oracle can tell."""
@@ -100,6 +105,7 @@ def test_linear_of_any_shape(lead, half_k, n, case, with_bias):
         assert torch.equal(flat.view(got.shape), got)
 
 
+@on_every_path
 def test_the_programs_precision_settings_neither_change_results_nor_are_changed():
     x = torch.randn(64, 512)
     args = linear_args("w4a16", "mxfp4", x)

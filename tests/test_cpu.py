@@ -1,0 +1,374 @@
+"""The native CPU kernels on every instruction set path that this machine runs: the reference's bits, whatever the input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mxdit
+from agreement import every_pattern
+from mxdit.backends import backends, cpu
+from mxdit.formats import FORMATS, SCHEMES
+
+OPS = torch.ops.mxdit
+HALF = [torch.bfloat16, torch.float16]
+ENCODINGS = [
+    (fmt, rule, mode, dtype)
+    for fmt, row in FORMATS.items()
+    for rule, mode, dtype in itertools.product(row.rules, row.round_modes, row.inputs)
+]
+LINEARS = [(scheme, fmt) for scheme, row in SCHEMES.items() for fmt in row.weights]
+
+
+def every_path() -> Iterator[str]:
+    """Each path of this machine, while it answers. The reference is computed once, outside."""
+    for path in cpu.paths():
+        with cpu.using(path):
+            yield path
+
+
+def packed_by_op(
+    x: torch.Tensor, fmt: str, rule: str, mode: str, mul_scale: torch.Tensor | None = None
+) -> mxdit.Packed:
+    if FORMATS[fmt].outer:
+        codes, outer, scale = OPS.quantize_dual(x, mul_scale, mode)
+        return mxdit.Packed(codes, scale, outer, fmt)
+    codes, scale = OPS.quantize(x, fmt, rule, mode)
+    return mxdit.Packed(codes, scale, None, fmt)
+
+
+def assert_same(got: mxdit.Packed, expected: mxdit.Packed) -> None:
+    assert torch.equal(got.scale, expected.scale) and torch.equal(got.codes, expected.codes)
+    assert (got.outer is None) == (expected.outer is None)
+    if got.outer is not None and expected.outer is not None:
+        assert torch.equal(got.outer.view(torch.int32), expected.outer.view(torch.int32))
+
+
+def assert_same_values(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, NaN where NaN; the sign of a zero counts, too."""
+    assert got.dtype is expected.dtype and got.shape == expected.shape
+    nan = torch.isnan(expected)
+    assert torch.equal(torch.isnan(got), nan)
+    assert torch.equal(got[~nan], expected[~nan]) and torch.equal(got[~nan].signbit(), expected[~nan].signbit())
+
+
+def spread(rows: int, k: int, binades: float, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Normal numbers whose blocks differ by some binades."""
+    blocks = torch.exp2((torch.rand(rows, math.ceil(k / 32), 1) - 0.5) * binades)
+    return (torch.randn(rows, math.ceil(k / 32), 32) * blocks).reshape(rows, -1)[:, :k].to(dtype)
+
+
+def weights(fmt: str, n: int, k: int, binades: float = 4) -> mxdit.Packed:
+    return mxdit.encode(spread(n, k, binades) * 0.1, fmt)
+
+
+def linear(
+    x: torch.Tensor, w: mxdit.Packed, scheme: str, bias: torch.Tensor | None = None, smooth: bool = True
+) -> torch.Tensor:
+    mul_scale = (torch.arange(x.shape[-1]) % 7 * 0.25 + 0.5) if smooth and w.outer is not None else None
+    activation = SCHEMES[scheme].weights[w.fmt]
+    rule = "ocp" if activation is None else FORMATS[activation].default_rule
+    return OPS.linear(x, w.codes, w.scale, w.outer, mul_scale, bias, scheme, rule, "packed")
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, w: mxdit.Packed) -> None:
+    """Within what fp32 sums of another order may differ by, and the rounding of the result."""
+    magnitude = x.double().abs().nan_to_num(0, 0, 0) @ mxdit.decode(w).double().abs().T * 8
+    bound = magnitude * 2.0**-20 + expected.double().abs() * torch.finfo(got.dtype).eps
+    error = (got.double() - expected.double()).abs()
+    assert bool((error <= bound + 1e-30).all()), float((error - bound).max())
+
+
+# -- encode and decode ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fmt", "rule", "mode", "dtype"), ENCODINGS, ids=str)
+def test_every_pattern_encodes_as_the_codec_says(fmt, rule, mode, dtype):
+    if dtype is torch.float32:
+        bits = torch.randint(-(2**31), 2**31, (256, 1024), dtype=torch.int64).to(torch.int32)
+        cases = [bits.view(dtype), spread(64, 2048, 40, dtype), torch.randn(9, 66) * 1e-38]
+    else:
+        every = every_pattern(dtype)
+        beside = torch.zeros(65536, 32, dtype=dtype)  # beside zeros, and beside one number of any size
+        beside[:, 3] = every
+        beside[::2, 20] = (torch.randn(32768) * torch.exp2(torch.randint(-60, 60, (32768,)))).to(dtype)
+        mixed = every[torch.randperm(65536)].view(64, 1024)
+        cases = [every.view(-1, 64), mixed, beside.view(-1, 1024), spread(33, 1056, 30, dtype)]
+    for x in cases:
+        expected = mxdit.encode(x, fmt, rule, mode)
+        for _ in every_path():
+            assert_same(packed_by_op(x, fmt, rule, mode), expected)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("mode", ["rint", "round", "floor"])
+def test_dual_level_with_multipliers(dtype, mode):
+    x = every_pattern(dtype)[torch.randperm(65536)].view(-1, 2048)
+    mul_scale = torch.exp2(torch.randn(2048) * 3).to(torch.bfloat16).float()
+    tiny = (torch.randn(7, 1100) * 2.0**-124).to(dtype)  # level 0 flushes in some groups
+    for values, multipliers in ((x, mul_scale), (x, None), (tiny, None)):
+        expected = mxdit.encode(values, "mxfp4_dualscale", "ocp", mode, multipliers)
+        for _ in every_path():
+            assert_same(packed_by_op(values, "mxfp4_dualscale", "ocp", mode, multipliers), expected)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_every_code_under_every_scale_decodes_as_the_codec_says(fmt, dtype):
+    row = FORMATS[fmt]
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scale = torch.arange(256, dtype=torch.uint8).view(-1, 1).repeat(1, row.blocks(256 * row.per_byte))
+    outer = torch.exp2(torch.randn(256, row.groups(256 * row.per_byte)) * 20) if row.outer else None
+    expected = mxdit.decode(mxdit.Packed(codes, scale, outer, fmt), dtype)
+    for _ in every_path():
+        assert_same_values(OPS.dequantize(codes, scale, outer, fmt, dtype), expected)
+
+
+@settings(max_examples=25)
+@given(rows=st.integers(1, 5), half_k=st.integers(1, 700), gap=st.integers(0, 3), case=st.sampled_from(ENCODINGS))
+def test_rows_of_any_length_and_stride(rows, half_k, gap, case):
+    fmt, rule, mode, dtype = case
+    x = spread(rows, 2 * half_k + gap, 12, dtype)[:, : 2 * half_k]
+    packed = mxdit.encode(x, fmt, rule, mode)
+    values = mxdit.decode(packed)
+    for _ in every_path():
+        assert_same(packed_by_op(x, fmt, rule, mode), packed)
+        assert_same_values(OPS.dequantize(packed.codes, packed.scale, packed.outer, fmt, torch.float32), values)
+
+
+# -- products ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 70),
+    half_k=st.integers(1, 700),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    fmt=st.sampled_from(["mxfp4", "mxfp4_dualscale"]),
+    binades=st.sampled_from([0.0, 4.0, 8.0]),
+    with_bias=st.booleans(),
+)
+def test_four_bit_products_are_the_references(m, n, half_k, dtype, fmt, binades, with_bias):
+    if dtype not in SCHEMES["w4a4"].output_dtypes(fmt):
+        dtype = torch.bfloat16
+    x, w = spread(m, 2 * half_k, binades, dtype), weights(fmt, n, 2 * half_k, binades / 2)
+    bias = torch.randn(n).to(dtype) if with_bias else None
+    with cpu.using("reference"):
+        expected = linear(x, w, "w4a4", bias)
+    for _ in every_path():
+        assert torch.equal(linear(x, w, "w4a4", bias), expected)
+
+
+@settings(max_examples=25)
+@given(
+    m=st.integers(1, 30),
+    n=st.integers(1, 70),
+    half_k=st.integers(1, 600),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    case=st.sampled_from([case for case in LINEARS if case[0] != "w4a4"]),
+    with_bias=st.booleans(),
+)
+def test_other_products_are_the_references_within_fp32_sums(m, n, half_k, dtype, case, with_bias):
+    scheme, fmt = case
+    if dtype not in SCHEMES[scheme].output_dtypes(fmt):
+        dtype = torch.bfloat16
+    x, w = spread(m, 2 * half_k, 4, dtype), weights(fmt, n, 2 * half_k)
+    bias = torch.randn(n).to(dtype) if with_bias else None
+    with cpu.using("reference"):
+        expected = linear(x, w, scheme, bias)
+    for _ in every_path():
+        assert_close(linear(x, w, scheme, bias), expected, x, w)
+
+
+def test_odd_numbers_of_eight_bit_inputs():
+    x, w = torch.randn(5, 1057).bfloat16(), torch.randn(9, 1057).bfloat16()
+    a, b = mxdit.encode(x, "mxfp8"), mxdit.encode(w, "mxfp8")
+    args = (a.codes, a.scale, b.codes, b.scale, None, "mxfp8", "mxfp8", torch.float32)
+    with cpu.using("reference"):
+        expected = OPS.matmul(*args)
+    for _ in every_path():
+        assert_close(OPS.matmul(*args), expected, x, b)
+
+
+@pytest.mark.parametrize(("scheme", "fmt"), LINEARS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_special_blocks(scheme, fmt, dtype):
+    """Inf and NaN beside ordinary numbers, zeros, subnormals, numbers whose products leave the range."""
+    if dtype not in SCHEMES[scheme].output_dtypes(fmt):
+        return
+    k = 1184
+    x = spread(12, k, 4, dtype)
+    x[0, 5], x[1, 700], x[2, 40] = torch.inf, -torch.inf, torch.nan
+    x[3], x[4, 32:64], x[4, 512:1024] = 0, 0, 0
+    x[5] *= torch.finfo(dtype).tiny
+    x[6] *= torch.finfo(dtype).tiny * 2.0**-4
+    x[7] = spread(1, k, 9, dtype)[0] * 2.0**-6
+    x[8] = torch.finfo(dtype).max
+    x[9] = -0.0
+    w = weights(fmt, 40, k)
+    # A weight of zeros, a block of zeros, and scales near either end of their range, which a wide sum cannot hold.
+    w.codes[0], w.scale[0] = 0, 0
+    blocks = slice(32, 48) if FORMATS[fmt].per_byte == 2 else slice(64, 96)
+    w.codes[1, blocks], w.scale[1, 2] = 0, 0
+    compare_special(x, w, scheme)
+    for byte in (0, 1, 3, 20, 100, 244, 245, 252, 253, 254, 255):
+        w.scale[2:4] = byte
+        compare_special(x[3:5], w, scheme)
+
+
+def compare_special(x: torch.Tensor, w: mxdit.Packed, scheme: str) -> None:
+    """Where partial sums leave the range, their order decides between inf, which may saturate, and NaN."""
+    with cpu.using("reference"):
+        expected = linear(x, w, scheme)
+    largest = torch.finfo(expected.dtype).max
+    finite = expected.abs() < largest
+    scale = float(expected[finite].abs().median())
+    for path in every_path():
+        got = linear(x, w, scheme)
+        assert not bool((got[~finite].abs() < largest).any()), path
+        if scheme == "w4a4":
+            assert torch.equal(got[finite], expected[finite]), path
+        else:
+            torch.testing.assert_close(got[finite], expected[finite], rtol=2**-7, atol=2**-6 * scale)
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "mxfp4_dualscale"])
+def test_four_bit_results_depend_on_no_order(fmt):
+    """Neither on the path, the number of threads, nor, within a group of 512, on a permutation of K's blocks."""
+    x, w = spread(70, 2048, 6), weights(fmt, 96, 2048)
+    results = []
+    threads = torch.get_num_threads()
+    for _ in every_path():
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results.append(linear(x, w, "w4a4", smooth=False))
+        torch.set_num_threads(threads)
+        order = torch.cat([g * 16 + torch.randperm(16) for g in range(4)])
+        codes = w.codes.view(96, 64, 16)[:, order].reshape(96, 1024)
+        shuffled = mxdit.Packed(codes, w.scale[:, order].contiguous(), w.outer, fmt)
+        results.append(linear(x.view(70, 64, 32)[:, order].reshape(70, 2048), shuffled, "w4a4", smooth=False))
+    assert len(results) == 5 * len(cpu.paths())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_views_are_read_as_they_are():
+    w = weights("mxfp4", 33, 128)
+    base = torch.randn(5, 128, 6).bfloat16()
+    wide = torch.randn(7, 300).bfloat16()[:, 30:158]
+    strided = mxdit.Packed(w.codes.T.contiguous().T, w.scale.T.contiguous().T, None, "mxfp4")
+    for _ in every_path():
+        for view in (base.transpose(1, 2), wide, wide[::2], wide.flip(0), base[:, :, 0], base[0, :, 0].expand(4, 128)):
+            assert torch.equal(linear(view, w, "w4a4"), linear(view.contiguous(), w, "w4a4"))
+            assert torch.equal(OPS.quantize(view, "mxfp4", "uos", "rint")[0], mxdit.encode(view, "mxfp4").codes)
+        assert torch.equal(linear(wide, strided, "w4a4"), linear(wide, w, "w4a4"))
+
+
+# -- the program around --------------------------------------------------------------------------------------------------
+
+
+def test_flushing_subnormals_elsewhere_changes_nothing_here():
+    x = torch.randn(40, 96).half() * 2.0**-20
+    w = mxdit.encode((torch.randn(8, 96) * 2.0**-126).bfloat16(), "mxfp4", "uos")
+    expected, values = mxdit.encode(x, "mxfp4"), mxdit.decode(w)
+    assert bool((values.abs() < 2.0**-126).any())
+    for _ in every_path():
+        torch.set_flush_denormal(True)
+        try:
+            got = packed_by_op(x, "mxfp4", "uos", "rint")
+            decoded = OPS.dequantize(w.codes, w.scale, None, "mxfp4", torch.float32)
+            still_set = float(torch.tensor([1e-40]) * 1.0) == 0.0
+        finally:
+            torch.set_flush_denormal(False)
+        assert_same(got, expected)
+        assert torch.equal(decoded, values) and still_set
+
+
+def test_calls_from_several_threads_at_once():
+    x, w = spread(64, 1024, 6), weights("mxfp4", 256, 1024)
+    expected, wrong = linear(x, w, "w4a4"), []
+
+    def work() -> None:
+        for _ in range(20):
+            if not torch.equal(linear(x, w, "w4a4"), expected):
+                wrong.append(threading.get_ident())
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_computes_the_same():
+    code = """
+import os, torch, mxdit
+torch.set_num_threads(2)
+x, w = torch.randn(300, 1024).bfloat16(), mxdit.encode(torch.randn(512, 1024).bfloat16(), "mxfp4")
+def y():  # as bytes: torch's own operations hang in a child of a process that used its threads
+    return torch.ops.mxdit.linear(x, w.codes, w.scale, None, None, None, "w4a4", "uos", "packed").view(torch.int16).numpy().tobytes()
+before = y()
+child = os.fork()
+if child == 0:
+    os._exit(0 if y() == before else 1)
+print("status", os.waitpid(child, 0)[1], y() == before)
+"""
+    done = run(code)
+    assert done.stdout.split() == ["status", "0", "True"], done.stderr
+
+
+def test_the_environment_forces_a_path():
+    code = "import mxdit; from mxdit.backends import cpu; print(cpu.selected(), cpu.why_not())"
+    for path in cpu.paths():
+        assert run(code, MXDIT_CPU_PATH=path).stdout.split() == [path, "None"]
+    assert run(code, MXDIT_CPU_PATH="reference").stdout.startswith("reference the reference was chosen (MXDIT_CPU_PATH")
+    assert run(code, MXDIT_CPU_PATH="").stdout.split() == [cpu.paths()[0], "None"]
+    refused = run(code, MXDIT_CPU_PATH="sse9")
+    assert refused.returncode and "MXDIT_CPU_PATH" in refused.stderr
+    assert all(word in refused.stderr for word in ("'sse9'", "scalar", "reference"))
+
+
+def test_select_refuses_and_puts_back():
+    before = cpu.selected()
+    with pytest.raises(mxdit.BackendError, match=r"'nope'.*scalar"):
+        cpu.select("nope")
+    with cpu.using("scalar"):
+        assert cpu.selected() == "scalar"
+        with cpu.using("reference"):
+            assert cpu.selected() == "reference" and "reference" in str(cpu.why_not())
+        assert cpu.selected() == "scalar"
+    assert cpu.selected() == before
+
+
+def test_the_library_is_there_where_it_can_be_built():
+    """An installation falls back to none when the build fails, and says so only in pip's log."""
+    if any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        assert cpu.paths()[-1:] == ("scalar",), "the native library did not build: see pip install -v -e ."
+
+
+def test_without_a_library_the_reference_answers_and_info_says_why(monkeypatch):
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    assert cpu.paths() == () and cpu.selected() == "reference"
+    record = next(b for b in backends() if b.device == "cpu")
+    assert "compiler" in str(record.why_not())
+    with pytest.raises(mxdit.BackendError, match="compiler"):
+        cpu.select("scalar")
