@@ -155,6 +155,7 @@ class MXLinear(nn.Module):
     @activation.setter
     def activation(self, activation: str) -> None:
         self._scheme: Scheme = scheme_for(self.method, activation)
+        self._outputs = self._scheme.output_dtypes(self.method)
 
     @property
     def scheme(self) -> str:
@@ -167,27 +168,31 @@ class MXLinear(nn.Module):
         Where the operator gives no fp32 (four- or eight-bit activations over dual-scale weights, and w4a8), fp32
         activations are computed in bf16 and the result is cast back.
         """
-        dual = self.weight_dual_scale
-        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        if x.dtype in self._outputs:
+            return self._linear(x)
+        if x.dtype is not torch.float32:
             raise FormatError(
                 "activations have a dtype that no scheme takes",
                 where="MXLinear",
                 got=x.dtype,
                 expected="torch.bfloat16, torch.float16 or torch.float32",
             )
-        compute = x.dtype if x.dtype in self._scheme.output_dtypes(self.method) else torch.bfloat16
-        y = torch.ops.mxdit.linear(
-            x.to(compute),
-            self.weight,
-            self.weight_scale,
+        return self._linear(x.to(torch.bfloat16)).to(x.dtype)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        held = self._buffers  # not self.weight and so on: nn.Module looks for them in vain elsewhere first
+        dual = held["weight_dual_scale"]
+        return torch.ops.mxdit.linear.default(
+            x,
+            held["weight"],
+            held["weight_scale"],
             None if dual is None else dual.squeeze(-1),
-            self.mul_scale,
+            held["mul_scale"],
             self.bias,
             self._scheme.name,
             self.rule if self._scheme.activation == "mxfp4" else "ocp",
             "packed",
         )
-        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return (
