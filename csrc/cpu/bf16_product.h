@@ -1,7 +1,9 @@
 // Products on BF16 units: operands decoded to bf16, which holds every product of an element and a power of two, sums in
-// fp32. Such units flush subnormal numbers, so operands that come near them are declined. A template over the unit, `V`:
-//   kRows, kPanels    rows of activations at once; panels of 32 columns in one task
-//   group<kOuter>     sums over one group of K for some rows and one panel
+// fp32. Such units flush subnormal numbers, so operands that come near them are declined. A template over the unit, `V`,
+// one of which lives as long as a task is being multiplied:
+//   kRows                rows of activations at once
+//   kPanels, kTaskRows   panels of 32 columns and rows in one task, at most
+//   group<kOuter>        adds the products of one group of K, for some rows and one panel, to their sums
 // In an unnamed namespace on purpose, see kernels.h.
 #pragma once
 #include <immintrin.h>
@@ -18,12 +20,20 @@ constexpr int kPanelColumns = 32;
 // at least that: what the unit flushes, below 2^-126, is then far below the last bit of any sum.
 constexpr int kLeastByte = 87;
 constexpr int kMostByte = 244;
+// Products of four-bit numbers stay exact: a block of activations, too, has to have something of at least 2^-82 in it. As
+// that is at most 6 times the block's scale, the scale is 2^-84 or more, and the numbers are multiples of 2^-85. Those of
+// the weights are multiples of 2^-41, so that all products and whatever they sum to are multiples of 2^-126: zero or normal.
+constexpr int kLeastFourBit = 45;
+
+constexpr int64_t kEnoughTasks = 32;  // for the threads of most CPUs
 
 // One (row, group of K) of the activations; padded, so that the rows of a tile do not fall on the same cache sets.
 struct alignas(64) Bf16Group {
   uint16_t v[kGroup];
   uint16_t padding[32];
 };
+
+inline bool four_bit(const MxLinear& job) { return job.a_format == MX_FP4 && job.w_format == MX_FP4; }
 
 // fp32 numbers that bf16 holds.
 inline void store_bf16(const float* v, uint16_t* out) {
@@ -54,11 +64,12 @@ inline __m512i scaled_bf16(__m512i value, __m512i shift) {
   return _mm512_mask_add_epi16(value, _mm512_test_epi16_mask(value, _mm512_set1_epi16(0x7FFF)), value, shift);
 }
 
-// The bf16 numbers of 32 E2M1 codes, in the lowest bits of their lanes.
+// The bf16 numbers of 32 E2M1 codes, in the lowest bits of their lanes. The table has each number twice, and so the fifth
+// bit, the last one that a look-up reads, does not count.
 inline __m512i bf16_of_fp4(__m512i codes) {
   const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, -0x8000,
                                                                  -0x4100, -0x4080, -0x4040, -0x4000, -0x3FC0, -0x3F80, -0x3F40));
-  return _mm512_permutexvar_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(15)), table);
+  return _mm512_permutexvar_epi16(codes, table);
 }
 
 // The bf16 numbers of 32 E4M3 codes, one a lane.
@@ -116,118 +127,153 @@ bool bf16_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first
           store_bf16(block, v + k);
         }
       }
-      uint16_t top = 0;
-      for (int64_t k = 0; k < blocks_of(length) * kBlock; k++) {
-        const uint16_t magnitude = v[k] & 0x7FFFu;
-        top = magnitude > top ? magnitude : top;
+      uint32_t top = 0;
+      for (int k = 0; k < length; k += kBlock) {
+        const uint32_t of_block = largest_magnitude_bf16(_mm512_load_si512(v + k));
+        if (four_bit(job) && of_block != 0 && of_block < kLeastFourBit << 7) return false;
+        top = of_block > top ? of_block : top;
       }
-      if (top != 0 && top < kLeastByte << 7) return false;
+      if (!four_bit(job) && top != 0 && top < kLeastByte << 7) return false;
       if (job.w_outer) outer[g * held + m] = row.outer ? row.outer[g] : 1.0f;
     }
   }
   return true;
 }
 
-// A block of weights as bf16, pairs of neighbours in K side by side, the pair's columns after one another. False when the
-// block holds what the unit cannot take.
-inline bool bf16_weights(const WeightPanel& panel, int64_t block, uint16_t* out) {
-  const __m512i nothing = _mm512_setzero_si512();
-  for (int half = 0; half < 2; half++) {
-    alignas(64) int32_t bytes[16];
-    for (int n = 0; n < 16; n++) bytes[n] = panel.scale[half * 16 + n][block];
-    const __m512i byte = _mm512_load_si512(bytes);
-    // What multiplying by the scale adds to the bits of a bf16 number, in both halves of a lane.
-    const __m512i shift = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_or_si512(byte, _mm512_slli_epi32(byte, 16)), _mm512_set1_epi16(127)), 7);
-    __m512i any = nothing;
-    __mmask64 nan = 0;
-    uint16_t* at = out + half * 32;
-    const auto store = [&](__m512i value) {
-      _mm512_store_si512(at, scaled_bf16(value, shift));
-      at += 2 * kPanelColumns;
-    };
-    __m512i dwords[4];
-    if (panel.format == MX_FP4) {
-      transpose_rows(panel.codes + half * 16, block * 16, panel.block_codes(block), dwords);
+// A block of 16 columns, from panel.codes[first] on, as bf16: pairs of neighbours in K side by side, a pair's columns after
+// one another, the next pair behind the panel's other columns. `byte` has the columns' scales. False when the block holds
+// what the unit cannot take.
+inline bool bf16_weights(const WeightPanel& panel, int64_t block, int first, __m512i byte, uint16_t* out) {
+  // What multiplying by the scale adds to the bits of a bf16 number, in both halves of a lane.
+  const __m512i shift = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_or_si512(byte, _mm512_slli_epi32(byte, 16)), _mm512_set1_epi16(127)), 7);
+  __m512i any = _mm512_setzero_si512();
+  __mmask64 nan = 0;
+  const auto store = [&](__m512i value) {
+    _mm512_store_si512(out, scaled_bf16(value, shift));
+    out += 2 * kPanelColumns;
+  };
+  __m512i dwords[4];
+  if (panel.format == MX_FP4) {
+    transpose_rows(panel.codes + first, block * 16, panel.block_codes(block), dwords);
+    const __m512i codes_0_1 = _mm512_set1_epi32(4 << 16), codes_2_3 = _mm512_set1_epi32(12 << 16 | 8);
+    for (int j = 0; j < 4; j++) {
+      any = _mm512_or_si512(any, _mm512_and_si512(dwords[j], _mm512_set1_epi8(0x77)));
+      // Both halves of a lane get the same two bytes, four codes, and shift down the one that is theirs.
+      const __m512i low = _mm512_mask_mov_epi16(dwords[j], 0xAAAAAAAAu, _mm512_slli_epi32(dwords[j], 16));
+      const __m512i high = _mm512_mask_mov_epi16(dwords[j], 0x55555555u, _mm512_srli_epi32(dwords[j], 16));
+      store(bf16_of_fp4(_mm512_srlv_epi16(low, codes_0_1)));
+      store(bf16_of_fp4(_mm512_srlv_epi16(low, codes_2_3)));
+      store(bf16_of_fp4(_mm512_srlv_epi16(high, codes_0_1)));
+      store(bf16_of_fp4(_mm512_srlv_epi16(high, codes_2_3)));
+    }
+  } else {
+    for (int part = 0; part < 2; part++) {
+      const int bytes_left = panel.block_codes(block) - part * 16;
+      transpose_rows(panel.codes + first, block * 32 + part * 16, bytes_left < 0 ? 0 : min_of(bytes_left, 16), dwords);
       for (int j = 0; j < 4; j++) {
-        any = _mm512_or_si512(any, _mm512_and_si512(dwords[j], _mm512_set1_epi8(0x77)));
-        for (int i = 0; i < 4; i++) {
-          const __m512i two = _mm512_srli_epi32(dwords[j], 8 * i);  // in the lowest byte of a lane
-          const __m512i pair = _mm512_mask_mov_epi16(two, 0xAAAAAAAAu, _mm512_slli_epi32(two, 12));
-          store(bf16_of_fp4(pair));
-        }
-      }
-    } else {
-      for (int part = 0; part < 2; part++) {
-        const int bytes_left = panel.block_codes(block) - part * 16;
-        transpose_rows(panel.codes + half * 16, block * 32 + part * 16, bytes_left < 0 ? 0 : min_of(bytes_left, 16), dwords);
-        for (int j = 0; j < 4; j++) {
-          const __m512i magnitudes = _mm512_and_si512(dwords[j], _mm512_set1_epi8(0x7F));
-          any = _mm512_or_si512(any, magnitudes);
-          nan |= _mm512_cmpeq_epi8_mask(magnitudes, _mm512_set1_epi8(0x7F));
-          for (int i = 0; i < 2; i++) {
-            const __m512i two = _mm512_srli_epi32(dwords[j], 16 * i);  // in the two lowest bytes of a lane
-            const __m512i pair = _mm512_mask_mov_epi16(two, 0xAAAAAAAAu, _mm512_slli_epi32(two, 8));
-            store(bf16_of_fp8(_mm512_and_si512(pair, _mm512_set1_epi16(0xFF))));
-          }
+        const __m512i magnitudes = _mm512_and_si512(dwords[j], _mm512_set1_epi8(0x7F));
+        any = _mm512_or_si512(any, magnitudes);
+        nan |= _mm512_cmpeq_epi8_mask(magnitudes, _mm512_set1_epi8(0x7F));
+        for (int i = 0; i < 2; i++) {
+          const __m512i two = _mm512_srli_epi32(dwords[j], 16 * i);  // in the two lowest bytes of a lane
+          const __m512i pair = _mm512_mask_mov_epi16(two, 0xAAAAAAAAu, _mm512_slli_epi32(two, 8));
+          store(bf16_of_fp8(_mm512_and_si512(pair, _mm512_set1_epi16(0xFF))));
         }
       }
     }
-    const __mmask16 small = _mm512_cmplt_epi32_mask(byte, _mm512_set1_epi32(kLeastByte));
-    const __mmask16 large = _mm512_cmpgt_epi32_mask(byte, _mm512_set1_epi32(kMostByte));
-    if (nan | large | (small & _mm512_test_epi32_mask(any, any))) return false;
+  }
+  const __mmask16 small = _mm512_cmplt_epi32_mask(byte, _mm512_set1_epi32(kLeastByte));
+  const __mmask16 large = _mm512_cmpgt_epi32_mask(byte, _mm512_set1_epi32(kMostByte));
+  return !(nan | large | (small & _mm512_test_epi32_mask(any, any)));
+}
+
+// A panel's blocks of one group, (pairs of neighbours in K, columns, 2). On the way it asks for some of `next`.
+inline bool bf16_panel(const WeightPanel& panel, int64_t group, int blocks, uint16_t* out, const NextPanel* next) {
+  __m512i bytes[2][4];
+  for (int half = 0; half < 2; half++) transpose_rows(panel.scale + half * 16, group * kGroupBlocks, blocks, bytes[half]);
+  for (int64_t b = 0; b < blocks; b++, out += kBlock * kPanelColumns) {
+    const int64_t block = group * kGroupBlocks + b;
+    if (next) next->prefetch(block);
+    for (int half = 0; half < 2; half++) {
+      const __m512i byte = _mm512_and_si512(_mm512_srli_epi32(bytes[half][b / 4], b % 4 * 8), _mm512_set1_epi32(0xFF));
+      if (!bf16_weights(panel, block, half * 16, byte, out + half * 32)) return false;
+    }
   }
   return true;
+}
+
+// Asks for the codes that columns n, n + step, ... before `end` have in a group of K. A task of several panels needs them
+// next; where it has one panel, what comes next is the panel behind it, see NextPanel.
+[[gnu::always_inline]] inline void fetch_codes(const MxLinear& job, int64_t group, int64_t n, int64_t end, int64_t step) {
+  const int64_t bytes = code_bytes(job.w_format, group_length(job, group));
+  for (; n < end; n += step) {
+    const uint8_t* codes = job.w_codes + n * code_bytes(job.w_format, job.k) + code_bytes(job.w_format, group * kGroup);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i, 0, 2);
+  }
 }
 
 template <class V>
 bool bf16_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_t* a, int64_t m0, int64_t m1, int64_t n0,
                    int64_t n1, uint8_t* scratch) {
   constexpr int64_t panel_size = kGroup * kPanelColumns;
+  const int64_t rows = m1 - m0, panels = (n1 - n0 + kPanelColumns - 1) / kPanelColumns;
   uint16_t* w = reinterpret_cast<uint16_t*>(scratch);
-  float* w_outer = reinterpret_cast<float*>(w + V::kPanels * panel_size);
-  float* sums = w_outer + kPanelColumns;  // (panels, rows, columns of a panel)
+  float* w_outer = reinterpret_cast<float*>(w + panels * panel_size);
+  float* all_sums = w_outer + panels * kPanelColumns;
   const Bf16Group* groups = reinterpret_cast<const Bf16Group*>(a);
   const float* a_outer = reinterpret_cast<const float*>(groups + groups_of(job.k) * held);
-  const int64_t rows = m1 - m0, panels = (n1 - n0 + kPanelColumns - 1) / kPanelColumns;
-  const auto columns_end = [&](int64_t p) { return min_of(n0 + (p + 1) * kPanelColumns, n1); };
-  for (int64_t p = 0; p < panels; p++)
-    start_sums(job, sums + p * rows * kPanelColumns, rows, kPanelColumns, n0 + p * kPanelColumns, columns_end(p));
-  for (int64_t g = 0; g < groups_of(job.k); g++) {
-    const int blocks = static_cast<int>(blocks_of(group_length(job, g)));
-    for (int64_t p = 0; p < panels; p++) {
-      const WeightPanel panel(job, n0 + p * kPanelColumns, kPanelColumns);
-      const NextPanel next(job, n0 + (p + 1) * kPanelColumns, kPanelColumns);
-      for (int b = 0; b < blocks; b++) {
-        next.prefetch(g * kGroupBlocks + b);
-        if (!bf16_weights(panel, g * kGroupBlocks + b, w + p * panel_size + b * kBlock * kPanelColumns)) return false;
-      }
-    }
-    const Bf16Group* group = groups + g * held + m0;
+  const auto column = [&](int64_t p) { return min_of(n0 + p * kPanelColumns, n1); };
+  // Calls f for the rows [m, m + count) and the panel p that the unit multiplies at once, in the order of their sums.
+  const auto each = [&](auto f) {
     for (int64_t m = 0; m < rows; m += V::kRows)
       for (int64_t p = 0; p < panels; p++) {
         const int count = static_cast<int>(min_of<int64_t>(V::kRows, rows - m));
-        float* at = sums + (p * rows + m) * kPanelColumns;
-        if (job.w_outer) {
-          outer_column(job, g, n0 + p * kPanelColumns, kPanelColumns, w_outer);
-          V::template group<true>(group + m, count, blocks, w + p * panel_size, a_outer + g * held + m0 + m, w_outer, at);
-        } else {
-          V::template group<false>(group + m, count, blocks, w + p * panel_size, nullptr, nullptr, at);
-        }
+        f(m, count, p, all_sums + (m * panels + p * count) * kPanelColumns);
       }
+  };
+
+  each([&](int64_t, int count, int64_t p, float* sums) {
+    start_sums(job, sums, count, kPanelColumns, column(p), column(p + 1));
+  });
+  V unit;
+  const NextPanel next(job, n1, kPanelColumns);
+  for (int64_t g = 0; g < groups_of(job.k); g++) {
+    const int blocks = static_cast<int>(blocks_of(group_length(job, g)));
+    for (int64_t p = 0; p < panels; p++) {
+      const WeightPanel panel(job, column(p), kPanelColumns);
+      if (!bf16_panel(panel, g, blocks, w + p * panel_size, panels == 1 ? &next : nullptr)) return false;
+      if (job.w_outer) outer_column(job, g, column(p), kPanelColumns, w_outer + p * kPanelColumns);
+    }
+    const int64_t row = g * held + m0, steps = (rows + V::kRows - 1) / V::kRows;
+    each([&](int64_t m, int count, int64_t p, float* sums) {
+      if (panels > 1 && g + 1 < groups_of(job.k)) fetch_codes(job, g + 1, column(p) + m / V::kRows, column(p + 1), steps);
+      if (job.w_outer)
+        unit.template group<true>(groups + row + m, count, blocks, w + p * panel_size, a_outer + row + m,
+                                  w_outer + p * kPanelColumns, sums);
+      else
+        unit.template group<false>(groups + row + m, count, blocks, w + p * panel_size, nullptr, nullptr, sums);
+    });
   }
-  for (int64_t p = 0; p < panels; p++)
-    store_sums(job, sums + p * rows * kPanelColumns, kPanelColumns, base + m0, base + m1, n0 + p * kPanelColumns, columns_end(p));
+  each([&](int64_t m, int count, int64_t p, float* sums) {
+    store_sums(job, sums, kPanelColumns, base + m0 + m, base + m0 + m + count, column(p), column(p + 1));
+  });
   return true;
 }
 
 template <class V>
 Product bf16_product(const MxLinear& job) {
   const int64_t outer = job.w_outer ? 4 : 0;
+  // Rows are cut evenly; columns so that a small job, too, has tasks for some threads, and so that weights which serve a
+  // few rows only come in the order of memory.
+  const int64_t row_tasks = (job.m + V::kTaskRows - 1) / V::kTaskRows;
+  const int64_t rows = ((job.m + row_tasks - 1) / row_tasks + V::kRows - 1) / V::kRows * V::kRows;
+  const int64_t fair = row_tasks * ((job.n + kPanelColumns - 1) / kPanelColumns) / kEnoughTasks;
+  const int64_t columns = kPanelColumns * (fair < 1 || rows <= V::kRows ? 1 : min_of<int64_t>(fair, V::kPanels));
   return {static_cast<int64_t>(sizeof(Bf16Group)) + outer,
-          V::kPanels * kPanelColumns,
-          V::kTaskRows,
+          columns,
+          rows,
           job.a_format == MX_FLOAT ? 0 : packed_row_bytes(job),
-          V::kPanels * kGroup * kPanelColumns * 2 + (1 + V::kPanels * V::kTaskRows) * kPanelColumns * 4,
+          columns * (kGroup * 2 + (1 + rows) * 4),
           bf16_prepare<V>,
           bf16_multiply<V>};
 }

@@ -31,7 +31,9 @@ bool cpu_runs_avx512vnni() {
 bool cpu_runs_avx512bf16() { return cpu_runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 bool cpu_runs_amx() {
-#if defined(__linux__)
+#if defined(MXDIT_EMULATE_TILES)
+  return cpu_runs_avx512bf16();
+#elif defined(__linux__)
   unsigned a, b, c, d;
   if (!cpu_runs_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool tiles = d & (1u << 24), bf16 = d & (1u << 22);

@@ -78,7 +78,8 @@ enum class Outcome { done, declined, no_memory };
 
 Outcome multiply(const MxLinear& job, const Product& product, int threads) {
   const int64_t groups = (job.k + kGroup - 1) / kGroup;
-  const int64_t held = std::clamp<int64_t>(kHeldBytes / (groups * product.a_row_bytes), std::min<int64_t>(job.m, 64), job.m);
+  int64_t held = std::clamp<int64_t>(kHeldBytes / (groups * product.a_row_bytes), std::min<int64_t>(job.m, 64), job.m);
+  if (held > product.rows) held -= held % product.rows;  // whole tasks
   const Memory a = allocate(groups * held * product.a_row_bytes);
   const int64_t scratch_bytes = (std::max(product.prepare_bytes, product.multiply_bytes) + 127) / 64 * 64;
   const Memory scratch = allocate(scratch_bytes * threads);
