@@ -16,53 +16,53 @@ inline uint32_t largest_magnitude_bf16(__m512i x) {
   return 0xFFFFu ^ (static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(inverted))) & 0xFFFFu);
 }
 
-// E2M1 codes, two a byte, of 32 bf16 numbers divided by 2^(byte-127). The numbers' bits minus those of the scale are three
-// binades (384) plus what is above 1.0; below 3, byte would leave no room for that.
-inline __m128i nearest_e2m1(__m512i x, int byte) {
-  const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7FFF)), one = _mm512_set1_epi16(1);
-  const __m512i w = _mm512_subs_epu16(magnitude, _mm512_set1_epi16(static_cast<int16_t>((byte - 3) << 7)));
-  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi16(w, 6), one);
-  const __m512i rounded = _mm512_srli_epi16(_mm512_add_epi16(_mm512_add_epi16(w, _mm512_set1_epi16(31)), lsb), 6);
-  const __m512i normal = _mm512_min_epu16(_mm512_sub_epi16(rounded, _mm512_set1_epi16(4)), _mm512_set1_epi16(7));
-  const __m512i half = _mm512_maskz_mov_epi16(_mm512_cmpgt_epu16_mask(w, _mm512_set1_epi16(128)), one);  // above 0.25
-  const __m512i below_one = _mm512_mask_mov_epi16(half, _mm512_cmpge_epu16_mask(w, _mm512_set1_epi16(320)),
-                                                  _mm512_set1_epi16(2));  // from 0.75
-  const __m512i code = _mm512_mask_mov_epi16(normal, _mm512_cmplt_epu16_mask(w, _mm512_set1_epi16(384)), below_one);
-  const __m512i signed_code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi16(x, 12), _mm512_set1_epi16(8)));
+// E2M1 codes, two a byte, of 32 bf16 numbers divided by 2^(byte-127); `shift` is (byte - 3) << 7 in every lane. Taken off
+// the magnitude's bits, that leaves 1.0 at three binades, 384. The decision points then are multiples of 32; on one, the
+// even of the two codes is the lower one where bit 6 is 0. What remains are 25 steps for a look-up.
+inline __m128i nearest_e2m1(__m512i x, __m512i shift) {
+  alignas(64) static constexpr uint16_t codes[32] = {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3,
+                                                     4, 4, 5, 5, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7};
+  const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7FFF));
+  const __m512i w = _mm512_subs_epu16(magnitude, shift);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(w, 6), _mm512_set1_epi16(1));
+  const __m512i step = _mm512_srli_epi16(_mm512_add_epi16(_mm512_add_epi16(w, _mm512_set1_epi16(31)), odd), 5);
+  const __m512i code = _mm512_permutexvar_epi16(step, _mm512_load_si512(codes));
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(x, 12), _mm512_set1_epi16(8));
+  const __m512i signed_code = _mm512_or_si512(code, sign);
   return _mm512_cvtepi32_epi8(_mm512_or_si512(signed_code, _mm512_srli_epi32(signed_code, 12)));
 }
 
-// One full block, whose largest magnitude has these bf16 bits.
-inline void encode_block_avx512(__m512i x, uint32_t amax, Scale scale, uint8_t* codes, uint8_t* byte) {
-  __m128i packed;
-  if (scale.reciprocal != 0.0f && amax >= 8u << 7) {
-    packed = nearest_e2m1(x, scale.byte);
-  } else if (scale.reciprocal == 0.0f) {  // zeros with their signs, or, beside an inf or a NaN, without
-    const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(x, 12), _mm512_set1_epi16(scale.byte == 0xFF ? 0 : 8));
-    packed = _mm512_cvtepi32_epi8(_mm512_or_si512(sign, _mm512_srli_epi32(sign, 12)));
-  } else {
-    Bf16 bits[kBlock];
-    float v[kBlock];
-    _mm512_storeu_si512(bits, x);
-    for (int i = 0; i < kBlock; i++) v[i] = widen(bits[i]);
-    store_codes(v, kBlock, scale, MX_FP4, MX_RINT, true, codes);
-    *byte = scale.byte;
-    return;
-  }
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), packed);
-  *byte = scale.byte;
+// Up to 16 full blocks. A scale's byte is ((amax + carry) >> 7) - 2 in bf16 bits: what a rule adds to the mantissa is what
+// has to carry into the exponent. Subnormal scales and blocks with inf or NaN are left to `rare(block)`.
+template <class Rare>
+inline void encode_blocks_avx512(const Bf16* x, int blocks, int carry, uint8_t* codes, uint8_t* scale, Rare rare) {
+  alignas(64) uint16_t amax[16] = {}, shift[32];
+  for (int b = 0; b < blocks; b++) amax[b] = static_cast<uint16_t>(largest_magnitude_bf16(_mm512_loadu_si512(x + b * kBlock)));
+  const __m256i largest = _mm256_load_si256(reinterpret_cast<const __m256i*>(amax));
+  const __m256i field = _mm256_srli_epi16(_mm256_add_epi16(largest, _mm256_set1_epi16(static_cast<int16_t>(carry))), 7);
+  const __m256i byte = _mm256_subs_epu16(field, _mm256_set1_epi16(2));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(shift), _mm256_slli_epi16(_mm256_sub_epi16(byte, _mm256_set1_epi16(3)), 7));
+  const __mmask16 valid = static_cast<__mmask16>((1u << blocks) - 1u);
+  _mm_mask_storeu_epi8(scale, valid, _mm256_cvtepi16_epi8(byte));
+  for (int b = 0; b < blocks; b++)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + b * 16),
+                     nearest_e2m1(_mm512_loadu_si512(x + b * kBlock), _mm512_set1_epi16(static_cast<int16_t>(shift[b]))));
+  const __mmask16 low = _mm256_cmplt_epu16_mask(largest, _mm256_set1_epi16(8 << 7)) & _mm256_test_epi16_mask(largest, largest);
+  unsigned special = low | _mm256_cmpge_epu16_mask(largest, _mm256_set1_epi16(0x7F80));
+  for (; special; special &= special - 1) rare(__builtin_ctz(special));
 }
 
-template <int kRule>
 inline void encode_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale) {
-  int64_t b = 0;
-  for (; (b + 1) * kBlock <= job.k; b++) {
-    const __m512i block = _mm512_loadu_si512(x + b * kBlock);
-    const uint32_t amax = largest_magnitude_bf16(block);
-    encode_block_avx512(block, amax, single_scale(amax << 16, MX_FP4, kRule, false), codes + b * 16, scale + b);
-  }
-  if (b < blocks_of(job.k))
-    encode_block(x + b * kBlock, nullptr, static_cast<int>(job.k - b * kBlock), MX_FP4, kRule, MX_RINT, codes + b * 16, scale + b);
+  static constexpr int carries[] = {0, 0x17, 0x3F, 0x1F};  // by rule; 1.8125 = 7.25 / 4 is 104 / 128 above 1
+  const auto rare = [&](int64_t b) {
+    encode_block(x + b * kBlock, nullptr, static_cast<int>(min_of<int64_t>(kBlock, job.k - b * kBlock)), MX_FP4, job.rule,
+                 MX_RINT, codes + b * 16, scale + b);
+  };
+  const int64_t full = job.k / kBlock;
+  for (int64_t b = 0; b < full; b += 16)
+    encode_blocks_avx512(x + b * kBlock, static_cast<int>(min_of<int64_t>(16, full - b)), carries[job.rule], codes + b * 16,
+                         scale + b, [&](int at) { rare(b + at); });
+  if (full < blocks_of(job.k)) rare(full);
 }
 
 // fp32 lanes to the nearest bf16, as fp32.
@@ -101,13 +101,16 @@ inline void encode_dual_group_avx512(const Bf16* x, const float* mul, int n, uin
     const __mmask16 nonzero = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     return _mm512_castps_si512(nearest_bf16(_mm512_mask_div_ps(v, nonzero, v, _mm512_set1_ps(l0))));
   };
-  for (int b = 0; b < n / kBlock; b++) {
-    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(quotient(t + b * kBlock), 16));
-    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(quotient(t + b * kBlock + 16), 16));
-    const __m512i block = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    const uint32_t amax = largest_magnitude_bf16(block);
-    encode_block_avx512(block, amax, level_one_scale(amax << 16), codes + b * 16, scale + b);
-  }
+  alignas(64) Bf16 quotients[kGroup];
+  for (int i = 0; i < n; i += 16)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(quotients + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(quotient(t + i), 16)));
+  encode_blocks_avx512(quotients, n / kBlock, 0, codes, scale, [&](int b) {
+    float v[kBlock];
+    for (int i = 0; i < kBlock; i++) v[i] = widen(quotients[b * kBlock + i]);
+    const Scale s = level_one_scale(largest_magnitude(v));
+    scale[b] = s.byte;
+    store_codes(v, kBlock, s, MX_FP4, MX_RINT, true, codes + b * 16);
+  });
 }
 
 inline void encode_dual_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale, float* outer) {
@@ -167,14 +170,8 @@ inline void encode_avx512(const MxEncode& job, int64_t first, int64_t last) {
       encode_fp8_row_avx512(job, x, codes, scale);
     else if (job.outer)
       encode_dual_row_avx512(job, x, codes, scale, job.outer + row * groups_of(job.k));
-    else if (job.rule == MX_OCP)
-      encode_row_avx512<MX_OCP>(job, x, codes, scale);
-    else if (job.rule == MX_UOS)
-      encode_row_avx512<MX_UOS>(job, x, codes, scale);
-    else if (job.rule == MX_EVEN6)
-      encode_row_avx512<MX_EVEN6>(job, x, codes, scale);
     else
-      encode_row_avx512<MX_EVEN7>(job, x, codes, scale);
+      encode_row_avx512(job, x, codes, scale);
   }
 }
 
