@@ -1,5 +1,5 @@
-# Two commands: `make demo` and `make test`. Both make the environment they need. `make test-interop` fetches other tools, and
-# holds mxdit against them.
+# Two commands: `make demo` and `make test`. Both make the environment they need. `make test-native` checks the CPU kernels
+# without Python, under sanitizers and for Arm; `make test-interop` fetches other tools, and holds mxdit against them.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PEERS := .interop
 PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test test-interop lint clean
+.PHONY: demo test test-native test-interop lint clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml models/pyproject.toml constraints.txt $(wildcard csrc/cpu/*.*)
@@ -26,6 +26,9 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/pytest -n 2
 
+test-native: $(STAMP)
+	PYTHON=$(BIN)/python tests/native.sh
+
 # The tools that mxdit reads from and writes for, in a folder that only their own processes see: one patches its libraries.
 $(PEERS_STAMP): tests/interop/requirements.txt | $(STAMP)
 	rm -rf $(PEERS)
@@ -36,4 +39,4 @@ test-interop: $(PEERS_STAMP)
 	$(BIN)/pytest tests/interop
 
 clean:
-	rm -rf demo build/lib dist
+	rm -rf demo build dist

@@ -27,11 +27,12 @@ check() {
   cmake --build "$out/$name" --target check | grep -v 'Built target'
 }
 
-# A symbol that the linker may take from any object would bring one path's instructions into another path.
+# A symbol that the linker may take from any object would bring one path's instructions into another path. (The one that is
+# let through is a pointer.)
 no_weak_symbols() {
   local nm=$1 dir=$2 object found=0
   for object in $(find "$dir/mxdit_cpu" -name '*.cpp.o' ! -name 'driver.*' ! -name 'parallel.*' ! -name 'cpu.*'); do
-    if "$nm" -C --defined-only "$object" | grep -E ' [WVu] ' | grep -v ' DW.ref.__gxx_personality_v0'; then  # a pointer
+    if "$nm" -C --defined-only "$object" | grep -E ' [WVu] ' | grep -v ' DW.ref.__gxx_personality_v0'; then
       echo "FAILED: $object shares these symbols with other objects"
       found=1
     fi

@@ -1,0 +1,194 @@
+// Replays the cases that tests/native_cases.py wrote; its docstring says how such a file is laid out.
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <fstream>
+#include <iterator>
+#include <map>
+
+#include "support.h"
+
+namespace conformance {
+namespace {
+
+using namespace mxdit;
+
+class Reader {
+ public:
+  explicit Reader(const std::string& file) {
+    std::ifstream stream(file, std::ios::binary);
+    all_.assign(std::istreambuf_iterator<char>(stream), {});
+  }
+
+  const uint8_t* bytes(uint64_t count) {
+    if (count > all_.size() - at_) {
+      printf("FAILED: the case file is missing or cut short\n");
+      exit(1);
+    }
+    at_ += count;
+    return reinterpret_cast<const uint8_t*>(all_.data()) + at_ - count;
+  }
+
+  template <class T>
+  T number() {
+    T value;
+    memcpy(&value, bytes(sizeof value), sizeof value);
+    return value;
+  }
+
+  std::string text(uint64_t count) { return std::string(reinterpret_cast<const char*>(bytes(count)), count); }
+
+ private:
+  std::string all_;
+  size_t at_ = 0;
+};
+
+struct Blob {
+  const uint8_t* data = nullptr;
+  uint64_t size = 0;
+};
+
+struct Record {
+  std::string name;
+  uint32_t kind;
+  std::vector<int64_t> fields;
+  std::vector<Blob> blobs;
+};
+
+enum Kind { kEncode, kDecode, kLinear };
+
+Memory copy(const Blob& blob) {
+  if (!blob.data) return Memory();
+  Memory memory(blob.size);
+  memcpy(memory.as(), blob.data, blob.size);
+  return memory;
+}
+
+void must_have(const Record& record, size_t fields, size_t blobs) {
+  if (record.fields.size() == fields && record.blobs.size() == blobs) return;
+  printf("FAILED: a case of %s has other parts than this program expects\n", record.name.c_str());
+  exit(1);
+}
+
+void expect_size(const Record& record, const Memory& memory, const Blob& blob) {
+  if (memory.size() == blob.size) return;
+  printf("FAILED: a case of %s has results of another size\n", record.name.c_str());
+  exit(1);
+}
+
+void replay_encode(const Record& record, const Setting& setting, Group& group) {
+  must_have(record, 7, 5);
+  const auto& f = record.fields;
+  const auto& b = record.blobs;
+  Encode got, expected;
+  got.job.rows = f[0], got.job.k = f[1], got.job.x_stride = f[2];
+  got.job.x_dtype = static_cast<int32_t>(f[3]), got.job.format = static_cast<int32_t>(f[4]);
+  got.job.rule = static_cast<int32_t>(f[5]), got.job.round = static_cast<int32_t>(f[6]);
+  got.x = copy(b[0]), got.mul_scale = copy(b[1]);
+  prepare(got, b[4].data != nullptr, 0xA5);
+  expect_size(record, got.codes, b[2]), expect_size(record, got.scale, b[3]), expect_size(record, got.outer, b[4]);
+  run(got.job, setting);
+  expected.codes = copy(b[2]), expected.scale = copy(b[3]), expected.outer = copy(b[4]);
+  if (got.codes == expected.codes && got.scale == expected.scale && got.outer == expected.outer) return;
+  if (group.failed(setting, "other codes or scales")) print_difference(got, expected);
+}
+
+void replay_decode(const Record& record, const Setting& setting, Group& group) {
+  must_have(record, 4, 4);
+  const auto& f = record.fields;
+  const auto& b = record.blobs;
+  Decode got;
+  got.job.rows = f[0], got.job.k = f[1];
+  got.job.format = static_cast<int32_t>(f[2]), got.job.out_dtype = static_cast<int32_t>(f[3]);
+  got.codes = copy(b[0]), got.scale = copy(b[1]), got.outer = copy(b[2]);
+  prepare(got, 0xA5);
+  expect_size(record, got.out, b[3]);
+  const Memory expected = copy(b[3]);
+  run(got.job, setting);
+  for (int64_t i = 0; i < got.job.rows * got.job.k; i++)
+    if (!same_element(got.job.out, expected.as(), got.job.out_dtype, i)) {
+      if (group.failed(setting, "other values")) print_difference(got, expected.as());
+      return;
+    }
+}
+
+void replay_linear(const Record& record, const Setting& setting, Group& group) {
+  must_have(record, 10, 11);
+  const auto& f = record.fields;
+  const auto& b = record.blobs;
+  Linear got;
+  MxLinear& job = got.job;
+  job.m = f[0], job.n = f[1], job.k = f[2], job.x_stride = f[3];
+  job.x_dtype = static_cast<int32_t>(f[4]), job.a_format = static_cast<int32_t>(f[5]), job.rule = static_cast<int32_t>(f[6]);
+  job.w_format = static_cast<int32_t>(f[7]), job.out_dtype = static_cast<int32_t>(f[8]);
+  job.a_dual = static_cast<int32_t>(f[9]);
+  got.x = copy(b[0]), got.mul_scale = copy(b[1]);
+  got.a_codes = copy(b[2]), got.a_scale = copy(b[3]), got.a_outer = copy(b[4]);
+  got.w_codes = copy(b[5]), got.w_scale = copy(b[6]), got.w_outer = copy(b[7]), got.bias = copy(b[8]);
+  prepare(got, 0xA5);
+  expect_size(record, got.out, b[9]), expect_size(record, got.out, b[10]);
+  const Memory low = copy(b[9]), high = copy(b[10]);
+  run(job, setting);
+  int64_t exact = 0;
+  for (int64_t i = 0; i < job.m * job.n; i++) {
+    const float least = element(low.as(), job.out_dtype, i), most = element(high.as(), job.out_dtype, i);
+    const float value = element(job.out, job.out_dtype, i);
+    const bool one = same_element(low.as(), high.as(), job.out_dtype, i);
+    exact += one;
+    if (one ? same_element(low.as(), job.out, job.out_dtype, i) : least <= value && value <= most) continue;
+    char text[160];
+    snprintf(text, sizeof text, "%a is not in [%a, %a]", static_cast<double>(value), static_cast<double>(least),
+             static_cast<double>(most));
+    if (group.failed(setting, text)) print_output(got, i / job.n, i % job.n);
+    return;
+  }
+  group.add_outputs(job.m * job.n, exact);
+}
+
+}  // namespace
+
+bool replay(const std::string& file, const std::string& only_path) {
+  Reader reader(file);
+  if (reader.text(8) != "mxcases1") {
+    printf("FAILED: %s holds no cases\n", file.c_str());
+    return false;
+  }
+  std::vector<Blob> blobs(reader.number<uint32_t>());
+  for (Blob& blob : blobs) {
+    blob.size = reader.number<uint64_t>();
+    blob.data = reader.bytes(blob.size);
+  }
+  std::map<std::string, Group> groups;
+  const std::vector<Setting> all = settings(only_path);
+  const uint32_t records = reader.number<uint32_t>();
+  for (uint32_t index = 0; index < records; index++) {
+    Record record;
+    record.name = reader.text(reader.number<uint32_t>());
+    record.kind = reader.number<uint32_t>();
+    record.fields.resize(reader.number<uint32_t>());
+    for (int64_t& field : record.fields) field = reader.number<int64_t>();
+    record.blobs.resize(reader.number<uint32_t>());
+    for (Blob& blob : record.blobs) {
+      const int32_t which = reader.number<int32_t>();
+      if (which >= 0) blob = blobs.at(static_cast<size_t>(which));
+    }
+    Group& group = groups.try_emplace(record.name, record.name).first->second;
+    group.add_case();
+    Memory::on_heap = index % 2;
+    for (const Setting& setting : all) {
+      now_running("case " + std::to_string(index) + " (" + record.name + "), path " + setting.path + ", " +
+                  std::to_string(setting.threads) + " threads");
+      if (record.kind == kEncode) replay_encode(record, setting, group);
+      if (record.kind == kDecode) replay_decode(record, setting, group);
+      if (record.kind == kLinear) replay_linear(record, setting, group);
+    }
+  }
+  bool passed = true;
+  for (const auto& [name, group] : groups) {
+    group.print();
+    passed &= group.failures() == 0;
+  }
+  return passed;
+}
+
+}  // namespace conformance
