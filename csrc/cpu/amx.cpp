@@ -13,6 +13,8 @@ class Tiles {
  public:
   // A task's sums (768 KB), a group of its weights (384 KB) and of its activations (544 KB) share 2 MB of L2 cache.
   static constexpr int kRows = 32, kPanels = 12, kTaskRows = 512;
+  // Tiles outpace the unpacking of weights, which more rows have to pay for; CPUs that have them have large caches, too.
+  static constexpr int64_t kHeldBytes = 32 << 20;
 
   Tiles() = default;
   Tiles(const Tiles&) = delete;

@@ -8,7 +8,7 @@ namespace mxdit {
 namespace {
 
 struct Avx2 {
-  static constexpr int kLanes = 8, kVectors = 2, kRows = 3, kFloatRows = 6, kOffset = 12;
+  static constexpr int kLanes = 8, kVectors = 2, kRows = 3, kFloatRows = 6, kOffset = 12, kFewRows = 0;
   static constexpr bool kWindows = false;
   typedef float F __attribute__((vector_size(32)));
   typedef __m256i Sum;  // int16: a block's pairs sum to 8 * 2 * 24 * 12 at most

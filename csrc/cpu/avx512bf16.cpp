@@ -7,12 +7,14 @@ namespace {
 
 struct Dot {
   static constexpr int kRows = 12, kPanels = 1, kTaskRows = 1024;
+  static constexpr int64_t kHeldBytes = 8 << 20;
 
   template <bool kOuter>
   static void group(const Bf16Group* a, int rows, int blocks, const uint16_t* w, const float* a_outer, const float* w_outer,
                     float* sums) {
     int m = 0;
     if (rows == kRows) return some<kRows, kOuter>(a, blocks, w, a_outer, w_outer, sums);
+    for (; m + 8 <= rows; m += 8) some<8, kOuter>(a + m, blocks, w, a_outer + m, w_outer, sums + m * kPanelColumns);
     for (; m + 4 <= rows; m += 4) some<4, kOuter>(a + m, blocks, w, a_outer + m, w_outer, sums + m * kPanelColumns);
     for (; m < rows; m++) some<1, kOuter>(a + m, blocks, w, a_outer + m, w_outer, sums + m * kPanelColumns);
   }

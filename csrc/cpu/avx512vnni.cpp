@@ -10,7 +10,7 @@ namespace mxdit {
 namespace {
 
 struct Vnni {
-  static constexpr int kLanes = 16, kVectors = 2, kRows = 6, kFloatRows = 12, kOffset = 12;
+  static constexpr int kLanes = 16, kVectors = 2, kRows = 6, kFloatRows = 12, kOffset = 12, kFewRows = 4;
   static constexpr bool kWindows = true;
   typedef float F __attribute__((vector_size(64)));
   typedef __m512i Sum;
@@ -55,17 +55,67 @@ struct Vnni {
     return _mm512_reduce_max_epu32(top) <= kTopByte;
   }
 
+  // Bytes of twice the value plus the offset, of the codes in the low nibbles.
+  static __m512i shifted(__m512i codes) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+  }
+
   static void unpack_weights(const WeightPanel& panel, int64_t block, uint8_t* out) {
-    const __m512i low = _mm512_set1_epi8(15);
-    const __m512i shifted = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     for (int half = 0; half < kVectors; half++) {
       __m512i dwords[4];
       transpose_rows(panel.codes + half * 16, block * 16, panel.block_codes(block), dwords);
       for (int j = 0; j < 4; j++) {
         uint8_t* at = out + (j * 2 * kVectors + half) * 64;
-        _mm512_store_si512(at, _mm512_shuffle_epi8(shifted, _mm512_and_si512(dwords[j], low)));
-        _mm512_store_si512(at + kVectors * 64,
-                           _mm512_shuffle_epi8(shifted, _mm512_and_si512(_mm512_srli_epi16(dwords[j], 4), low)));
+        _mm512_store_si512(at, shifted(dwords[j]));
+        _mm512_store_si512(at + kVectors * 64, shifted(_mm512_srli_epi16(dwords[j], 4)));
+      }
+    }
+  }
+
+  // As int_group without windows, for a few rows: unpacked weights go from register to register.
+  template <class Prefetch>
+  static void few_rows(const WeightPanel& panel, int64_t group, const IntGroup* a, int rows, const float* a_outer,
+                       const IntWeights& w, float* sums, Prefetch prefetch) {
+    if (rows == 1) return some_rows<1>(panel, group, a, a_outer, w, sums, prefetch);
+    if (rows == 2) return some_rows<2>(panel, group, a, a_outer, w, sums, prefetch);
+    if (rows == 3) return some_rows<3>(panel, group, a, a_outer, w, sums, prefetch);
+    some_rows<4>(panel, group, a, a_outer, w, sums, prefetch);
+  }
+
+  template <int R, class Prefetch>
+  static void some_rows(const WeightPanel& panel, int64_t group, const IntGroup* a, const float* a_outer, const IntWeights& w,
+                        float* sums, Prefetch prefetch) {
+    for (int half = 0; half < kVectors; half++) {
+      F p[R] = {};
+      for (int b = 0; b < w.blocks; b++) {
+        if (half == 0) prefetch(b);
+        const int64_t block = group * kGroupBlocks + b;
+        __m512i dwords[4], sum[R];
+        transpose_rows(panel.codes + half * 16, block * 16, panel.block_codes(block), dwords);
+#pragma GCC unroll 4
+        for (int m = 0; m < R; m++) sum[m] = begin(a[m].start[b]);
+#pragma GCC unroll 8
+        for (int t = 0; t < 8; t++) {
+          const __m512i weights = shifted(t % 2 ? _mm512_srli_epi16(dwords[t / 2], 4) : dwords[t / 2]);
+#pragma GCC unroll 4
+          for (int m = 0; m < R; m++) {
+            int32_t four;
+            memcpy(&four, a[m].q + b * kBlock + t * 4, 4);
+            sum[m] = _mm512_dpbusd_epi32(sum[m], weights, _mm512_set1_epi32(four));
+          }
+        }
+        const F scale = load(w.scale + b * kMostColumns + half * 16);
+#pragma GCC unroll 4
+        for (int m = 0; m < R; m++) p[m] = fma(to_float(sum[m]) * all(a[m].scale[b]), scale, p[m]);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < R; m++) {
+        float* at = sums + m * kMostColumns + half * 16;
+        if (a_outer)
+          store(at, fma(p[m], all(a_outer[m]) * load(w.outer + half * 16), load(at)));
+        else
+          store(at, p[m] + load(at));
       }
     }
   }

@@ -3,6 +3,7 @@
 // one of which lives as long as a task is being multiplied:
 //   kRows                rows of activations at once
 //   kPanels, kTaskRows   panels of 32 columns and rows in one task, at most
+//   kHeldBytes           see Product
 //   group<kOuter>        adds the products of one group of K, for some rows and one panel, to their sums
 // In an unnamed namespace on purpose, see kernels.h.
 #pragma once
@@ -80,25 +81,32 @@ inline __m512i bf16_of_fp8(__m512i codes) {
   return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8));
 }
 
+// 32 scaled E4M3 numbers without subnormals: a shift puts exponent and fraction in place, what remains is the bias.
+inline __m512i scaled_normal_fp8(__m512i codes, __m512i shift) {
+  const __m512i bits = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x7F)), 4);
+  const __m512i value = scaled_bf16(bits, _mm512_add_epi16(shift, _mm512_set1_epi16(120 << 7)));
+  return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8));
+}
+
 // One full block of packed activations as bf16.
 inline void bf16_block(const uint8_t* codes, int format, uint8_t byte, uint16_t* out) {
-  __m512i value;
-  bool nan = false;
-  if (format == MX_FP4) {
-    const __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    value = bf16_of_fp4(_mm512_or_si512(two, _mm512_slli_epi32(two, 12)));
-  } else {
+  const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>((byte - 127) * 128));
+  if (byte >= kLeastByte && byte <= kMostByte) {
+    if (format == MX_FP4) {
+      const __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      return _mm512_store_si512(out, scaled_bf16(bf16_of_fp4(_mm512_or_si512(two, _mm512_slli_epi32(two, 12))), shift));
+    }
     const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     const __m256i magnitude = _mm256_and_si256(one, _mm256_set1_epi8(0x7F));
-    nan = _mm256_movemask_epi8(_mm256_cmpeq_epi8(magnitude, _mm256_set1_epi8(0x7F)));
-    value = bf16_of_fp8(_mm512_cvtepu8_epi16(one));
+    const __mmask32 tiny = _mm256_cmplt_epu8_mask(magnitude, _mm256_set1_epi8(8)) & _mm256_test_epi8_mask(magnitude, magnitude);
+    const __mmask32 nan = _mm256_cmpeq_epi8_mask(magnitude, _mm256_set1_epi8(0x7F));
+    const __m512i wide = _mm512_cvtepu8_epi16(one);
+    if (!nan)
+      return _mm512_store_si512(out, tiny ? scaled_bf16(bf16_of_fp8(wide), shift) : scaled_normal_fp8(wide, shift));
   }
-  if (nan || byte < kLeastByte || byte > kMostByte) {
-    float block[kBlock];
-    decode_block(codes, kBlock, format, byte, block);
-    return store_bf16(block, out);
-  }
-  _mm512_store_si512(out, scaled_bf16(value, _mm512_set1_epi16(static_cast<int16_t>((byte - 127) * 128))));
+  float block[kBlock];
+  decode_block(codes, kBlock, format, byte, block);
+  store_bf16(block, out);
 }
 
 template <class V>
@@ -127,12 +135,15 @@ bool bf16_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first
           store_bf16(block, v + k);
         }
       }
-      uint32_t top = 0;
+      __m512i magnitudes = _mm512_setzero_si512();
       for (int k = 0; k < length; k += kBlock) {
-        const uint32_t of_block = largest_magnitude_bf16(_mm512_load_si512(v + k));
-        if (four_bit(job) && of_block != 0 && of_block < kLeastFourBit << 7) return false;
-        top = of_block > top ? of_block : top;
+        const __m512i magnitude = _mm512_and_si512(_mm512_load_si512(v + k), _mm512_set1_epi16(0x7FFF));
+        magnitudes = _mm512_max_epu16(magnitudes, magnitude);
+        if (!four_bit(job)) continue;
+        const uint32_t of_block = largest_magnitude_bf16(magnitude);
+        if (of_block != 0 && of_block < kLeastFourBit << 7) return false;
       }
+      const uint32_t top = largest_magnitude_bf16(magnitudes);
       if (!four_bit(job) && top != 0 && top < kLeastByte << 7) return false;
       if (job.w_outer) outer[g * held + m] = row.outer ? row.outer[g] : 1.0f;
     }
@@ -149,7 +160,7 @@ inline bool bf16_weights(const WeightPanel& panel, int64_t block, int first, __m
   __m512i any = _mm512_setzero_si512();
   __mmask64 nan = 0;
   const auto store = [&](__m512i value) {
-    _mm512_store_si512(out, scaled_bf16(value, shift));
+    _mm512_store_si512(out, value);
     out += 2 * kPanelColumns;
   };
   __m512i dwords[4];
@@ -161,10 +172,10 @@ inline bool bf16_weights(const WeightPanel& panel, int64_t block, int first, __m
       // Both halves of a lane get the same two bytes, four codes, and shift down the one that is theirs.
       const __m512i low = _mm512_mask_mov_epi16(dwords[j], 0xAAAAAAAAu, _mm512_slli_epi32(dwords[j], 16));
       const __m512i high = _mm512_mask_mov_epi16(dwords[j], 0x55555555u, _mm512_srli_epi32(dwords[j], 16));
-      store(bf16_of_fp4(_mm512_srlv_epi16(low, codes_0_1)));
-      store(bf16_of_fp4(_mm512_srlv_epi16(low, codes_2_3)));
-      store(bf16_of_fp4(_mm512_srlv_epi16(high, codes_0_1)));
-      store(bf16_of_fp4(_mm512_srlv_epi16(high, codes_2_3)));
+      store(scaled_bf16(bf16_of_fp4(_mm512_srlv_epi16(low, codes_0_1)), shift));
+      store(scaled_bf16(bf16_of_fp4(_mm512_srlv_epi16(low, codes_2_3)), shift));
+      store(scaled_bf16(bf16_of_fp4(_mm512_srlv_epi16(high, codes_0_1)), shift));
+      store(scaled_bf16(bf16_of_fp4(_mm512_srlv_epi16(high, codes_2_3)), shift));
     }
   } else {
     for (int part = 0; part < 2; part++) {
@@ -174,10 +185,13 @@ inline bool bf16_weights(const WeightPanel& panel, int64_t block, int first, __m
         const __m512i magnitudes = _mm512_and_si512(dwords[j], _mm512_set1_epi8(0x7F));
         any = _mm512_or_si512(any, magnitudes);
         nan |= _mm512_cmpeq_epi8_mask(magnitudes, _mm512_set1_epi8(0x7F));
+        const __mmask64 tiny =
+            _mm512_cmplt_epu8_mask(magnitudes, _mm512_set1_epi8(8)) & _mm512_test_epi8_mask(magnitudes, magnitudes);
         for (int i = 0; i < 2; i++) {
           const __m512i two = _mm512_srli_epi32(dwords[j], 16 * i);  // in the two lowest bytes of a lane
           const __m512i pair = _mm512_mask_mov_epi16(two, 0xAAAAAAAAu, _mm512_slli_epi32(two, 8));
-          store(bf16_of_fp8(_mm512_and_si512(pair, _mm512_set1_epi16(0xFF))));
+          const __m512i code = _mm512_and_si512(pair, _mm512_set1_epi16(0xFF));
+          store(tiny ? scaled_bf16(bf16_of_fp8(code), shift) : scaled_normal_fp8(code, shift));
         }
       }
     }
@@ -269,7 +283,8 @@ Product bf16_product(const MxLinear& job) {
   const int64_t rows = ((job.m + row_tasks - 1) / row_tasks + V::kRows - 1) / V::kRows * V::kRows;
   const int64_t fair = row_tasks * ((job.n + kPanelColumns - 1) / kPanelColumns) / kEnoughTasks;
   const int64_t columns = kPanelColumns * (fair < 1 || rows <= V::kRows ? 1 : min_of<int64_t>(fair, V::kPanels));
-  return {static_cast<int64_t>(sizeof(Bf16Group)) + outer,
+  return {V::kHeldBytes,
+          static_cast<int64_t>(sizeof(Bf16Group)) + outer,
           columns,
           rows,
           job.a_format == MX_FLOAT ? 0 : packed_row_bytes(job),

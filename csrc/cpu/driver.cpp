@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,7 +14,6 @@
 namespace mxdit {
 namespace {
 
-constexpr int64_t kHeldBytes = 32 << 20;  // of prepared activations at once
 constexpr int64_t kThreadProducts = 1 << 20;  // that are worth waking a thread for
 constexpr int64_t kThreadNumbers = 1 << 15;   // to encode or decode, likewise
 
@@ -50,14 +48,28 @@ const Path& path() {
   return chosen ? *chosen : paths().front();
 }
 
-struct Free {
-  void operator()(uint8_t* p) const { free(p); }
-};
-using Memory = std::unique_ptr<uint8_t, Free>;
+// Memory that a thread keeps for its next call: touching fresh pages would cost as much as a small product.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { free(bytes_); }
 
-Memory allocate(int64_t bytes) {
-  return Memory(static_cast<uint8_t*>(aligned_alloc(64, static_cast<size_t>((bytes + 64) / 64 * 64))));
-}
+  // NULL where there is not enough.
+  uint8_t* get(int64_t size) {
+    if (size > size_) {
+      free(bytes_);
+      bytes_ = static_cast<uint8_t*>(aligned_alloc(64, static_cast<size_t>((size + 63) / 64 * 64)));
+      size_ = bytes_ ? size : 0;
+    }
+    return bytes_;
+  }
+
+ private:
+  uint8_t* bytes_ = nullptr;
+  int64_t size_ = 0;
+};
 
 int useful_threads(int threads, int64_t work, int64_t worth) {
   return static_cast<int>(std::clamp<int64_t>(work / worth, 1, std::max(threads, 1)));
@@ -78,11 +90,12 @@ enum class Outcome { done, declined, no_memory };
 
 Outcome multiply(const MxLinear& job, const Product& product, int threads) {
   const int64_t groups = (job.k + kGroup - 1) / kGroup;
-  int64_t held = std::clamp<int64_t>(kHeldBytes / (groups * product.a_row_bytes), std::min<int64_t>(job.m, 64), job.m);
+  int64_t held = std::clamp<int64_t>(product.held_bytes / (groups * product.a_row_bytes), std::min<int64_t>(job.m, 64), job.m);
   if (held > product.rows) held -= held % product.rows;  // whole tasks
-  const Memory a = allocate(groups * held * product.a_row_bytes);
+  static thread_local Buffer a_buffer, scratch_buffer;
+  uint8_t* const a = a_buffer.get(groups * held * product.a_row_bytes);
   const int64_t scratch_bytes = (std::max(product.prepare_bytes, product.multiply_bytes) + 127) / 64 * 64;
-  const Memory scratch = allocate(scratch_bytes * threads);
+  uint8_t* const scratch = scratch_buffer.get(scratch_bytes * threads);
   if (!a || !scratch) return Outcome::no_memory;
   std::atomic<bool> declined{false};
   const int64_t column_tasks = (job.n + product.columns - 1) / product.columns;
@@ -92,19 +105,19 @@ Outcome multiply(const MxLinear& job, const Product& product, int threads) {
     std::atomic<int> workers{0};
     const int64_t step = std::clamp<int64_t>(rows / (threads * 4), 1, 64);
     parallel(threads, [&] {
-      uint8_t* own = scratch.get() + scratch_bytes * workers++;
+      uint8_t* own = scratch + scratch_bytes * workers++;
       for (int64_t m = next.fetch_add(step); m < rows && !declined; m = next.fetch_add(step))
-        if (!product.prepare(job, base, rows, m, std::min(m + step, rows), a.get(), own)) declined = true;
+        if (!product.prepare(job, base, rows, m, std::min(m + step, rows), a, own)) declined = true;
     });
     const int64_t row_tasks = (rows + product.rows - 1) / product.rows, tasks = row_tasks * column_tasks;
     const int64_t run = std::clamp<int64_t>(tasks / (threads * 8), 1, 16);  // neighbours, so that one prefetches for the next
     next = 0, workers = 0;
     parallel(threads, [&] {
-      uint8_t* own = scratch.get() + scratch_bytes * workers++;
+      uint8_t* own = scratch + scratch_bytes * workers++;
       for (int64_t first = next.fetch_add(run); first < tasks; first = next.fetch_add(run))
         for (int64_t task = first; task < std::min(first + run, tasks) && !declined; task++) {
           const int64_t n = task / row_tasks * product.columns, m = task % row_tasks * product.rows;
-          if (!product.multiply(job, base, rows, a.get(), m, std::min(m + product.rows, rows), n,
+          if (!product.multiply(job, base, rows, a, m, std::min(m + product.rows, rows), n,
                                 std::min(n + product.columns, job.n), own))
             declined = true;
         }

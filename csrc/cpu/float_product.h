@@ -101,7 +101,8 @@ template <class V>
 Product float_product(const MxLinear& job) {
   constexpr int width = V::kLanes * V::kVectors;
   const int64_t rows = 512, outer = job.w_outer ? 4 : 0;
-  return {static_cast<int64_t>(sizeof(FloatGroup)) + outer,
+  return {8 << 20,
+          static_cast<int64_t>(sizeof(FloatGroup)) + outer,
           width,
           rows,
           job.a_format == MX_FLOAT ? 0 : packed_row_bytes(job),

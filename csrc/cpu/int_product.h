@@ -7,6 +7,7 @@
 //   Sum               what accumulates a block; begin(start), dot(sum, weights, activations), finish(sum, start) -> I
 //   kOffset           what is added to plain weights, for instructions that want one operand unsigned
 //   kWindows          whether Sum has room for windows, and unpack_window exists; weights then have 8 * kOffset added
+//   kFewRows          for how many rows few_rows() multiplies with weights on their way from memory, without a panel
 //   fma, to_float, and unpack_row, unpack_scales, unpack_weights, which turn the canonical layout into operands
 // In an unnamed namespace on purpose, see kernels.h.
 #pragma once
@@ -206,6 +207,16 @@ bool int_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_t
   for (int64_t g = 0; g < groups_of(job.k); g++) {
     const int blocks = static_cast<int>(blocks_of(group_length(job, g)));
     const auto prefetch = [&](int block) __attribute__((always_inline)) { next.prefetch(g * kGroupBlocks + block); };
+    const int64_t first = g * held + m0;
+    if (job.w_outer) outer_column(job, g, n0, width, w_outer);
+    if constexpr (V::kFewRows > 0) {
+      if (m1 - m0 <= V::kFewRows) {
+        if (!V::unpack_scales(panel, g, blocks, scales)) return false;
+        V::few_rows(panel, g, rows.groups + first, static_cast<int>(m1 - m0), job.w_outer ? rows.outer + first : nullptr,
+                    {nullptr, scales, w_outer, blocks}, sums, prefetch);
+        continue;
+      }
+    }
     bool window = false;
     if constexpr (V::kWindows) window = m1 - m0 >= kWindowRows && V::unpack_window(panel, g, blocks, q, scales, prefetch);
     if (!window) {
@@ -216,9 +227,7 @@ bool int_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_t
       }
     }
     const IntWeights w = {q, scales, w_outer, blocks};
-    const int64_t first = g * held + m0;
     if (job.w_outer) {
-      outer_column(job, g, n0, width, w_outer);
       int_panel<V, true>(rows.groups + first, rows.windows + first, rows.outer + first, m1 - m0, w, window, sums);
     } else {
       int_panel<V, false>(rows.groups + first, rows.windows + first, rows.outer, m1 - m0, w, window, sums);
@@ -232,7 +241,8 @@ template <class V>
 Product int_product(const MxLinear& job) {
   constexpr int width = V::kLanes * V::kVectors;
   const int64_t rows = 2048, outer = job.w_outer ? 4 : 0;
-  return {static_cast<int64_t>(sizeof(IntGroup) + sizeof(IntWindow)) + outer,
+  return {8 << 20,
+          static_cast<int64_t>(sizeof(IntGroup) + sizeof(IntWindow)) + outer,
           width,
           rows,
           packed_row_bytes(job),

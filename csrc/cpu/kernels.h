@@ -14,7 +14,8 @@ constexpr int kGroupBlocks = kGroup / kBlock;
 // One way to multiply. The driver lets `prepare` fill `a` with some rows of the activations, then cuts the columns into
 // tasks of `columns` (and the rows into tasks of `rows`) and hands each to `multiply`.
 struct Product {
-  int64_t a_row_bytes;    // of prepared activations, each row and group of K
+  int64_t held_bytes;     // of prepared activations that the caches are good for, while every column goes by
+  int64_t a_row_bytes;    // of these, each row and group of K
   int64_t columns, rows;  // of one task
   int64_t prepare_bytes, multiply_bytes;  // of scratch that a call needs
   // Rows [first, last) of the activations into `a`, whose row 0 is row `base` of the job and which holds `held` rows, as

@@ -32,7 +32,7 @@ inline uint32x4_t byte_of(const uint32x4_t* dwords, int b) {
 }
 
 struct Neon {
-  static constexpr int kLanes = 4, kVectors = 4, kRows = 3, kFloatRows = 6, kOffset = 0;
+  static constexpr int kLanes = 4, kVectors = 4, kRows = 3, kFloatRows = 6, kOffset = 0, kFewRows = 0;
   static constexpr bool kWindows = true;
   static constexpr int kWidth = kLanes * kVectors;
   typedef float32x4_t F;
