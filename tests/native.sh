@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The CPU kernels against the reference in torch and against each other: as they are installed; under sanitizers, with AMX
-# tiles in plain C++; and for 64-bit Arm, where a cross compiler and an emulator are at hand. SEED and FUZZ change the random
-# part. Each part says which paths this CPU let it check.
+# The CPU kernels against the reference in torch and against each other: as they are installed; on older CPUs, and for 64-bit
+# Arm, where an emulator (and a cross compiler) is at hand; under sanitizers, with AMX tiles in plain C++. SEED and FUZZ change
+# the random part. Each part says which paths this CPU let it check.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -30,13 +30,16 @@ check() {
 # A symbol that the linker may take from any object would bring one path's instructions into another path. (The one that is
 # let through is a pointer.)
 no_weak_symbols() {
-  local nm=$1 dir=$2 object found=0
+  local nm=$1 dir=$2 object objects=0 found=0
   for object in $(find "$dir/mxdit_cpu" -name '*.cpp.o' ! -name 'driver.*' ! -name 'parallel.*' ! -name 'cpu.*'); do
-    if "$nm" -C --defined-only "$object" | grep -E ' [WVu] ' | grep -v ' DW.ref.__gxx_personality_v0'; then
+    objects=$((objects + 1))
+    "$nm" -C --defined-only "$object" >"$out/symbols" || return 1
+    if grep -E ' [WVu] ' "$out/symbols" | grep -v ' DW.ref.__gxx_personality_v0'; then
       echo "FAILED: $object shares these symbols with other objects"
       found=1
     fi
   done
+  [ "$objects" -gt 0 ] || { echo "FAILED: no objects of paths in $dir" && return 1; }
   return $found
 }
 
@@ -47,6 +50,14 @@ fi
 
 check release --cases "$cases" --fuzz "$fuzz" --seed "$seed" --tall --wide -- -DCMAKE_BUILD_TYPE=Release
 no_weak_symbols nm "$out/release"
+if command -v qemu-x86_64 >/dev/null && [ "$(uname -m)" = x86_64 ]; then
+  for cpu in Nehalem Haswell; do  # without AVX, and without AVX-512: one instruction too many ends the program
+    echo "== $cpu"
+    qemu-x86_64 -cpu $cpu "$out/release/conformance" --fuzz "$((fuzz / 20))" --seed "$seed"
+  done
+else
+  echo "== older CPUs: not checked, for want of qemu-x86_64"
+fi
 check sanitize --cases "$cases" --fuzz "$fuzz" --seed "$((seed + fuzz))" --wide -- -DCMAKE_BUILD_TYPE=Sanitize \
   -DMXDIT_EMULATE_TILES=ON
 

@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "float_product.h"
-#include "int_product.h"
+#include "unpack_x86.h"
 
 namespace mxdit {
 namespace {
@@ -10,6 +10,7 @@ namespace {
 struct Avx2 {
   static constexpr int kLanes = 8, kVectors = 2, kRows = 3, kFloatRows = 6, kOffset = 12, kFewRows = 0;
   static constexpr bool kWindows = false;
+  static constexpr int kWidth = kLanes * kVectors;
   typedef float F __attribute__((vector_size(32)));
   typedef __m256i Sum;  // int16: a block's pairs sum to 8 * 2 * 24 * 12 at most
 
@@ -30,27 +31,33 @@ struct Avx2 {
     return _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(start));
   }
 
-  static void unpack_row(const uint8_t* codes, int shift, int8_t* q) {
-    const __m128i doubled = _mm_load_si128(reinterpret_cast<const __m128i*>(kDoubled[shift]));
-    const __m128i two = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), low = _mm_set1_epi8(15);
-    const __m128i even = _mm_shuffle_epi8(doubled, _mm_and_si128(two, low));
-    const __m128i odd = _mm_shuffle_epi8(doubled, _mm_and_si128(_mm_srli_epi16(two, 4), low));
-    _mm_store_si128(reinterpret_cast<__m128i*>(q), _mm_unpacklo_epi32(even, odd));
-    _mm_store_si128(reinterpret_cast<__m128i*>(q + 16), _mm_unpackhi_epi32(even, odd));
-  }
+  static constexpr auto unpack_row = unpack_row_x86;
 
   static bool unpack_scales(const WeightPanel& panel, int64_t group, int blocks, float* out) {
-    return plain_scales(panel, group, blocks, kLanes * kVectors, kTopByte, out);
+    for (int n = 0; n < kWidth; n++)
+      for (int b = 0; b < blocks; b++) {
+        const uint8_t byte = panel.scale[n][group * kGroupBlocks + b];
+        if (byte > kTopByte) return false;
+        out[b * kWidth + n] = scale_value(byte);
+      }
+    return true;
   }
 
   static void unpack_weights(const WeightPanel& panel, int64_t block, uint8_t* out) {
-    if (panel.block_codes(block) < 16) return plain_weights(panel, block, kLanes * kVectors, kOffset, out);
+    uint8_t padded[kWidth][16];
+    const int bytes = panel.block_codes(block);
+    const auto codes = [&](int n) -> const uint8_t* {
+      const uint8_t* at = panel.codes[n] + block * 16;
+      if (bytes == 16) return at;
+      memset(padded[n], 0, 16);
+      return static_cast<const uint8_t*>(memcpy(padded[n], at, static_cast<size_t>(bytes)));
+    };
     const __m256i low = _mm256_set1_epi8(15);
     const __m256i shifted =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     for (int half = 0; half < kVectors; half++) {
       const auto row = [&](int i) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel.codes[half * 8 + i] + block * 16));
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes(half * 8 + i)));
       };
       __m256i two[4];  // lane j of two[i]: column 4j + i
       for (int i = 0; i < 4; i++) two[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(i)), row(4 + i), 1);
@@ -70,7 +77,7 @@ struct Avx2 {
 };
 
 Product fast(const MxLinear& job) {
-  return job.a_format == MX_FP4 && job.w_format == MX_FP4 ? int_product<Avx2>(job) : float_product<Avx2>(job);
+  return four_bit(job) ? int_product<Avx2>(job) : float_product<Avx2>(job);
 }
 
 }  // namespace

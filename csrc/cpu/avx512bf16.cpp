@@ -10,8 +10,8 @@ struct Dot {
   static constexpr int64_t kHeldBytes = 8 << 20;
 
   template <bool kOuter>
-  static void group(const Bf16Group* a, int rows, int blocks, const uint16_t* w, const float* a_outer, const float* w_outer,
-                    float* sums) {
+  void group(const Bf16Group* a, int rows, int blocks, const uint16_t* w, const float* a_outer, const float* w_outer,
+             float* sums) {
     int m = 0;
     if (rows == kRows) return some<kRows, kOuter>(a, blocks, w, a_outer, w_outer, sums);
     for (; m + 8 <= rows; m += 8) some<8, kOuter>(a + m, blocks, w, a_outer + m, w_outer, sums + m * kPanelColumns);
@@ -52,8 +52,7 @@ struct Dot {
 };
 
 Product fast(const MxLinear& job) {
-  const bool four_bit = job.a_format == MX_FP4 && job.w_format == MX_FP4;
-  return four_bit || !bf16_activations(job) ? avx512vnni_path().fast(job) : bf16_product<Dot>(job);
+  return four_bit(job) || !bf16_activations(job) ? avx512vnni_path().fast(job) : bf16_product<Dot>(job);
 }
 
 }  // namespace

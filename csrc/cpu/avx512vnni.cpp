@@ -3,8 +3,8 @@
 
 #include "encode_avx512.h"
 #include "float_product.h"
-#include "int_product.h"
 #include "transpose_avx512.h"
+#include "unpack_x86.h"
 
 namespace mxdit {
 namespace {
@@ -29,14 +29,7 @@ struct Vnni {
   }
   static __m512i finish(Sum sum, int32_t) { return sum; }
 
-  static void unpack_row(const uint8_t* codes, int shift, int8_t* q) {
-    const __m128i doubled = _mm_load_si128(reinterpret_cast<const __m128i*>(kDoubled[shift]));
-    const __m128i two = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), low = _mm_set1_epi8(15);
-    const __m128i even = _mm_shuffle_epi8(doubled, _mm_and_si128(two, low));
-    const __m128i odd = _mm_shuffle_epi8(doubled, _mm_and_si128(_mm_srli_epi16(two, 4), low));
-    _mm_store_si128(reinterpret_cast<__m128i*>(q), _mm_unpacklo_epi32(even, odd));
-    _mm_store_si128(reinterpret_cast<__m128i*>(q + 16), _mm_unpackhi_epi32(even, odd));
-  }
+  static constexpr auto unpack_row = unpack_row_x86;
 
   static bool unpack_scales(const WeightPanel& panel, int64_t group, int blocks, float* out) {
     __m512i top = _mm512_setzero_si512();
@@ -167,7 +160,7 @@ struct Vnni {
 };
 
 Product fast(const MxLinear& job) {
-  return job.a_format == MX_FP4 && job.w_format == MX_FP4 ? int_product<Vnni>(job) : float_product<Vnni>(job);
+  return four_bit(job) ? int_product<Vnni>(job) : float_product<Vnni>(job);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kPanelColumns = 32;
 // A group of activations has to have something of at least 2^-40 in it, or be all zeros, and a block of weights a scale of
-// at least that: what the unit flushes, below 2^-126, is then far below the last bit of any sum.
+// at least that. What the unit flushes, products and activations below 2^-126, is then nothing beside the group's others.
 constexpr int kLeastByte = 87;
 constexpr int kMostByte = 244;
 // Products of four-bit numbers stay exact: a block of activations, too, has to have something of at least 2^-82 in it. As
@@ -33,8 +33,6 @@ struct alignas(64) Bf16Group {
   uint16_t v[kGroup];
   uint16_t padding[32];
 };
-
-inline bool four_bit(const MxLinear& job) { return job.a_format == MX_FP4 && job.w_format == MX_FP4; }
 
 // fp32 numbers that bf16 holds.
 inline void store_bf16(const float* v, uint16_t* out) {
@@ -145,7 +143,7 @@ bool bf16_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first
       }
       const uint32_t top = largest_magnitude_bf16(magnitudes);
       if (!four_bit(job) && top != 0 && top < kLeastByte << 7) return false;
-      if (job.w_outer) outer[g * held + m] = row.outer ? row.outer[g] : 1.0f;
+      if (job.w_outer) outer[g * held + m] = outer_of(row, g);
     }
   }
   return true;
@@ -156,7 +154,8 @@ bool bf16_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first
 // what the unit cannot take.
 inline bool bf16_weights(const WeightPanel& panel, int64_t block, int first, __m512i byte, uint16_t* out) {
   // What multiplying by the scale adds to the bits of a bf16 number, in both halves of a lane.
-  const __m512i shift = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_or_si512(byte, _mm512_slli_epi32(byte, 16)), _mm512_set1_epi16(127)), 7);
+  const __m512i twice = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 16));
+  const __m512i shift = _mm512_slli_epi16(_mm512_sub_epi16(twice, _mm512_set1_epi16(127)), 7);
   __m512i any = _mm512_setzero_si512();
   __mmask64 nan = 0;
   const auto store = [&](__m512i value) {
@@ -261,11 +260,8 @@ bool bf16_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_
     const int64_t row = g * held + m0, steps = (rows + V::kRows - 1) / V::kRows;
     each([&](int64_t m, int count, int64_t p, float* sums) {
       if (panels > 1 && g + 1 < groups_of(job.k)) fetch_codes(job, g + 1, column(p) + m / V::kRows, column(p + 1), steps);
-      if (job.w_outer)
-        unit.template group<true>(groups + row + m, count, blocks, w + p * panel_size, a_outer + row + m,
-                                  w_outer + p * kPanelColumns, sums);
-      else
-        unit.template group<false>(groups + row + m, count, blocks, w + p * panel_size, nullptr, nullptr, sums);
+      const auto group = job.w_outer ? &V::template group<true> : &V::template group<false>;
+      (unit.*group)(groups + row + m, count, blocks, w + p * panel_size, a_outer + row + m, w_outer + p * kPanelColumns, sums);
     });
   }
   each([&](int64_t m, int count, int64_t p, float* sums) {

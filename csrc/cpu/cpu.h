@@ -3,7 +3,7 @@
 
 namespace mxdit {
 
-bool cpu_runs_avx2();        // with FMA and F16C
+bool cpu_runs_avx2();        // with FMA
 bool cpu_runs_avx512vnni();  // with BW, VL, DQ, VNNI
 bool cpu_runs_avx512bf16();  // the above, with BF16 dot products
 bool cpu_runs_amx();         // the above, with BF16 tiles, which the process then has permission to use

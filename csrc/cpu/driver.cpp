@@ -155,18 +155,16 @@ int mx_select(const char* name) {
 
 const char* mx_selected(void) { return path().name; }
 
-int mx_encode(const MxEncode* job, int threads) {
+void mx_encode(const MxEncode* job, int threads) {
   const auto encode = path().encode;
   over_ranges(useful_threads(threads, job->rows * job->k, kThreadNumbers), job->rows,
               [&](int64_t first, int64_t last) { encode(*job, first, last); });
-  return 0;
 }
 
-int mx_decode(const MxDecode* job, int threads) {
+void mx_decode(const MxDecode* job, int threads) {
   const auto decode = path().decode;
   over_ranges(useful_threads(threads, job->rows * job->k, kThreadNumbers), job->rows,
               [&](int64_t first, int64_t last) { decode(*job, first, last); });
-  return 0;
 }
 
 int mx_linear(const MxLinear* job, int threads) {

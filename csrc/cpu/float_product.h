@@ -32,7 +32,7 @@ bool float_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t firs
     if (job.a_format != MX_FLOAT) row = packed_row(job, base + m, V::encode, scratch);
     for (int64_t g = 0; g < groups_of(job.k); g++) {
       activations(job, base + m, row, g * kGroup, group_length(job, g), out[g * held + m].v);
-      if (job.w_outer) outer[g * held + m] = row.outer ? row.outer[g] : 1.0f;
+      if (job.w_outer) outer[g * held + m] = outer_of(row, g);
     }
   }
   return true;
@@ -90,7 +90,7 @@ bool float_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8
       outer_column(job, g, n0, width, w_outer);
       float_rows<V, true>(rows, m1 - m0, length, w, a_outer + g * held + m0, w_outer, sums);
     } else {
-      float_rows<V, false>(rows, m1 - m0, length, w, nullptr, nullptr, sums);
+      float_rows<V, false>(rows, m1 - m0, length, w, a_outer, w_outer, sums);
     }
   }
   store_sums(job, sums, width, base + m0, base + m1, n0, n1);

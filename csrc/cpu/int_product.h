@@ -3,12 +3,12 @@
 // differences fit into the bytes too (12 << 3 = 96): such a "window" of the activations, the weights or both leaves less,
 // or nothing, to scale block by block. A template over a path's dot product, `V`:
 //   kLanes, kVectors  columns in one register, registers across a panel; kRows: rows of activations at once
-//   I, F              int32 and fp32 registers
-//   Sum               what accumulates a block; begin(start), dot(sum, weights, activations), finish(sum, start) -> I
+//   F                 fp32 registers, with all, load, store, fma; to_float from int32 registers
+//   Sum               what accumulates a block; begin(start), dot(sum, weights, activations), finish(sum, start) to int32
 //   kOffset           what is added to plain weights, for instructions that want one operand unsigned
 //   kWindows          whether Sum has room for windows, and unpack_window exists; weights then have 8 * kOffset added
 //   kFewRows          for how many rows few_rows() multiplies with weights on their way from memory, without a panel
-//   fma, to_float, and unpack_row, unpack_scales, unpack_weights, which turn the canonical layout into operands
+//   encode            of this path; unpack_row, unpack_scales, unpack_weights, which turn the canonical layout into operands
 // In an unnamed namespace on purpose, see kernels.h.
 #pragma once
 #include "panel.h"
@@ -53,7 +53,8 @@ alignas(16) constexpr int8_t kDoubled[kWindow + 1][16] = {
 };
 
 template <class V>
-bool int_prepare_group(const uint8_t* codes, int64_t bytes, const uint8_t* scale, int blocks, IntGroup& group, IntWindow& window) {
+bool int_prepare_group(const uint8_t* codes, int64_t bytes, const uint8_t* scale, int blocks, IntGroup& group,
+                       IntWindow& window) {
   uint8_t padded[kGroupBlocks][16];
   if (bytes < blocks * 16) {
     memset(padded[blocks - 1], 0, 16);
@@ -97,7 +98,7 @@ bool int_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first,
       if (!int_prepare_group<V>(row.codes + g * kGroup / 2, length / 2, row.scale + g * kGroupBlocks,
                                 static_cast<int>(blocks_of(length)), out.groups[g * held + m], out.windows[g * held + m]))
         return false;
-      if (job.w_outer) out.outer[g * held + m] = row.outer[g];
+      if (job.w_outer) out.outer[g * held + m] = outer_of(row, g);
     }
   }
   return true;

@@ -33,7 +33,7 @@ struct Path {
   Product (*general)(const MxLinear&);  // IEEE fp32 throughout: takes everything
 };
 
-// Each is defined in the file of its name, and callable on any CPU.
+// Each is defined in the file of its name, and to be called where cpu.h says that this CPU runs it.
 Path scalar_path();
 Path avx2_path();
 Path avx512vnni_path();

@@ -60,9 +60,9 @@ MX_API const char* mx_paths(void);
 MX_API int mx_select(const char* path);
 MX_API const char* mx_selected(void);
 
+MX_API void mx_encode(const MxEncode* job, int threads);
+MX_API void mx_decode(const MxDecode* job, int threads);
 // 0, or -1 where memory ran out.
-MX_API int mx_encode(const MxEncode* job, int threads);
-MX_API int mx_decode(const MxDecode* job, int threads);
 MX_API int mx_linear(const MxLinear* job, int threads);
 
 #ifdef __cplusplus

@@ -126,7 +126,7 @@ struct Neon {
 };
 
 Product fast(const MxLinear& job) {
-  return job.a_format == MX_FP4 && job.w_format == MX_FP4 ? int_product<Neon>(job) : float_product<Neon>(job);
+  return four_bit(job) ? int_product<Neon>(job) : float_product<Neon>(job);
 }
 
 }  // namespace

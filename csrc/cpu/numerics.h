@@ -115,7 +115,8 @@ inline Scale single_scale(uint32_t amax, int format, int rule, bool fp16) {
   int byte;
   bool empty;
   if (rule == MX_UOS || rule == MX_CUBLAS) {
-    const uint32_t s = bits_of(float_of(amax) * (rule == MX_UOS ? static_cast<float>(1.0 / 7.25) : static_cast<float>(1.0 / 448.0)));
+    const float inverse = static_cast<float>(1.0 / (rule == MX_UOS ? 7.25 : 448.0));
+    const uint32_t s = bits_of(float_of(amax) * inverse);
     const uint32_t mantissa = s & 0x7FFFFFu;
     byte = static_cast<int>(s >> 23);
     byte += byte > 0 ? mantissa > 0 : rule == MX_CUBLAS && mantissa > 0x400000u;
@@ -291,7 +292,8 @@ inline void encode_rows(const MxEncode& job, int64_t first, int64_t last) {
     } else {
       for (int64_t b = 0; b < blocks; b++)
         encode_block(x + b * kBlock, job.mul_scale ? job.mul_scale + b * kBlock : nullptr,
-                     static_cast<int>(min_of<int64_t>(kBlock, job.k - b * kBlock)), job.format, job.rule, job.round, codes + code_bytes(job.format, b * kBlock), scale + b);
+                     static_cast<int>(min_of<int64_t>(kBlock, job.k - b * kBlock)), job.format, job.rule, job.round,
+                     codes + code_bytes(job.format, b * kBlock), scale + b);
     }
   }
 }

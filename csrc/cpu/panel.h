@@ -8,16 +8,16 @@ namespace {
 
 struct WeightPanel {
   int format;
-  int64_t k, row_codes;
+  int64_t row_codes;
   const uint8_t* codes[kMostColumns];  // behind the last column, the last one again
   const uint8_t* scale[kMostColumns];
 
-  WeightPanel(const MxLinear& job, int64_t n0, int columns) : format(job.w_format), k(job.k) {
-    row_codes = code_bytes(format, k);
+  WeightPanel(const MxLinear& job, int64_t n0, int columns) : format(job.w_format) {
+    row_codes = code_bytes(format, job.k);
     for (int n = 0; n < columns; n++) {
       const int64_t row = min_of(n0 + n, job.n - 1);
       codes[n] = job.w_codes + row * row_codes;
-      scale[n] = job.w_scale + row * blocks_of(k);
+      scale[n] = job.w_scale + row * blocks_of(job.k);
     }
   }
 
@@ -52,31 +52,6 @@ class NextPanel {
   const uint8_t *codes_ = nullptr, *scale_ = nullptr, *codes_end_ = nullptr;
   int64_t codes_step_ = 0, scale_step_ = 0;
 };
-
-// fp32 scales of the group's blocks, (blocks, columns). False where one is too large or NaN for a sum of integers.
-inline bool plain_scales(const WeightPanel& panel, int64_t group, int blocks, int columns, int top, float* out) {
-  for (int n = 0; n < columns; n++)
-    for (int b = 0; b < blocks; b++) {
-      const uint8_t byte = panel.scale[n][group * kGroupBlocks + b];
-      if (byte > top) return false;
-      out[b * columns + n] = scale_value(byte);
-    }
-  return true;
-}
-
-// FP4 codes of a block to bytes of twice the value plus an offset, four elements of K of every column after the other, in
-// the order of unpack_row_block.
-inline void plain_weights(const WeightPanel& panel, int64_t block, int columns, int offset, uint8_t* out) {
-  static const int8_t doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-  const int bytes = panel.block_codes(block);
-  for (int n = 0; n < columns; n++)
-    for (int i = 0; i < 16; i++) {
-      const uint8_t two = i < bytes ? panel.codes[n][block * 16 + i] : 0;
-      uint8_t* even = out + ((i / 4) * 2 * columns + n) * 4 + i % 4;
-      even[0] = static_cast<uint8_t>(doubled[two & 15] + offset);
-      even[columns * 4] = static_cast<uint8_t>(doubled[two >> 4] + offset);
-    }
-}
 
 // fp32 values of a block with their scales, (32, columns); zeros behind the end of a row.
 inline void plain_floats(const WeightPanel& panel, int64_t block, int columns, float* out) {

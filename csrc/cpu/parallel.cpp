@@ -4,7 +4,7 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -19,13 +19,12 @@ namespace {
 // linking one ourselves would start a second team whose idle threads spin on the cores that the first one needs.
 using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-std::atomic<bool> forked{false};  // a child process has none of its parent's OpenMP threads, and would wait for them
+// A child process has none of its parent's OpenMP threads, and would wait for them.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Team host_team() {
-  static const Team team = [] {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    return reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  }();
+  static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return forked ? nullptr : team;
 }
 
@@ -68,8 +67,8 @@ void parallel(int threads, void (*body)(void*), void* data) {
   std::vector<std::thread> others;
   try {
     for (int i = 1; i < threads; i++) others.emplace_back(guarded, &call);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those there are do all of it.
+  } catch (const std::exception&) {
+    // No more threads to be had, or no memory for them: those there are do all of it.
   }
   guarded(&call);
   for (std::thread& other : others) other.join();

@@ -14,6 +14,11 @@ struct PackedRow {
   const float* outer;
 };
 
+// The outer scale of a group; it counts as 1 where the activations have none.
+inline float outer_of(const PackedRow& row, int64_t group) { return row.outer ? row.outer[group] : 1.0f; }
+
+inline bool four_bit(const MxLinear& job) { return job.a_format == MX_FP4 && job.w_format == MX_FP4; }
+
 inline int64_t packed_row_bytes(const MxLinear& job) {
   return job.x ? groups_of(job.k) * 4 + code_bytes(job.a_format, job.k) + blocks_of(job.k) : 0;
 }
@@ -85,7 +90,7 @@ inline void outer_column(const MxLinear& job, int64_t group, int64_t n0, int col
   for (int n = 0; n < columns; n++) out[n] = job.w_outer[min_of(n0 + n, job.n - 1) * groups_of(job.k) + group];
 }
 
-// An outer scale in front of every (row, group) of the activations, 1 where they have none.
+// Elements of K in a group; the last may have fewer.
 inline int group_length(const MxLinear& job, int64_t group) {
   return static_cast<int>(min_of<int64_t>(kGroup, job.k - group * kGroup));
 }

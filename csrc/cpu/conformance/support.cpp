@@ -174,21 +174,14 @@ class HostileFloats {
 #endif
 };
 
-template <class Job>
-void run_any(const Job& job, const Setting& setting, int (*entry)(const Job*, int)) {
+template <class Call>
+void run_any(const Setting& setting, Call call) {
   if (mx_select(setting.path.c_str()) != 0 || setting.path != mx_selected()) {
     printf("FAILED: %s cannot be selected\n", setting.path.c_str());
     exit(1);
   }
-  int result;
-  {
-    const HostileFloats floats(setting.threads > 1);
-    result = entry(&job, setting.threads);
-  }
-  if (result != 0) {
-    printf("FAILED: no memory while running: %s\n", running);
-    exit(1);
-  }
+  const HostileFloats floats(setting.threads > 1);
+  call(setting.threads);
 }
 
 }  // namespace
@@ -216,9 +209,19 @@ std::vector<Setting> settings(const std::string& only_path) {
   return found;
 }
 
-void run(const MxEncode& job, const Setting& setting) { run_any(job, setting, mx_encode); }
-void run(const MxDecode& job, const Setting& setting) { run_any(job, setting, mx_decode); }
-void run(const MxLinear& job, const Setting& setting) { run_any(job, setting, mx_linear); }
+void run(const MxEncode& job, const Setting& setting) {
+  run_any(setting, [&](int threads) { mx_encode(&job, threads); });
+}
+void run(const MxDecode& job, const Setting& setting) {
+  run_any(setting, [&](int threads) { mx_decode(&job, threads); });
+}
+void run(const MxLinear& job, const Setting& setting) {
+  run_any(setting, [&](int threads) {
+    if (mx_linear(&job, threads) == 0) return;
+    printf("FAILED: no memory while running: %s\n", running);
+    exit(1);
+  });
+}
 
 // -- the report -------------------------------------------------------------------------------------------------------------
 

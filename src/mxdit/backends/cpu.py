@@ -28,11 +28,10 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _RULES = {"ocp": 0, "uos": 1, "even6": 2, "even7": 3, "cublas": 4}
 _ROUND_MODES = {"rint": 0, "round": 1, "floor": 2}
 _NO_LIBRARY = (
-    "mxdit was installed without its native library, for want of a C++ compiler; install one, then mxdit again"
+    "mxdit was installed without its native library, which takes a C++20 compiler; install one, then mxdit again"
 )
 _FP4, _FP8, _FLOAT = range(3)
 _FORMATS = {"mxfp4": _FP4, "mxfp4_dualscale": _FP4, "mxfp8": _FP8, None: _FLOAT}
-
 
 # MxEncode, MxDecode and MxLinear of csrc/cpu/mxdit_cpu.h. Packed by `struct`, in a quarter of the time of ctypes' own.
 _ENCODE = struct.Struct("@P3q4i4P")
@@ -48,14 +47,23 @@ _reference = False  # whether the reference answers although there is a library
 @cache
 def _library() -> ctypes.CDLL | None:
     """The shared library that was built with the package, or None where it was installed without one."""
-    path = Path(
-        str(files("mxdit.backends").joinpath("libmxdit_cpu.so"))
-    )  # elsewhere than this file in an editable install
+    # In an editable install it lies elsewhere than this file.
+    path = Path(str(files("mxdit.backends").joinpath("libmxdit_cpu.so")))
     if not path.is_file():
         return None
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(
+            "the native library does not load",
+            where=str(path),
+            got=error,
+            expected="a library built for this machine",
+            hint="Install mxdit again on this machine.",
+        ) from error
     library.mx_paths.restype = library.mx_selected.restype = ctypes.c_char_p
     library.mx_select.argtypes = [ctypes.c_char_p]
+    library.mx_encode.restype = library.mx_decode.restype = None
     for function in (library.mx_encode, library.mx_decode, library.mx_linear):
         function.argtypes = [ctypes.c_char_p, ctypes.c_int]
     return library
@@ -196,11 +204,11 @@ def linear(
         return ops.linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
     # Small layers feel every microsecond here, so arguments of a kind that was found good are not checked again.
     kind = (
-        x.dtype, x.shape[-1], w.dtype, w.shape, w_scale.dtype, w_scale.shape,
+        x.dtype, x.shape[-1:], w.dtype, w.shape, w_scale.dtype, w_scale.shape,
         w_dual is not None and (w_dual.dtype, w_dual.shape), mul_scale is not None and (mul_scale.dtype, mul_scale.shape),
         bias is not None and (bias.dtype, bias.shape), scheme, rule, layout,
     )  # fmt: skip
-    formats = _checked.get(kind) if x.dim() else None
+    formats = _checked.get(kind)
     if formats is None:
         ops.fake_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
         weight = ops.weight_format(w_dual, scheme).name
@@ -211,11 +219,14 @@ def linear(
         formats = _checked[kind] = (dtype, _FORMATS[activation], scale_rule, _FORMATS[weight], dtype, dual)
     n, k = w.shape[0], x.shape[-1]
     result = x.new_empty((*x.shape[:-1], n))
-    if result.numel():
-        rows, multipliers, bias = _rows(x), _multipliers(mul_scale, x.dtype), _fp32(bias)
+    size = result.numel()
+    if size:
+        rows = x if x.is_contiguous() else _rows(x)
+        stride = k if rows is x else rows.stride(0)
+        multipliers, bias = _multipliers(mul_scale, x.dtype), _fp32(bias)
         w, w_scale, w_dual = w.contiguous(), w_scale.contiguous(), _dense(w_dual)
         job = _LINEAR.pack(
-            rows.shape[0], n, k, rows.stride(0), rows.data_ptr(), _pointer(multipliers), 0, 0, 0,
+            size // n, n, k, stride, rows.data_ptr(), _pointer(multipliers), 0, 0, 0,
             w.data_ptr(), w_scale.data_ptr(), _pointer(w_dual), _pointer(bias), result.data_ptr(), *formats,
         )  # fmt: skip
         _call("mx_linear", job)
@@ -270,7 +281,14 @@ def _encode(
 
 def _call(function: str, job: bytes) -> None:
     if getattr(_library(), function)(job, torch.get_num_threads()):
-        raise BackendError("out of memory", where="mxdit.backends.cpu", got=f"{function} on {selected()}")
+        m, n, k = _LINEAR.unpack(job)[:3]
+        raise BackendError(
+            "no memory for a product",
+            where="mxdit.backends.cpu",
+            got=f"M={m}, N={n}, K={k} on {torch.get_num_threads()} threads",
+            expected="about 10 MB, and 1 MB for each thread",
+            hint="Free memory, or lower torch.set_num_threads.",
+        )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -296,10 +314,11 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _register() -> None:
+def register() -> None:
+    """Choose the path that the environment names, and let the kernels answer the ops on CPUs."""
+    select(os.environ.get(VARIABLE) or None)
     if _library() is None:
         return
-    select(os.environ.get(VARIABLE) or None)
     kernels: dict[str, Callable[..., object]] = {
         "quantize": quantize,
         "quantize_dual": quantize_dual,
@@ -312,4 +331,4 @@ def _register() -> None:
         ops.LIBRARY.impl(name, kernel, "CPU")
 
 
-_register()
+register()

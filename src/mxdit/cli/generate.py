@@ -164,7 +164,8 @@ def info(
     figures: dict[str, Any] = {
         "versions": {name: _version(name) for name in packages},
         "backends": [
-            {"name": b.name, "device": b.device, "why_not": b.why_not(), "about": b.about()} for b in backends()
+            {"name": b.name, "device": b.device, "why_not": b.why_not(), "about": None if b.why_not() else b.about()}
+            for b in backends()
         ],
     }
     if directory is not None:
