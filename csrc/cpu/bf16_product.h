@@ -79,11 +79,13 @@ inline __m512i bf16_of_fp8(__m512i codes) {
   return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8));
 }
 
-// 32 scaled E4M3 numbers without subnormals: a shift puts exponent and fraction in place, what remains is the bias.
-inline __m512i scaled_normal_fp8(__m512i codes, __m512i shift) {
-  const __m512i bits = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x7F)), 4);
-  const __m512i value = scaled_bf16(bits, _mm512_add_epi16(shift, _mm512_set1_epi16(120 << 7)));
-  return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8));
+// 32 scaled E4M3 numbers, their codes in the high bytes. Where none is subnormal (`tiny`), a shift puts exponent and fraction
+// in their place, and what remains is the bias.
+inline __m512i scaled_fp8(__m512i codes, bool tiny, __m512i shift) {
+  if (tiny) return scaled_bf16(bf16_of_fp8(_mm512_srli_epi16(codes, 8)), shift);
+  const __m512i magnitude = _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi16(0x7F0));
+  const __m512i value = scaled_bf16(magnitude, _mm512_add_epi16(shift, _mm512_set1_epi16(120 << 7)));
+  return _mm512_or_si512(value, _mm512_and_si512(codes, _mm512_set1_epi16(-0x8000)));
 }
 
 // One full block of packed activations as bf16.
@@ -98,9 +100,7 @@ inline void bf16_block(const uint8_t* codes, int format, uint8_t byte, uint16_t*
     const __m256i magnitude = _mm256_and_si256(one, _mm256_set1_epi8(0x7F));
     const __mmask32 tiny = _mm256_cmplt_epu8_mask(magnitude, _mm256_set1_epi8(8)) & _mm256_test_epi8_mask(magnitude, magnitude);
     const __mmask32 nan = _mm256_cmpeq_epi8_mask(magnitude, _mm256_set1_epi8(0x7F));
-    const __m512i wide = _mm512_cvtepu8_epi16(one);
-    if (!nan)
-      return _mm512_store_si512(out, tiny ? scaled_bf16(bf16_of_fp8(wide), shift) : scaled_normal_fp8(wide, shift));
+    if (!nan) return _mm512_store_si512(out, scaled_fp8(_mm512_slli_epi16(_mm512_cvtepu8_epi16(one), 8), tiny, shift));
   }
   float block[kBlock];
   decode_block(codes, kBlock, format, byte, block);
@@ -177,6 +177,9 @@ inline bool bf16_weights(const WeightPanel& panel, int64_t block, int first, __m
       store(scaled_bf16(bf16_of_fp4(_mm512_srlv_epi16(high, codes_2_3)), shift));
     }
   } else {
+    // Two bytes of every lane to the high bytes of its halves.
+    const __m512i codes_0_1 = _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+    const __m512i codes_2_3 = _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
     for (int part = 0; part < 2; part++) {
       const int bytes_left = panel.block_codes(block) - part * 16;
       transpose_rows(panel.codes + first, block * 32 + part * 16, bytes_left < 0 ? 0 : min_of(bytes_left, 16), dwords);
@@ -186,12 +189,8 @@ inline bool bf16_weights(const WeightPanel& panel, int64_t block, int first, __m
         nan |= _mm512_cmpeq_epi8_mask(magnitudes, _mm512_set1_epi8(0x7F));
         const __mmask64 tiny =
             _mm512_cmplt_epu8_mask(magnitudes, _mm512_set1_epi8(8)) & _mm512_test_epi8_mask(magnitudes, magnitudes);
-        for (int i = 0; i < 2; i++) {
-          const __m512i two = _mm512_srli_epi32(dwords[j], 16 * i);  // in the two lowest bytes of a lane
-          const __m512i pair = _mm512_mask_mov_epi16(two, 0xAAAAAAAAu, _mm512_slli_epi32(two, 8));
-          const __m512i code = _mm512_and_si512(pair, _mm512_set1_epi16(0xFF));
-          store(tiny ? scaled_bf16(bf16_of_fp8(code), shift) : scaled_normal_fp8(code, shift));
-        }
+        store(scaled_fp8(_mm512_shuffle_epi8(dwords[j], codes_0_1), tiny, shift));
+        store(scaled_fp8(_mm512_shuffle_epi8(dwords[j], codes_2_3), tiny, shift));
       }
     }
   }
