@@ -100,7 +100,7 @@ def table(figures: dict[tuple[str, str], dict[str, Any]], clips: dict[tuple[str,
     head = ["mode"]
     for task in TASKS:
         head += [f"{task.upper()} PSNR dB", f"{task.upper()} SSIM"]
-    head += ["linears MiB", "experts' files MiB", "peak RSS MiB", "load s", "s/step", "clip s"]
+    head += ["linears MiB", "experts' files MiB", "peak RSS MiB", "load s", "ms/step", "clip s"]
     rows = [head, ["---"] * len(head)]
     for mode in MODES:
         row = [mode]
@@ -110,9 +110,10 @@ def table(figures: dict[tuple[str, str], dict[str, Any]], clips: dict[tuple[str,
         runs = [figures[task, mode] for task in TASKS]
         row += [f"{runs[0][key] / 2**20:.2f}" for key in ("bytes", "file_bytes")]
         row.append(f"{max(run['peak_bytes'] for run in runs) / 2**20:.0f}")
-        row += [
-            f"{sum(run[key] for run in runs) / len(runs):.2f}" for key in ("load_seconds", "step_seconds", "seconds")
-        ]
+        load, step, whole = (
+            sum(run[key] for run in runs) / len(runs) for key in ("load_seconds", "step_seconds", "seconds")
+        )
+        row += [f"{load:.2f}", f"{1000 * step:.1f}", f"{whole:.2f}"]
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = []
