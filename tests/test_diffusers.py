@@ -248,9 +248,9 @@ import sys, mxdit
 from mxdit.integrations import HOST, register_when_imported
 print(*(name for name in ("diffusers", "transformers", "accelerate", "safetensors") if name in sys.modules))
 register_when_imported()
-print(sum("mxdit" in type(finder).__module__ for finder in sys.meta_path))
+print(sum(type(finder).__module__.startswith("mxdit.") for finder in sys.meta_path))
 import diffusers.quantizers.auto as auto, importlib.machinery, inspect
-print(sum("mxdit" in type(finder).__module__ for finder in sys.meta_path))
+print(sum(type(finder).__module__.startswith("mxdit.") for finder in sys.meta_path))
 print(type(auto.__loader__).__name__, type(auto.__spec__.loader).__name__)
 print("class DiffusersAutoQuantizer" in inspect.getsource(auto), "mxfp4" in auto.AUTO_QUANTIZER_MAPPING)
 """
