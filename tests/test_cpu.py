@@ -353,9 +353,15 @@ def test_the_environment_forces_a_path():
         assert run(code, MXDIT_CPU_PATH=path).stdout.split() == [path, "None"]
     assert run(code, MXDIT_CPU_PATH="reference").stdout.startswith("reference the reference was chosen (MXDIT_CPU_PATH")
     assert run(code, MXDIT_CPU_PATH="").stdout.split() == [cpu.paths()[0], "None"]
-    refused = run(code, MXDIT_CPU_PATH="sse9")
-    assert refused.returncode and "MXDIT_CPU_PATH" in refused.stderr
-    assert all(word in refused.stderr for word in ("'sse9'", "scalar", "reference"))
+    refused = run(
+        f"{code}; import torch; torch.ops.mxdit.quantize(torch.ones(1, 32), 'mxfp4', 'ocp', 'rint')",
+        MXDIT_CPU_PATH="sse9",
+    )
+    assert refused.returncode
+    for text in (refused.stdout, refused.stderr):
+        assert all(word in text for word in ("MXDIT_CPU_PATH", "'sse9'", "scalar", "reference"))
+    said = run("from mxdit.cli import main; main()", MXDIT_CPU_PATH="sse9")
+    assert "Traceback" not in said.stderr
 
 
 def test_select_refuses_and_puts_back():
@@ -384,8 +390,13 @@ def test_without_a_library_the_reference_answers_and_info_says_why(monkeypatch):
     with pytest.raises(mxdit.BackendError, match="compiler"):
         cpu.select("scalar")
     monkeypatch.setenv("MXDIT_CPU_PATH", "avx2")
-    with pytest.raises(mxdit.BackendError, match=r"MXDIT_CPU_PATH.*'avx2'.*compiler"):
-        cpu.register()
+    cpu.choose()
+    try:
+        assert "'avx2'" in str(cpu.why_not())
+        with pytest.raises(mxdit.BackendError, match=r"MXDIT_CPU_PATH.*'avx2'.*compiler"):
+            OPS.quantize(torch.ones(1, 32), "mxfp4", "ocp", "rint")
+    finally:
+        cpu.select(None)
 
 
 def test_what_is_refused_is_refused_before_and_after_it_was_seen():

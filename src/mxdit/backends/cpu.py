@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch import Tensor
 from mxdit import ops
 from mxdit.errors import BackendError
 from mxdit.formats import FORMATS, SCHEMES
+
+_T = TypeVar("_T")
 
 VARIABLE = "MXDIT_CPU_PATH"
 REFERENCE = "reference"
@@ -42,6 +45,7 @@ _LINEAR = struct.Struct("@4q10P6i")
 # -- which path ----------------------------------------------------------------------------------------------------------
 
 _reference = False  # whether the reference answers although there is a library
+_refused: BackendError | None = None  # what is wrong with the path that the environment names: raised by the first op
 
 
 @cache
@@ -87,7 +91,7 @@ def select(path: str | None) -> None:
     Raises:
         BackendError: for a path that this CPU does not run.
     """
-    global _reference
+    global _reference, _refused
     library = _library()
     if path not in (None, REFERENCE, *paths()):
         raise BackendError(
@@ -97,7 +101,7 @@ def select(path: str | None) -> None:
             expected=" or ".join([*paths(), REFERENCE]),
             hint=None if library else f"Native kernels are missing: {_NO_LIBRARY}.",
         )
-    _reference = path == REFERENCE
+    _reference, _refused = path == REFERENCE, None
     if library is not None and path != REFERENCE:
         library.mx_select(path.encode() if path else None)
 
@@ -113,8 +117,20 @@ def using(path: str | None) -> Iterator[None]:
         select(before)
 
 
+def choose() -> None:
+    """`select` what the environment names. One that is not to be had is an error when an op is called, not before, so that
+    a program can say it and `why_not` is there to ask."""
+    global _reference, _refused
+    try:
+        select(os.environ.get(VARIABLE) or None)
+    except BackendError as error:
+        _reference, _refused = True, error
+
+
 def why_not() -> str | None:
     """None where native kernels answer, else the reason in words."""
+    if _refused is not None:
+        return str(_refused)
     if _library() is None:
         return _NO_LIBRARY
     return f"the reference was chosen ({VARIABLE})" if _reference else None
@@ -129,10 +145,17 @@ def about() -> str:
 # -- the ops -------------------------------------------------------------------------------------------------------------
 
 
+def _refer(op: Callable[..., _T], *args: object) -> _T:
+    """What the reference says, unless the environment asked for something else."""
+    if _refused is not None:
+        raise _refused
+    return op(*args)
+
+
 def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
     """`mxdit.ops.quantize`."""
     if _reference:
-        return ops.quantize(x, fmt, rule, round_mode)
+        return _refer(ops.quantize, x, fmt, rule, round_mode)
     codes, scale = ops.fake_quantize(x, fmt, rule, round_mode)
     _encode(x, fmt, _RULES[rule], round_mode, None, codes, scale, None)
     return codes, scale
@@ -141,7 +164,7 @@ def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, T
 def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple[Tensor, Tensor, Tensor]:
     """`mxdit.ops.quantize_dual`."""
     if _reference:
-        return ops.quantize_dual(x, mul_scale, round_mode)
+        return _refer(ops.quantize_dual, x, mul_scale, round_mode)
     codes, l0, l1 = ops.fake_quantize_dual(x, mul_scale, round_mode)
     _encode(x, "mxfp4_dualscale", _RULES["ocp"], round_mode, mul_scale, codes, l1, l0)
     return codes, l0, l1
@@ -150,7 +173,7 @@ def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple
 def dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     """`mxdit.ops.dequantize`."""
     if _reference:
-        return ops.dequantize(codes, scale, outer, fmt, dtype)
+        return _refer(ops.dequantize, codes, scale, outer, fmt, dtype)
     out = ops.fake_dequantize(codes, scale, outer, fmt, torch.float32 if dtype is torch.float64 else dtype)
     if out.numel():
         k, parts = out.shape[-1], [_dense(part) for part in (codes, scale, outer)]
@@ -171,7 +194,7 @@ def matmul(
 ) -> Tensor:
     """`mxdit.ops.matmul`."""
     if _reference:
-        return ops.matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+        return _refer(ops.matmul, a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     result = ops.fake_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     _multiply_packed(a, a_scale, None, a_fmt, w, w_scale, None, w_fmt, bias, result)
     return result
@@ -182,7 +205,7 @@ def matmul_dual(
 ) -> Tensor:
     """`mxdit.ops.matmul_dual`."""
     if _reference:
-        return ops.matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+        return _refer(ops.matmul_dual, a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     result = ops.fake_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     _multiply_packed(a, a_l1, a_l0, "mxfp4", w, w_l1, w_l0, "mxfp4", bias, result)
     return result
@@ -201,7 +224,7 @@ def linear(
 ) -> Tensor:
     """`mxdit.ops.linear`, quantizing and multiplying in one call."""
     if _reference:
-        return ops.linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
+        return _refer(ops.linear, x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
     # Small layers feel every microsecond here, so arguments of a kind that was found good are not checked again.
     kind = (
         x.dtype, x.shape[-1:], w.dtype, w.shape, w_scale.dtype, w_scale.shape,
@@ -314,10 +337,9 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def register() -> None:
-    """Choose the path that the environment names, and let the kernels answer the ops on CPUs."""
-    select(os.environ.get(VARIABLE) or None)
-    if _library() is None:
+def _register() -> None:
+    choose()
+    if _library() is None and _refused is None:
         return
     kernels: dict[str, Callable[..., object]] = {
         "quantize": quantize,
@@ -331,4 +353,4 @@ def register() -> None:
         ops.LIBRARY.impl(name, kernel, "CPU")
 
 
-register()
+_register()
