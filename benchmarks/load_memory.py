@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,9 @@ def child(source: Path, method: str, args: argparse.Namespace, save_to: Path | N
     command = [sys.executable, __file__, "--child", str(source), method, "--shard", args.shard]
     if save_to:
         command += ["--save-to", str(save_to)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    # glibc keeps freed blocks of up to 32 MB for later, or not, as they happen to lie; tensors shall go back when they are freed.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
