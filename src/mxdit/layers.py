@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mxdit.backends import Layout, layout_for
 from mxdit.errors import FormatError
 from mxdit.formats import Scheme, block_format, scheme_for
 
@@ -34,7 +36,8 @@ class MXLinear(nn.Module):
 
     Buffers (N, K as above): ``weight`` uint8 (N, K/2), mxfp8 (N, K); ``weight_scale`` uint8 (N, ceil(K/32));
     ``weight_dual_scale`` fp32 (N, ceil(K/512), 1) and ``mul_scale`` fp32 (K,) where the method has them. They are
-    uninitialized until loaded; `from_weight` fills them.
+    uninitialized until loaded; `from_weight` fills them. On a device that has a better layout for ``weight`` it lies in
+    that one (`prepack`).
 
     Raises:
         FormatError: for a method, activation, rule or shape that does not exist.
@@ -75,6 +78,7 @@ class MXLinear(nn.Module):
             )
         self.in_features, self.out_features, self.method = in_features, out_features, method
         self.rule = rule or row.default_rule
+        self._layout: Layout | None = None  # of the weight, where it is not the canonical one
         self.activation = activation or ("mxfp8" if row.bits == 8 else "mxfp4")
 
         def empty(*shape: int, dtype: torch.dtype | None) -> Tensor:
@@ -145,6 +149,7 @@ class MXLinear(nn.Module):
             layer.mul_scale = _bf16_multipliers(mul_scale, k).to(weight.device)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        layer.prepack()
         return layer
 
     @property
@@ -191,8 +196,32 @@ class MXLinear(nn.Module):
             self.bias,
             self._scheme.name,
             self.rule if self._scheme.activation == "mxfp4" else "ocp",
-            "packed",
+            "packed" if self._layout is None else self._layout.name,
         )
+
+    def prepack(self) -> None:
+        """Bring the weight into the layout that its device multiplies fastest, where that is not the canonical one.
+
+        Quantizing, loading and moving a layer do so. It takes no second copy, and `state_dict()` stays canonical.
+        """
+        layout = layout_for(self.weight.device, self.method) if self._layout is None else None
+        if layout is not None:
+            self.weight, self._layout = layout.pack(self.weight), layout
+
+    def _unpack(self) -> None:
+        """The inverse of `prepack`."""
+        if self._layout is not None:
+            self.weight, self._layout = self._layout.unpack(self.weight), None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._layout is not None:
+            destination[f"{prefix}weight"] = self._layout.unpack(self.weight)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepack()
 
     def extra_repr(self) -> str:
         return (
@@ -203,12 +232,14 @@ class MXLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MXLinear:
         """``nn.Module._apply``, which serves every move and cast; the fp32 scales are moved but never cast."""
+        self._unpack()  # another device has another layout, or none
         before = {name: self._buffers[name] for name in _STAY_FP32}
         super()._apply(fn, recurse)
         for name, kept in before.items():
             moved = self._buffers[name]
             if kept is not None and moved is not None and moved.dtype is not kept.dtype:
                 self._buffers[name] = kept.to(moved.device)
+        self.prepack()
         return self
 
 

@@ -35,6 +35,9 @@ OP_SCHEMAS = (
     "linear(Tensor x, Tensor w, Tensor w_scale, Tensor? w_dual, Tensor? mul_scale, Tensor? bias, str scheme, str rule,"
     " str layout) -> Tensor",
 )
+LAYOUTS = {"packed": None, "numeric": "npu", "nz": "npu"}
+"""How a weight can lie in memory, each with the one device type that reads it so, None for all: canonical codes; (N, K)
+floats that hold E2M1 values; four-bit codes (N, K/2) as int8 in the fractal blocks of Ascend's matrix unit."""
 _DUAL = FORMATS["mxfp4_dualscale"]
 _PRODUCTS = {  # (activation, weight) formats of mxdit::matmul, and the scheme that it is part of
     ("mxfp4", "mxfp4"): SCHEMES["w4a4"],
@@ -176,8 +179,8 @@ def linear(
 
     ``w_dual`` (N, ceil(K/512)) fp32 is what makes a weight dual-scale; ``mul_scale`` (K,) goes with it and multiplies
     x in x's dtype whatever the scheme. ``rule`` is the activation's scale rule; schemes that leave x in its own float
-    dtype, and dual-scale activations, which have one rule, do not read it. ``layout`` names the weight's layout; the
-    reference reads ``packed`` only.
+    dtype, and dual-scale activations, which have one rule, do not read it. ``layout`` is one of `LAYOUTS`; the reference
+    reads ``packed`` only.
     """
     result = fake_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
     weight = weight_format(w_dual, scheme)
@@ -214,14 +217,16 @@ def fake_linear(
     layout: str,
 ) -> Tensor:
     where = "mxdit::linear"
-    if layout != "packed":
+    if layout not in LAYOUTS or LAYOUTS[layout] not in (None, x.device.type):
         raise BackendError(
             "no backend for this device reads this weight layout",
             where=where,
             got=f"layout={layout!r} on {x.device.type}",
-            expected="'packed'",
+            expected=" or ".join(repr(name) for name, device in LAYOUTS.items() if device in (None, x.device.type)),
             hint="Load the weight in its canonical layout.",
         )
+    if layout != "packed":
+        w = _packed_like(w, layout, where=where)
     weight = weight_format(w_dual, scheme)
     activation = SCHEMES[scheme].weights[weight.name]
     if mul_scale is not None:
@@ -232,6 +237,20 @@ def fake_linear(
     check_output(x.dtype, SCHEMES[scheme].output_dtypes(weight.name), where=where)
     check_weight(w, w_scale, w_dual, weight, bias, x.shape[-1], where=where)
     return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+def _packed_like(w: Tensor, layout: str, *, where: str) -> Tensor:
+    """Canonical codes, without their data, of the weight that ``w`` holds in another layout."""
+    dtypes = (torch.int8,) if layout == "nz" else (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+    per_value = 1 if layout == "nz" else 2
+    if w.dim() != 2 or w.dtype not in dtypes or w.shape[1] % per_value:
+        raise FormatError(
+            f"no weight in the {layout} layout",
+            where=where,
+            got=f"{tuple(w.shape)} {w.dtype}",
+            expected=f"{'(N, K/2)' if layout == 'nz' else '(N, K)'} of {' or '.join(map(str, dtypes))}",
+        )
+    return torch.empty((w.shape[0], w.shape[1] // per_value), dtype=torch.uint8, device="meta")
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def report_of(model: nn.Module, decisions: Mapping[str, Decision] | None = None)
         if not isinstance(module, (nn.Linear, MXLinear)):
             continue
         shape = (module.out_features, module.in_features)
-        after = sum(tensor.nbytes for tensor in module.state_dict().values())
+        after = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
         if isinstance(module, MXLinear):
             size = float_size if module.bias is None else module.bias.element_size()
             before = shape[0] * shape[1] * size + (0 if module.bias is None else module.bias.nbytes)

@@ -201,6 +201,9 @@ class MXQuantizer(DiffusersQuantizer):
                 got=f"no data for {', '.join(absent[:3])}",
                 hint="The checkpoint is incomplete: download or convert it again.",
             )
+        for layer in model.modules():
+            if isinstance(layer, MXLinear):
+                layer.prepack()
         record(model, self.quantization_config, self.decisions)
         self.report = report_of(model, self.decisions)
         self.tensors = {}
