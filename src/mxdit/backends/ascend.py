@@ -280,7 +280,7 @@ def _mx_matmul(
     """Codes (M, K) times codes (N, K), uint8, scales in pairs: (M, N) in ``out``."""
     npu = _torch_npu()
     packed: dict[str, Any] = {}  # which uint8 operands hold pairs of FP4: torch's own FP8 dtype says so itself
-    a, w = a.contiguous(), w.contiguous()
+    a, w = _dense(a), _dense(w)
     if a_fmt == "mxfp4":
         packed["x1_dtype"] = npu.float4_e2m1fn_x2
     else:
@@ -319,9 +319,9 @@ def _dual_matmul(
 ) -> Tensor:
     """Codes (M, K/2) times codes (N, K/2), plain or in fractal blocks, with both levels of scales: (M, N) in ``out``."""
     return _operator("npu_dual_level_quant_matmul")(
-        a.contiguous(),
+        _dense(a),
         pack_nz(w),
-        a_l0.contiguous(),
+        _dense(a_l0),
         w_l0.transpose(0, 1).contiguous(),
         a_pairs,
         w_pairs,
@@ -335,7 +335,7 @@ def pack_nz(w: Tensor) -> Tensor:
     npu = _torch_npu()
     if npu.get_npu_format(w) == _NZ:
         return w
-    return _operator("npu_format_cast")(w.contiguous().view(torch.int8), _NZ, customize_dtype=torch.int8)
+    return _operator("npu_format_cast")(_dense(w).view(torch.int8), _NZ, customize_dtype=torch.int8)
 
 
 def unpack_nz(w: Tensor) -> Tensor:
@@ -349,11 +349,17 @@ def unpack_nz(w: Tensor) -> Tensor:
 # -- shared ------------------------------------------------------------------------------------------------------------
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x with the strides of its shape. A single row is contiguous with whatever stride it was cut out with, and the operators
+    tell by strides whether a matrix is transposed."""
+    return x.contiguous().flatten().view(x.shape)
+
+
 def _paired(scale: Tensor) -> Tensor:
     """(rows, blocks) as (rows, ceil(blocks/2), 2), an odd count filled with a zero byte."""
     if scale.shape[1] % 2:
         scale = F.pad(scale, (0, 1))
-    return scale.contiguous().view(scale.shape[0], -1, 2)
+    return _dense(scale).view(scale.shape[0], -1, 2)
 
 
 def _unpaired(pairs: Tensor, shape: torch.Size) -> Tensor:
