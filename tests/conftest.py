@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
-from mxdit.backends import cpu
+FAKES = str(Path(__file__).parent / "fakes")
+sys.path.insert(0, FAKES)  # mxdit registers its Ascend kernels if it can find torch_npu when it is imported
+try:
+    from mxdit.backends import cpu
+finally:
+    sys.path.remove(FAKES)
 
 settings.register_profile("mxdit", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("mxdit")
@@ -25,3 +33,22 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation that can answer on this CPU, one after the other."""
     with cpu.using(request.param):
         yield request.param
+
+
+@pytest.fixture
+def npu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A fake torch_npu and an emulated Ascend 950 (tests/fakes). Both are gone after the test but for the device's name,
+    which torch keeps; other tests see a machine without an NPU."""
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch takes no devices written in Python")
+    monkeypatch.syspath_prepend(FAKES)
+    import torch_npu
+
+    with torch_npu.state.pretending(count=1):
+        yield torch_npu
+    del sys.modules["torch_npu"]
+    for library, question in (("accelerate", "is_npu_available"), ("transformers", "is_torch_npu_available")):
+        for name in (f"{library}.utils.imports", f"{library}.utils.import_utils"):
+            ask = getattr(sys.modules.get(name), question, None)
+            if hasattr(ask, "cache_clear"):
+                ask.cache_clear()  # they remember the answer
