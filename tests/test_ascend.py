@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import mxdit
 import tiny
-from mxdit import ops
+from mxdit import conformance, ops
 from mxdit.backends import ascend, backends, cpu, layout_for
 from mxdit.checkpoint import numeric
 from mxdit.formats import FORMATS, SCHEMES
@@ -414,3 +414,26 @@ def test_the_reference_computes_in_ieee_fp32_there(device):
         assert seen == [False] and device.npu.matmul.allow_hf32
     finally:
         device.npu.matmul.allow_hf32 = False
+
+
+# -- the conformance command -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",  # rounding modes and rules are looked at above
+    [case for case in conformance.cases() if not any(word in case.name for word in ("round", "floor", "even"))],
+    ids=lambda case: case.name,
+)
+def test_conformance_cases(case):
+    """What ``mxdit conformance --device npu`` has to say where everything is as documented."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # beside other tests, waiting for a second thread takes longer than its work
+    try:
+        result = case.run("npu")
+    finally:
+        torch.set_num_threads(threads)
+    refused = "w4a8 mxfp4: K = 96" in case.name
+    assert result.verdict == (conformance.REFUSED if refused else conformance.PASS), (
+        f"{result.reason}\n{result.reproducer}"
+    )
+    assert not result.codes and not result.scales

@@ -25,6 +25,7 @@ FLOORS = (
     {"layers"},
     {"models"},
     {"quantize"},
+    {"conformance"},
     {"checkpoint", "calibrate"},
     {"integrations"},
     {"pipelines", "video", "evals"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,24 +43,6 @@ def cover(image: Image, height: int, width: int) -> Image:
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def check_output(path: Path) -> None:
-    """Raise InputError, before any work is done, for a path that no MP4 can be written to."""
-    if path.suffix.lower() != ".mp4":
-        raise InputError("the output is an MP4 file", where=str(path), expected="a name that ends in .mp4")
-    if path.is_dir():
-        raise InputError("the output path is a directory", where=str(path), expected="a file name in it")
-    try:
-        if not path.parent.is_dir():
-            raise InputError("the output's directory does not exist", where=str(path.parent), hint="Create it first.")
-        with _partial(path).open("wb"):
-            pass
-    except OSError as error:
-        raise InputError("the output path cannot be written", where=str(path), got=error.strerror) from None
-    finally:
-        with suppress(OSError):
-            _partial(path).unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,3 +83,45 @@ def dtype_of(name: str) -> Any:
     if name not in DTYPES:
         raise InputError("unknown dtype", where="--dtype", got=repr(name), expected=", ".join(DTYPES))
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT"."""
+    parts = text.lower().replace("*", "x").split("x")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise InputError("not a size", where="--size", got=repr(text), expected="WIDTHxHEIGHT, as in 832x480")
+    return int(parts[1]), int(parts[0])
+
+
+def device_of(name: str) -> str:
+    """The name of a torch device, after a tensor has been there and back."""
+    import torch
+
+    from mxdit.backends import backends
+
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
+        known = (backend.why_not() for backend in backends() if backend.device == name.partition(":")[0])
+        reason = next(filter(None, known), None) or str(error).splitlines()[0]
+        raise InputError("this device cannot be used", where="--device", got=f"{name!r}: {reason}") from None
+    return name
+
+
+def check_output(path: Path, suffix: str = "") -> None:
+    """Raise InputError, before any work is done, for a path that no file of this kind can be written to."""
+    if not path.name.lower().endswith(suffix):
+        raise InputError("the output is of another kind", where=str(path), expected=f"a name that ends in {suffix}")
+    if path.is_dir():
+        raise InputError("the output path is a directory", where=str(path), expected="a file name in it")
+    trial = path.with_name(f".{path.name}.partial")
+    try:
+        if not path.parent.is_dir():
+            raise InputError("the output's directory does not exist", where=str(path.parent), hint="Create it first.")
+        with trial.open("wb"):
+            pass
+    except OSError as error:
+        raise InputError("the output path cannot be written", where=str(path), got=error.strerror) from None
+    finally:
+        with suppress(OSError):
+            trial.unlink(missing_ok=True)

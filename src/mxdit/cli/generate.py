@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +15,19 @@ from mxdit.cli.console import (
     FallbackBlocks,
     IgnoredLayers,
     app,
+    check_output,
+    device_of,
     dtype_of,
     err,
     need,
     out,
     read_config,
     say,
+    size_of,
     tell,
 )
 from mxdit.errors import InputError
-from mxdit.version import __version__
+from mxdit.version import installed
 
 
 @app.command()
@@ -82,7 +84,7 @@ def generate(
     from mxdit.generate import make_request
 
     need("diffusers", "transformers", "av", "PIL")
-    video.check_output(output)
+    check_output(output, ".mp4")
     extra = read_config(quantization_config)
     components = {name: extra.pop(name) for name in list(extra) if name in pipelines.COMPONENTS}
     named = extra.pop("quant_method", None)
@@ -97,7 +99,7 @@ def generate(
         "activation": activation,
     }
     keys = {**extra, **{key: value for key, value in keys.items() if value is not None}}
-    torch_dtype, torch_device = dtype_of(dtype), _device(device)
+    torch_dtype, torch_device = dtype_of(dtype), device_of(device)
     picture = None if image is None else video.read_image(image)
     task = "t2v" if picture is None else "i2v"
     directory = pipelines.open_model(pipelines.bundled(task) if model is None else model)
@@ -111,7 +113,7 @@ def generate(
         prompt=prompt,
         negative_prompt=negative_prompt,
         image=picture,
-        size=None if size is None else _size(size),
+        size=None if size is None else size_of(size),
         frames=frames,
         steps=steps,
         guidance=guidance_scale,
@@ -162,7 +164,7 @@ def info(
 
     packages = ("mxdit", "torch", "diffusers", "transformers", "safetensors", "av")
     figures: dict[str, Any] = {
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: installed(name) for name in packages},
         "backends": [
             {"name": b.name, "device": b.device, "why_not": b.why_not(), "about": None if b.why_not() else b.about()}
             for b in backends()
@@ -194,31 +196,3 @@ def info(
             size = f"{row['bytes'] / 2**20:.1f}"
             table.add_row(name, row["quant_method"] or "unquantized", schemes, str(row["kept"]), size)
         out.print(table)
-
-
-def _size(text: str) -> tuple[int, int]:
-    """(height, width) of "WIDTHxHEIGHT"."""
-    parts = text.lower().replace("*", "x").split("x")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-        raise InputError("not a size", where="--size", got=repr(text), expected="WIDTHxHEIGHT, as in 832x480")
-    return int(parts[1]), int(parts[0])
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError("this device cannot be used", where="--device", got=f"{name!r}: {reason}") from None
-    return name
-
-
-def _version(package: str) -> str | None:
-    if package == "mxdit":
-        return __version__
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
