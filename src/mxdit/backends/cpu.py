@@ -109,12 +109,14 @@ def select(path: str | None) -> None:
 @contextmanager
 def using(path: str | None) -> Iterator[None]:
     """`select` for the length of a ``with`` block."""
-    before = selected()
+    global _refused
+    before, refused = selected(), _refused
     select(path)
     try:
         yield
     finally:
         select(before)
+        _refused = refused
 
 
 def choose() -> None:
