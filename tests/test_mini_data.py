@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-TOOLS = Path(__file__).parent.parent / "tools" / "train_mini"
+from mxdit_models import digits as data
 
 
-@pytest.fixture(scope="module")
-def data():
-    sys.path.insert(0, str(TOOLS))
-    import data
-
-    yield data
-    sys.path.remove(str(TOOLS))
-
-
-def test_no_scan_is_in_two_splits(data):
+def test_no_scan_is_in_two_splits():
     splits = [data.scans(name)[0].flatten(1) for name in ("train", "judge", "test")]
     assert sum(map(len, splits)) == 1797
     kept = [{tuple(row) for row in split.tolist()} for split in splits]
     assert not kept[0] & kept[1] and not kept[0] & kept[2] and not kept[1] & kept[2]
 
 
-def test_held_out_captions_are_never_drawn(data):
+def test_held_out_captions_are_never_drawn():
     held = data.heldout_specs()
     assert len(held) == len(set(held)) >= 64 and {spec.digit for spec in held[:64]} == set(range(10))
     rng = np.random.default_rng(0)
@@ -38,7 +26,7 @@ def test_held_out_captions_are_never_drawn(data):
 
 
 @pytest.mark.parametrize("direction", ["left", "right", "up", "down"])
-def test_a_clip_moves_as_its_caption_says_and_keeps_its_colors(data, direction):
+def test_a_clip_moves_as_its_caption_says_and_keeps_its_colors(direction):
     spec = data.Spec(0, "red", direction, "quickly", "blue")
     assert spec.caption == f"a red zero moving {direction} quickly on a blue background"
     clip = data.render([spec], np.random.default_rng(1))[0]

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from data import NEAR, Spec, render
+from mxdit_models.digits import NEAR, Spec, render
 from train_experts import SHIFT, TextConditioned
 
 BOUNDARY = {"t2v": 0.875, "i2v": 0.9}  # as Wan2.2-T2V-A14B and -I2V-A14B

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from data import heldout_specs, render, sample_spec
+from mxdit_models.digits import heldout_specs, render, sample_spec
 from train_vae import fast_on_cpu
 
 SEED = 2
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/mini"))
     parser.add_argument("--clips", type=int, default=6400)
-    parser.add_argument("--spread", type=float, default=1.0, help="see data.render")
+    parser.add_argument("--spread", type=float, default=1.0, help="see digits.render")
     parser.add_argument("--folder", default="latents")
     parser.add_argument("--device", type=torch.device, default="cpu")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Does the assembled mini model make what it is asked for? Scores T2V and I2V clips with `judge.py`.
+"""Does the assembled mini model make what it is asked for? Scores T2V and I2V clips with `mxdit_models.judge`.
 
     python tools/train_mini/evaluate.py [--models models/src/mxdit_models] [--prompts N] [--skip N] [--out DIR]
 
@@ -17,20 +17,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import NEAR, heldout_specs, render
-from judge import Judge
 from mxdit import pipelines
 from mxdit.generate import generate, make_request
+from mxdit_models.digits import first_frames, heldout_specs
+from mxdit_models.judge import Judge
 
 TARGETS = {
     "t2v": {"digit": 0.90, "color": 0.95, "direction": 0.95},
     "i2v": {"first_frame_psnr_db": 24.0, "direction": 0.90},
 }
-
-
-def to_image(frame: torch.Tensor) -> Image.Image:
-    """A frame (3, H, W) in [-1, 1] as an image."""
-    return Image.fromarray(((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def sheet(clips: list[np.ndarray], columns: int = 5) -> Image.Image:
@@ -61,7 +56,7 @@ def main() -> None:
     judge = Judge()
     print(f"judge's accuracy on single frames of unseen scans: {judge.accuracy:.3f}", flush=True)
     specs = heldout_specs()[args.skip :][: args.prompts]
-    stills = render(list(specs), np.random.default_rng(23), "test", frames=1, spread=NEAR)[:, :, 0]
+    stills = first_frames()[args.skip :][: args.prompts]
     results: dict[str, dict[str, float]] = {"judge": {"digit": judge.accuracy}}
     for task in [args.task] if args.task else list(TARGETS):
         model = pipelines.open_model(args.models / task)
@@ -69,7 +64,7 @@ def main() -> None:
         right = {"digit": 0, "color": 0, "direction": 0, "background": 0}
         psnrs, clips = [], []
         for i, spec in enumerate(specs):
-            image = to_image(stills[i]) if task == "i2v" else None
+            image = Image.fromarray(stills[i]) if task == "i2v" else None
             request = make_request(
                 model,
                 task,

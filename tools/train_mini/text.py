@@ -9,7 +9,7 @@ import string
 
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from data import BACKGROUNDS, COLORS, DIGITS, DIRECTIONS, SPEEDS
+from mxdit_models.digits import BACKGROUNDS, COLORS, DIGITS, DIRECTIONS, SPEEDS
 
 TEXT_DIM = 128
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from data import FRAMES, render, sample_spec
 from journal import Journal
+from mxdit_models.digits import FRAMES, render, sample_spec
 
 SEED = 1
 SIGMA = 0.1  # posterior standard deviation, fixed

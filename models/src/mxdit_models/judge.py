@@ -2,7 +2,7 @@
 
 Measurements are optical. The background is the plane that fits the border pixels; the digit is what differs from it; its
 centroid gives the direction, its mean colour the colour, and a crop around the centroid goes to a support vector
-machine trained on the "judge" scans.
+machine trained on the "judge" scans. `python -m mxdit_models.judge` says how well it reads real clips.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 from torch import Tensor
 
-from data import BACKGROUNDS, COLORS, DIRECTIONS, GLYPH, SIZE, Spec, render, sample_spec, scans
+from mxdit_models.digits import BACKGROUNDS, COLORS, DIRECTIONS, GLYPH, SIZE, Spec, render, sample_spec, scans
 
 CROP = 40  # pixels around the centroid
 THUMB = 14  # the classifier's input side
@@ -80,7 +80,7 @@ class Judge:
         features, labels = [], []
         for _ in range(count // 50):
             specs = [sample_spec(rng) for _ in range(50)]
-            frames = render(specs, rng, split)[torch.arange(50), :, torch.from_numpy(rng.integers(0, 17, 50))]
+            frames = render(specs, rng, split, single=True)[:, :, 0]
             features.append(thumbs(segment(frames)[0]))
             labels += [s.digit for s in specs]
         return np.concatenate(features), np.array(labels)

@@ -111,6 +111,7 @@ def render(
     first: int = 0,
     frames: int = FRAMES,
     spread: float = 1.0,
+    single: bool = False,
 ) -> Tensor:
     """Render one clip per spec, `frames` of its FRAMES from `first` on: (batch, 3, frames, SIZE, SIZE) fp32 in [-1, 1].
 
@@ -130,7 +131,10 @@ def render(
     reach = (step.abs() * travel[:, None] + GLYPH) / 2
     slack = (SIZE / 2 - reach).clamp(min=0)
     centre = torch.from_numpy(rng.uniform(-spread, spread, (n, 2))).float() * slack
-    time = torch.linspace(-0.5, 0.5, FRAMES)[first : first + frames]
+    tilt = torch.from_numpy(rng.uniform(-0.08, 0.08, (n, 2))).float()
+    time = torch.linspace(-0.5, 0.5, FRAMES)[first : first + frames].expand(n, -1)
+    if single:
+        time, frames = time.gather(1, torch.from_numpy(rng.integers(0, frames, n))[:, None]), 1
     path = centre[:, None] + step[:, None] * (travel[:, None] * time)[..., None]  # (n, frames, 2) pixels from centre
 
     # affine_grid maps output coordinates in [-1, 1] to the scan's: scale by SIZE/side, shear, then shift.
@@ -150,7 +154,13 @@ def render(
     front = torch.tensor([COLORS[s.color] for s in specs]) / 127.5 - 1
     back = torch.tensor([BACKGROUNDS[s.background] for s in specs]) / 127.5 - 1
     ramp = torch.linspace(-1, 1, SIZE)
-    tilt = torch.from_numpy(rng.uniform(-0.08, 0.08, (n, 2))).float()
     light = tilt[:, 0, None, None] * ramp[None, :] + tilt[:, 1, None, None] * ramp[:, None]  # (n, H, W)
     back = (back[:, :, None, None] + light[:, None]).clamp(-1, 1)[:, :, None]
     return back + alpha * (front[:, :, None, None, None] - back)
+
+
+@cache
+def first_frames() -> np.ndarray:
+    """An I2V first frame for each of `heldout_specs`, of scans that nothing was trained on: (n, SIZE, SIZE, 3) uint8."""
+    frames = render(list(heldout_specs()), np.random.default_rng(23), "test", frames=1, spread=NEAR)[:, :, 0]
+    return ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
