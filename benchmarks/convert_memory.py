@@ -20,9 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from load_memory import MIB, Sampler, status
+from mxdit.bench.processes import Sampler, status
+from mxdit.bench.standins import make_checkpoint
+from mxdit.models.shapes import A14B, Wan
+
+MIB = 2**20
 
 METHODS = ("mxfp8", "mxfp4", "mxfp4_dualscale")
 COLUMNS = (
@@ -74,7 +79,7 @@ def main() -> int:
 def run(root: Path, blocks: int, args: argparse.Namespace) -> list[dict]:
     """Every command on one model, the copy first."""
     source = root / "bf16"
-    make(source, blocks, args)
+    make_checkpoint(source, shape(args), blocks, shard=args.shard)
     rows = [child("copy", source, root / "copy", blocks, args)]
     shutil.rmtree(root / "copy")
     for method in args.methods:
@@ -87,38 +92,9 @@ def run(root: Path, blocks: int, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def make(directory: Path, blocks: int, args: argparse.Namespace) -> None:
-    """Write the BF16 checkpoint, random enough that every code occurs, one tensor at a time."""
-    import torch
-    from diffusers import WanTransformer3DModel
-
-    from mxdit.checkpoint.files import TensorInfo
-    from mxdit.checkpoint.writer import STEM, Part, index_of, new_directory, shards_of
-
-    with torch.device("meta"):
-        model = WanTransformer3DModel(
-            num_attention_heads=args.dim // 128, attention_head_dim=128, ffn_dim=args.ffn, num_layers=blocks
-        )
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # One stretch of noise, from another place for every tensor: much cheaper than noise for each.
-    largest = max(torch.Size(shape).numel() for shape in wanted.values())
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.empty(largest + 4096, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-
-    def values(index: int, shape: tuple[int, ...]) -> torch.Tensor:
-        return noise[index % 4096 :][: torch.Size(shape).numel()].view(shape)
-
-    parts = {
-        name: Part(TensorInfo(shape, torch.bfloat16), lambda i=index, s=shape: values(i, s))
-        for index, (name, shape) in enumerate(wanted.items())
-    }
-    shards = shards_of(parts, args.shard)
-    with new_directory(directory, "benchmark") as staging:
-        for shard in shards:
-            staging.write_shard(shard.name, shard)
-        if len(shards) > 1:
-            staging.write_json(f"{STEM}.safetensors.index.json", index_of(shards))
-        staging.write_json("config.json", {"_class_name": "WanTransformer3DModel", **model.config})
+def shape(args: argparse.Namespace) -> Wan:
+    """A14B's, in the width that was asked for."""
+    return replace(A14B, dim=args.dim, ffn=args.ffn, heads=args.dim // 128)
 
 
 def child(command: str, source: Path, destination: Path, blocks: int, args: argparse.Namespace) -> dict:

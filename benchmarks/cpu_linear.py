@@ -38,32 +38,24 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
-from shapes import A14B, MINI, TEXT_TOKENS, Wan
 from torch import Tensor, nn
 
 import mxdit
 from mxdit.backends import cpu
+from mxdit.bench.modes import MODES
+from mxdit.bench.standins import block_inputs, quantized, random_block
+from mxdit.bench.timing import alternate, caches, rotated
 from mxdit.layers import MXLinear
-from mxdit.quantize import swap
+from mxdit.models.shapes import A14B, MINI, Wan
 
-MODES = {  # the weight's format and the activation
-    "mxfp4": ("mxfp4", "mxfp4"),
-    "mxfp4_dualscale": ("mxfp4_dualscale", "mxfp4"),
-    "mxfp8": ("mxfp8", "mxfp8"),
-    "w4a8": ("mxfp4", "mxfp8"),
-    "w4a16": ("mxfp4", "bf16"),
-}
 W4A4 = ("mxfp4", "mxfp4_dualscale")
 GAUSSIAN, OUTLIERS = KINDS = ("gaussian", "outliers")
 VNNI = "avx512vnni"
 SAMPLE = 32  # rows that are checked
-WARM = 0.1  # seconds at least of calls that do not count
 COLUMNS = (
     "case", "mode", "x", "path, threads", "mxdit (min)", "against", "that (min)", "ratio", "of minima", "required", "",
 )  # fmt: skip
@@ -100,22 +92,7 @@ class Row:
 
 def measure(against: str, baseline: Calls, ours: list[tuple[Row, Calls]], rounds: int) -> list[Row]:
     """Fill in the rows from rounds of one call of the baseline and one for each row."""
-    rotations = [cycle(calls) for calls in (baseline, *(calls for _, calls in ours))]
-
-    def one_round() -> list[float]:
-        seconds = []
-        for rotation in rotations:
-            call = next(rotation)
-            started = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - started)
-        return seconds
-
-    warm = time.perf_counter() + WARM
-    one_round()
-    while time.perf_counter() < warm:  # short calls: until the allocator, too, has what it needs
-        one_round()
-    theirs, *times = zip(*(one_round() for _ in range(rounds)), strict=True)
+    theirs, *times = alternate([baseline, *(calls for _, calls in ours)], rounds)
     for (row, _), mine in zip(ours, times, strict=True):
         row.against, row.path, row.threads, row.rounds = against, cpu.selected(), torch.get_num_threads(), rounds
         row.ours, row.ours_min = statistics.median(mine), min(mine)
@@ -128,13 +105,6 @@ def measure(against: str, baseline: Calls, ours: list[tuple[Row, Calls]], rounds
 def measure_pairs(against: str, baseline: Calls, ours: list[tuple[Row, Calls]], rounds: int) -> list[Row]:
     """The same with rounds of its own for each row: a short call is the faster, the more its predecessor was like it."""
     return [row for one in ours for row in measure(against, baseline, [one], rounds)]
-
-
-def rotated(thing: Tensor | nn.Module, count: int | None = None) -> list:
-    """Copies, `count` or as many as exceed the last-level cache four times."""
-    size = thing.nbytes if isinstance(thing, Tensor) else sum(t.nbytes for t in thing.state_dict().values())
-    count = count or max(2, -(-4 * caches().get("L3", 32 << 20) // size))
-    return [copy.deepcopy(thing) for _ in range(count)]
 
 
 def everywhere(call: Callable[[], object]) -> list:
@@ -232,29 +202,18 @@ def is_right(layer: MXLinear, x: Tensor) -> bool:
 
 
 def compare_blocks(
-    wan: Wan, grid: tuple[int, int, int], required: float | None, rounds: int, how: Measure = measure_pairs
+    wan: Wan, tokens: int, required: float | None, rounds: int, how: Measure = measure_pairs
 ) -> list[Row]:
-    """A block of random weights over the tokens of such a latent grid, in every mode; and what the weights take."""
-    with torch.device("meta"):
-        empty = WanTransformerBlock(wan.dim, wan.ffn, wan.heads, cross_attn_norm=True).eval()
-    plain = empty.bfloat16().to_empty(device="cpu")
-    for name, parameter in plain.named_parameters():
-        if "norm" in name:
-            parameter.fill_("weight" in name)
-        else:
-            parameter.normal_(std=0.02)
-    latents = torch.empty(1, 16, *grid, device="meta")
-    rotary = WanRotaryPosEmbed(wan.dim // wan.heads, (1, 2, 2), 1024)(latents)
-    tokens = rotary[0].shape[1]
-    x, text = torch.randn(1, tokens, wan.dim).bfloat16(), torch.randn(1, TEXT_TOKENS, wan.dim).bfloat16()
-    temb = torch.randn(1, 6, wan.dim) * 0.1
+    """A block of random weights over that many tokens, in every mode; and what the weights take."""
+    plain = random_block(wan)
+    x, text, temb, rotary = block_inputs(wan, tokens)
     few = (x[:, :SAMPLE], text[:, :SAMPLE], temb, tuple(part[:, :SAMPLE] for part in rotary))
 
-    case, linears = f"block, d={wan.dim}", {path: m for path, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    size = sum(linear.weight.nbytes for linear in linears.values())
+    case, linears = f"block, d={wan.dim}", [m for m in plain.modules() if isinstance(m, nn.Linear)]
+    size = sum(linear.weight.nbytes for linear in linears)
     ours, weights = [], []
     for mode in MODES:
-        block = quantized(plain, linears, *MODES[mode])
+        block = quantized(plain, *MODES[mode])
         row = Row(f"{case}, M={tokens}", mode, "the block's", required, None)
         if mode in W4A4:
             *answers, expected = everywhere(partial(block, *few))
@@ -264,14 +223,6 @@ def compare_blocks(
             weights.append(Row(f"{case}: weights", mode, "", 0.28, None, "bfloat16", **numbers))
         ours.append((row, [partial(block, x, text, temb, rotary)]))
     return how("the block in bfloat16", [partial(plain, x, text, temb, rotary)], ours, rounds) + weights
-
-
-def quantized(block: nn.Module, linears: dict[str, nn.Linear], method: str, activation: str) -> nn.Module:
-    """The block with its linears quantized; it shares the other parameters with the original."""
-    other = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
-    for path, linear in linears.items():
-        swap(other, path, MXLinear.from_weight(linear.weight, linear.bias, method=method, activation=activation))
-    return other
 
 
 # -- the cases -----------------------------------------------------------------------------------------------------------
@@ -314,7 +265,7 @@ def vnni(rounds: Rounds) -> list[Row]:
 
 
 def block(rounds: Rounds) -> list[Row]:
-    return compare_blocks(A14B, (4, 32, 32), None, rounds(7), measure)
+    return compare_blocks(A14B, 1024, None, rounds(7), measure)
 
 
 def mini(rounds: Rounds) -> list[Row]:
@@ -323,7 +274,7 @@ def mini(rounds: Rounds) -> list[Row]:
     for m, layer in MINI.gemms(MINI.tokens("64 x 64")):
         linears = Linears(layer.k, layer.n, count=MINI.blocks)
         rows += linears.compare("mini", m, wanted, rounds(400), modules=True)
-    return rows + compare_blocks(MINI, (5, 8, 8), 1.0, rounds(200))
+    return rows + compare_blocks(MINI, 80, 1.0, rounds(200))
 
 
 def overhead(rounds: Rounds) -> list[Row]:
@@ -335,16 +286,6 @@ CASES = {case.__name__: case for case in (large, small, quantize, vnni, block, m
 
 
 # -- what is printed -----------------------------------------------------------------------------------------------------
-
-
-def caches() -> dict[str, int]:
-    """Bytes of the caches that the first CPU sees, where the system tells."""
-    sizes = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
-        if kind != "Instruction" and size.endswith("K"):
-            sizes[f"L{level}"] = int(size[:-1]) << 10
-    return sizes
 
 
 def machine(threads: int) -> dict:

@@ -30,6 +30,7 @@ FLOORS = (
     {"integrations"},
     {"pipelines", "video", "evals"},
     {"generate"},
+    {"bench"},
     {"serve"},
     {"cli"},
 )

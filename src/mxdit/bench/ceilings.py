@@ -1,0 +1,42 @@
+"""What a device reaches at its best, in the same run as what is held against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from mxdit.bench.timing import Call, alternate, last_cache, timer
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches at its best in the same run.
+
+    Attributes:
+        copy: bytes a second, read and written, of a copy from memory to memory.
+        bf16, fp32: operations a second of a square matrix product of torch's.
+        size: of that product's sides.
+    """
+
+    copy: float
+    bf16: float
+    fp32: float
+    size: int
+
+
+@torch.inference_mode()
+def ceilings(device: torch.device, rounds: int) -> Ceilings:
+    """Measure them, by the minimum: it is what the machine can do that is asked for."""
+    size, nbytes = (2048, 4 * last_cache()) if device.type == "cpu" else (8192, 1 << 30)
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    halves = left.bfloat16(), right.bfloat16()
+    kinds: list[list[Call]] = [
+        [partial(torch.empty_like(source).copy_, source)],
+        [partial(torch.mm, *halves)],
+        [partial(torch.mm, left, right)],
+    ]
+    copied, half, full = (min(seconds) for seconds in alternate(kinds, rounds, timer(device)))
+    return Ceilings(2 * nbytes / copied, 2 * size**3 / half, 2 * size**3 / full, size)

@@ -1,0 +1,144 @@
+"""``mxdit bench pipeline``: seconds of a denoising step, and how much of it is linears and how much attention."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mxdit.bench.modes import BF16, MODES
+from mxdit.bench.standins import block_inputs, quantized, random_block
+from mxdit.bench.timing import Times, alternate, timer
+from mxdit.generate import Request, generate
+from mxdit.models.shapes import Wan
+from mxdit.pipelines import COMPONENTS, ModelDirectory, load, quantization, show_loading
+
+FORWARD = "mxdit.bench: forward"  # what the profiler calls a transformer's forward
+LINEARS = ("mxdit::linear", "aten::linear")
+ATTENTION = ("aten::scaled_dot_product_attention",)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step of a pipeline, or a forward of a block.
+
+    Attributes:
+        mode: of `MODES`, "bf16", or "as stored".
+        times: seconds without the profiler.
+        linear, attention: their shares, 0 to 1, of a step under the profiler. What is left are norms, modulation, rotary
+            embeddings, guidance and the scheduler.
+        ratio: BF16's median over this one's, None where BF16 was not measured.
+    """
+
+    mode: str
+    times: Times
+    linear: float
+    attention: float
+    ratio: float | None = None
+
+    @property
+    def rest(self) -> float:
+        """The share that is neither."""
+        return 1 - self.linear - self.attention
+
+
+def run(
+    model: ModelDirectory, request: Request, modes: Sequence[str], device: str, tell: Callable[[str], None]
+) -> Iterator[StepTime]:
+    """Make one clip in every mode without the profiler and one with it.
+
+    Args:
+        model: BF16, or stored quantized, which is then the only mode.
+        request: the clip, of at least two steps; the first does not count, since the text encoder runs before it.
+        modes: of `MODES` and "bf16".
+        tell: is told of each.
+    """
+    show_loading(False)
+    task, baseline = "t2v" if request.image is None else "i2v", None
+    for mode in ("as stored",) if model.stored else modes:
+        tell(mode)
+        pipeline = load(model, task, _config(model, mode), device=device)
+        generate(pipeline, replace(request, steps=2))  # does not count: allocators and thread pools begin
+        times = Times.of(generate(pipeline, request).step_seconds)
+        experts = [expert for name in COMPONENTS if (expert := getattr(pipeline, name, None)) is not None]
+        with _marked(experts), profile(activities=_activities(device)) as profiler:
+            result = generate(pipeline, request)
+        whole = sum(result.step_seconds) / len(result.step_seconds) * request.steps
+        linear, attention, _ = split(profiler.events() or (), device)
+        baseline = times.median if mode == BF16 else baseline
+        ratio = None if baseline is None else baseline / times.median
+        yield StepTime(mode, times, linear / whole, attention / whole, ratio)
+        del pipeline, experts
+        gc.collect()
+
+
+def _config(model: ModelDirectory, mode: str) -> Any:
+    if mode not in MODES:
+        return None
+    method, activation = MODES[mode]
+    return quantization(model, method, {} if activation == "mxfp4" else {"activation": activation})
+
+
+@torch.inference_mode()
+def run_block(wan: Wan, tokens: int, modes: Sequence[str], rounds: int, device: str) -> list[StepTime]:
+    """One block of random weights over that many video tokens and 512 of text, in BF16 and every mode, in rounds of one
+    forward of each. All modes' weights are on the device at once: 1.9 times BF16's bytes."""
+    place, plain = torch.device(device), random_block(wan, device)
+    inputs = block_inputs(wan, tokens, device)
+    blocks = {BF16: plain, **{mode: quantized(plain, *MODES[mode]) for mode in modes if mode != BF16}}
+    seconds = alternate([[partial(block, *inputs)] for block in blocks.values()], rounds, timer(place))
+    times = [Times.of(each) for each in seconds]
+    rows = []
+    for (mode, block), taken in zip(blocks.items(), times, strict=True):
+        with _marked([block]), profile(activities=_activities(device)) as profiler:
+            block(*inputs)
+        linear, attention, whole = split(profiler.events() or (), device)
+        rows.append(StepTime(mode, taken, linear / whole, attention / whole, times[0].median / taken.median))
+    return rows
+
+
+def split(events: Iterable[Any], device: str) -> tuple[float, float, float]:
+    """Seconds of linears, of attention, and of everything, inside the forwards that a profiler saw. A linear inside another
+    one, or inside an attention, counts with that."""
+    seconds = dict.fromkeys((*LINEARS, *ATTENTION, FORWARD), 0.0)
+    for event in events:
+        if event.name in seconds and str(event.device_type).endswith("CPU"):
+            above = set(_names_above(event))
+            if event.name == FORWARD or (FORWARD in above and not above & {*LINEARS, *ATTENTION}):
+                seconds[event.name] += (event.cpu_time_total if device == "cpu" else event.device_time_total) / 1e6
+    return sum(seconds[name] for name in LINEARS), sum(seconds[name] for name in ATTENTION), seconds[FORWARD]
+
+
+def _names_above(event: Any) -> Iterator[str]:
+    while (event := event.cpu_parent) is not None:
+        yield event.name
+
+
+@contextmanager
+def _marked(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let every forward of these modules be an event of the profiler's."""
+    open_marks: list[record_function] = []
+    handles = []
+    for module in modules:
+        handles.append(
+            module.register_forward_pre_hook(lambda *_: open_marks.append(record_function(FORWARD).__enter__()))
+        )
+        handles.append(module.register_forward_hook(lambda *_: open_marks.pop().__exit__(None, None, None)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _activities(device: str) -> list[ProfilerActivity]:
+    own = {"cpu": None, "cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}
+    other = own.get(torch.device(device).type, ProfilerActivity.PrivateUse1)
+    return [ProfilerActivity.CPU, *([] if other is None else [other])]

@@ -1,0 +1,85 @@
+"""How the numbers of `mxdit bench` are shown: Markdown tables, to be pasted into a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mxdit.cli.console import say, tell
+from mxdit.models.shapes import PUBLISHED
+
+MIB, GIB = 2**20, 2**30
+
+
+def progress(what: str) -> None:
+    tell(f"  {what}")
+
+
+def say_machine(device: str) -> None:
+    from mxdit.conformance import environment
+
+    where = environment(device)
+    versions = f"mxdit {where['packages']['mxdit']}, torch {where['packages']['torch']}"
+    say(f"{where['device_name']}, {where['threads']} threads; {where['backend']}: {where['about']}; {versions}")
+
+
+def gemm_cells(row: Any, best: Any) -> tuple[str, ...]:
+    product, cells = row.product, [row.product.name, *map(str, (row.product.m, row.product.k, row.product.n))]
+    cells += [row.method, row.backend.partition(" ")[0]]
+    cells += [
+        _ms(row.parts[part].times.median) if part in row.parts else "-" for part in ("quantize", "matmul", "whole")
+    ]
+    whole = row.parts["whole"]
+    times = whole.times
+    moved, done = whole.nbytes / times.median, product.operations / times.median
+    cells += [_ms(times.minimum), _ms(times.spread), f"{row.ratio:.2f}"]
+    cells += [f"{moved / 1e9:.1f}", f"{moved / best.copy:.0%}", f"{done / 1e12:.3f}", f"{done / best.bf16:.0%}"]
+    return (*cells, {True: "yes", False: "NO", None: "-"}[row.right])
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
+def say_totals(name: str, totals: Sequence[Any]) -> None:
+    """The arithmetic of every mode, then its sums beside what docs/wan22.md says."""
+    say(f"\n{PUBLISHED[name].name}, from one block as it was loaded; MiB = bytes / 2^20, GiB = bytes / 2^30.\n")
+    for total in totals:
+        terms = [
+            f"{line.what}: {line.count:,} x {_unit(line.each)} = {line.nbytes / MIB:,.1f} MiB" for line in total.lines
+        ]
+        say(f"{total.mode}: {'; '.join(terms)}; one expert {total.expert / GIB:.2f} GiB")
+    rest = [f"{line.what}: {line.count:,} x {line.each} B = {line.nbytes / GIB:.2f} GiB" for line in totals[0].others]
+    say(f"beside the experts ({totals[0].experts}): {'; '.join(rest)}\n")
+    head = ("mode", "one expert GiB", "published", "differs", "peak loading it", "pipeline GiB", "published", "differs")
+    cells: list[tuple[str, ...]] = [(*head, "one expert resident GiB", "published", "differs")]
+    for t in totals:
+        pairs = ((t.expert, t.published), (t.both, t.published_both), (t.one, t.published_one))
+        first, both, one = (_against(nbytes, known) for nbytes, known in pairs)
+        cells.append((t.mode, *first, f"{t.loading / GIB:.2f}", *both, *one))
+    table(cells)
+
+
+def _unit(nbytes: int) -> str:
+    return f"{nbytes / MIB:,.2f} MiB"
+
+
+def _against(nbytes: int, published: float | None) -> tuple[str, str, str]:
+    gib = nbytes / GIB
+    return (
+        (f"{gib:.2f}", "-", "-")
+        if published is None
+        else (f"{gib:.2f}", f"{published:g}", f"{gib / published - 1:+.1%}")
+    )
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Markdown, aligned, lines as long as they have to be: to be pasted into a report."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    for line in lines:
+        say(f"| {' | '.join(line)} |")

@@ -1,0 +1,299 @@
+"""What `mxdit bench` measures: sizes and arithmetic that are known, results that are checked, and the command as a user meets
+it. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import mxdit
+import tiny
+from mxdit.bench import gemm, memory, pipeline, totals
+from mxdit.bench.ceilings import Ceilings
+from mxdit.bench.modes import MODES, variants
+from mxdit.bench.plot import gemm as draw
+from mxdit.bench.processes import Sampler, alone, status
+from mxdit.bench.products import Product, products
+from mxdit.bench.standins import block_inputs, make_checkpoint, quantized, random_block, skeleton
+from mxdit.bench.timing import Times, alternate
+from mxdit.checkpoint import quantize_checkpoint
+from mxdit.errors import BackendError, InputError
+from mxdit.models.shapes import A14B, MINI, PUBLISHED, SEED, TI2V_5B
+from test_cli import mxdit_command
+
+CPU = torch.device("cpu")
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+# -- timing --------------------------------------------------------------------------------------------------------------
+
+
+def test_times_are_median_minimum_and_interquartile_range():
+    assert Times.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Times(3.0, 1.0, 2.0, 5)
+    assert Times.of([2.0]) == Times(2.0, 2.0, 0.0, 1)
+
+
+def test_calls_alternate_and_copies_take_turns():
+    seen: list[str] = []
+    calls = [[lambda n=n: seen.append(n) for n in names] for names in (["a0", "a1"], ["b"])]
+    times = alternate(calls, 3, lambda call: (call(), time.sleep(0.02))[1] or 1.0)
+    assert times == [(1.0, 1.0, 1.0)] * 2
+    assert seen[:6] == ["a0", "b", "a1", "b", "a0", "b"] and len(seen) > 6  # rounds that do not count came first
+
+
+# -- products ------------------------------------------------------------------------------------------------------------
+
+
+def test_products_are_those_of_the_document():
+    found = {(p.m, p.k, p.n) for p in products([A14B], ["480p", "720p"], Fraction(1))}
+    for m in (32760, 75600):
+        assert {(m, 5120, 5120), (m, 5120, 13824), (m, 13824, 5120), (m, 5120, 15360)} <= found
+    assert SEED in found and SEED == (19800, 5120, 15360)
+    assert {(m, 5120, 5120) for m in (1, 4, 16, 32, 512)} <= found
+    assert len(found) == 8 + 1 + 5  # the text's 512 tokens are a small M
+
+
+def test_only_video_tokens_are_scaled():
+    scaled = products([TI2V_5B], ["480p"], Fraction(1, 8))
+    assert {p.m for p in scaled if p.full > 512} == {round(TI2V_5B.tokens("480p") / 8), 19800 // 8}
+    assert {p.m for p in scaled if p.full <= 512} == {1, 4, 16, 32, 512}
+
+
+@pytest.mark.parametrize("k, n", [(64, 96), (576, 64)])  # 576: one group of 512 and a part of another
+def test_every_method_is_measured_and_right(k, n):
+    (rows,) = gemm.run([Product("test", 5, k, n, 5)], list(MODES), CPU, 2)
+    native = len(gemm.usable(CPU)) - 1
+    assert [row.method for row in rows] == ["bf16", *MODES, *(list(MODES) * native)]
+    assert all(row.right for row in rows[1:]) and rows[0].ratio == 1
+    for row in rows[1 : 1 + len(MODES) * native]:
+        assert set(row.parts) == ({"whole"} if row.method == "w4a16" else {"quantize", "matmul", "whole"})
+        whole = row.parts["whole"]
+        assert whole.times.rounds == 2 and whole.operations == 2 * 5 * k * n
+        assert row.ratio == rows[0].parts["whole"].times.median / whole.times.median
+    assert json.dumps([row.to_dict() for row in rows])
+
+
+def test_bytes_are_operands_and_results_once():
+    (rows,) = gemm.run([Product("test", 4, 64, 32, 4)], ["mxfp4"], CPU, 1)
+    x, out, codes, weight, bias = 4 * 64 * 2, 4 * 32 * 2, 4 * (32 + 2), 32 * (32 + 2), 32 * 2
+    assert rows[0].parts["whole"].nbytes == x + 64 * 32 * 2 + bias + out
+    parts = {name: part.nbytes for name, part in rows[1].parts.items()}
+    if parts.keys() > {"whole"}:
+        assert parts["quantize"] == x + codes and parts["matmul"] == codes + weight + bias + out
+    assert parts["whole"] == x + weight + bias + out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wrong_result_is_seen(mode):
+    linear, x = gemm.Linear(64, 32, CPU), torch.randn(6, 64).bfloat16()
+    layer = linear.mode(mode)[0]
+    got = layer(x)
+    assert gemm.is_right(layer, got, x)
+    got[-1, -1] *= 1.05
+    assert not gemm.is_right(layer, got, x)
+
+
+def test_what_is_too_large_for_the_reference_is_said(monkeypatch):
+    monkeypatch.setitem(gemm.REFERENCE_LIMIT, "cpu", 1)
+    (rows,) = gemm.run([Product("test", 2, 64, 32, 2)], ["mxfp4"], CPU, 1)
+    assert not rows[-1].parts and rows[-1].ratio is None and "too large" in rows[-1].note
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    (rows,) = gemm.run([Product("test", 2, 64, 32, 2)], ["mxfp4", "w4a16"], CPU, 1)
+    draw(tmp_path / "a.png", rows, Ceilings(1e9, 1e11, 5e10, 64), "test")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_is_taken_and_given_back_is_seen():
+    before = status("RssAnon")
+    with Sampler() as sampler:
+        torch.ones(64 << 20, dtype=torch.uint8)  # and gone
+    assert sampler.anon - before > 60 << 20 and sampler.rss >= sampler.anon
+
+
+def test_a_killed_process_is_an_error():
+    with pytest.raises(BackendError, match="killed"):
+        alone(os._exit, 9)
+
+
+def test_one_tensor_under_two_names_counts_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    assert memory.tensor_bytes(model) == 4 * (64 + 8 + 8)
+
+
+def test_published_sizes_are_those_of_the_document():
+    text = (DOCS / "wan22.md").read_text()
+    for name, sizes in totals.PUBLISHED.items():
+        (row,) = re.findall(rf"^\| {name} \|.*$", text.split("## Sizes")[1], re.MULTILINE)
+        cells = [float(cell) for cell in re.findall(r"\| ([\d.]+)(?: GiB)?(?= \|)", row)]
+        assert list(sizes.values()) == cells[-5:]
+    assert {64.3, 26.0, 18.5} == set(totals.PUBLISHED_WHOLE.values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_totals_of_made_up_blocks_come_near_the_document(name):
+    """The arithmetic alone, with a block's bytes as the formats say; what a load measures differs by FP32 tables."""
+    wan, bits = PUBLISHED[name], {"bf16": 16, "mxfp8": 8.25, "mxfp4": 4.25, "mxfp4_dualscale": 4.3125}
+    weights = sum(layer.count * layer.k * layer.n for layer in wan.layers)
+    outside = 2 * sum(p.numel() for key, p in skeleton(wan, 1).named_parameters() if not key.startswith("blocks"))
+    measured = {}
+    for method, width in bits.items():
+        block = int(weights * width / 8)
+        for how in ("", " online", " offline"):
+            row = memory.ExpertMemory(method + how, 0, 110, 100, 0, 0, block + outside, block, 0, 0, 0.0)
+            measured[method + how] = row
+    found = totals.add_up(name, wan, list(bits)[1:], measured)
+    assert (
+        len(found) == 1 + 2 * 4
+    )  # BF16; three methods online and offline, one of them with and without leading blocks
+    for total in found:
+        assert total.expert == sum(line.count * line.each for line in total.lines)
+        assert math.isclose(total.expert / 2**30, total.published, rel_tol=0.005)
+        assert total.loading == total.expert + 10 and total.both == total.one + (wan.experts - 1) * total.expert
+        for nbytes, published in ((total.both, total.published_both), (total.one, total.published_one)):
+            assert published is None or math.isclose(nbytes / 2**30, published, rel_tol=0.01)
+
+
+# -- stand-ins and the split ---------------------------------------------------------------------------------------------
+
+
+def test_a_stand_in_loads_and_is_the_same_every_time(tmp_path):
+    for name in ("a", "b"):
+        make_checkpoint(tmp_path / name, MINI, 1, shard=3 << 20)
+    a, b = (tiny.load(tmp_path / name) for name in ("a", "b"))
+    assert len(a.blocks) == 1 and tiny.same(a, b)
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    row = memory.load_transformer(memory.Variant("mxfp4 online", tmp_path / "a", "mxfp4"))
+    report = mxdit.quantize_(a, "mxfp4")
+    assert row.model == memory.tensor_bytes(a) and row.block < row.model and len(report.quantized) == tiny.LINEARS
+    assert row.files > 2**20 and row.peak >= 0 and row.largest == 2 * 256 * 4096  # the text embedder
+
+
+def test_the_profiler_s_split_finds_linears_and_attention():
+    block, inputs = random_block(MINI), block_inputs(MINI, 40)
+    for each in (block, quantized(block, "mxfp4", "mxfp4")):
+        with torch.no_grad(), pipeline._marked([each]), profile(activities=[ProfilerActivity.CPU]) as profiler:
+            each(*inputs)
+        events = list(profiler.events() or ())
+        linear, attention, whole = pipeline.split(events, "cpu")
+        assert linear > 0 and attention > 0 and linear + attention < whole
+        kind = "aten::linear" if each is block else "mxdit::linear"
+        assert sum(event.name == kind for event in events) == tiny.LINEARS
+        assert linear <= sum(e.cpu_time_total for e in events if e.name in pipeline.LINEARS) / 1e6 + 1e-9
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_gemm_command(monkeypatch, capsys, tmp_path):
+    code, out, _ = mxdit_command(
+        monkeypatch, capsys, "bench", "gemm", "--shape", "3,64,32", "--method", "mxfp4", "--method", "w4a16",
+        "--rounds", 2, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg",
+    )  # fmt: skip
+    assert code == 0 and "Ceilings of this run" in out and "NO" not in out
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["benchmark"] == "gemm" and figures["ceilings"]["bf16"] > 0 and figures["settings"]["scale"] == "1"
+    assert {row["method"] for row in figures["rows"]} == {"bf16", "mxfp4", "w4a16"}
+    assert (tmp_path / "a.svg").stat().st_size
+
+
+def test_pipeline_command(monkeypatch, capsys, tmp_path):
+    small = ["--size", "32x32", "--frames", 5, "--steps", 3]
+    code, out, _ = mxdit_command(
+        monkeypatch, capsys, "bench", "pipeline", "bundled", *small, "--mode", "w4a8", "--json", tmp_path / "a.json"
+    )
+    assert code == 0 and "w4a8" in out
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["bf16", "w4a8"] and rows[0]["ratio"] == 1
+    assert all(row["linear"] > 0 and row["attention"] > 0 and row["times"]["rounds"] == 2 for row in rows)
+
+
+def test_a_checkpoint_is_measured_in_every_mode(tmp_path):
+    source = tiny.save(tmp_path / "bf16")
+    found = variants(source, False, ["mxfp4", "mxfp8"], tmp_path, lambda _: None)
+    assert [v.name for v in found] == ["bf16", "mxfp4 online", "mxfp4 offline", "mxfp8 online", "mxfp8 offline"]
+    assert [v.method for v in found] == [None, "mxfp4", None, "mxfp8", None]
+    assert [v.path == source for v in found] == [True, True, False, True, False]
+    sizes = {v.name: memory.weight_files(v.path) for v in found}
+    assert sizes["bf16"] > sizes["mxfp8 offline"] > sizes["mxfp4 offline"] > 0
+    assert [v.name for v in variants(found[2].path, True, ["mxfp8"], tmp_path, lambda _: None)] == ["as stored"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    quantize_checkpoint(tiny.save(root / "bf16"), root / "packed", "mxfp4").write()
+    return root / "packed"
+
+
+def test_memory_command(monkeypatch, capsys, tmp_path, packed):
+    small = ["--size", "16x16", "--frames", 5, "--steps", 2, "--model", "none"]
+    code, out, _ = mxdit_command(monkeypatch, capsys, "bench", "memory", packed, *small, "--json", tmp_path / "a.json")
+    assert code == 0 and "as stored" in out
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    weights, expert = row["weights"], row["expert"]
+    assert row["both"] == sum(weights.values()) and row["one"] == row["both"] - weights["transformer_2"]
+    assert expert["model"] == weights["transformer"] and row["generating"] > 0 and row["rss"] > row["loading"]
+
+
+def test_load_command(monkeypatch, capsys, tmp_path, packed):
+    code, out, _ = mxdit_command(
+        monkeypatch, capsys, "bench", "load", packed, "--rounds", 1, "--json", tmp_path / "a.json"
+    )
+    assert code == 0 and "as stored" in out
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["files"] == memory.weight_files(packed) and row["first"] > 0 and row["times"]["rounds"] == 1
+
+
+BAD = {
+    "a model that is not known": (["gemm", "--model", "B14"], "A14B or TI2V-5B"),
+    "a clip that is not known": (["gemm", "--clip", "1080p"], "480p or 720p"),
+    "a product that is none": (["gemm", "--shape", "1,2"], "M,K,N"),
+    "an odd K": (["gemm", "--shape", "1,33,2"], "K even"),
+    "a scale above one": (["gemm", "--scale", "2"], "1/8"),
+    "a scale that is none": (["gemm", "--scale", "1/0"], "1/8"),
+    "no rounds": (["gemm", "--rounds", "0"], "at least one round"),
+    "a method that is not known": (["gemm", "--method", "fp4"], "mxfp4_dualscale"),
+    "a picture of no kind": (["gemm", "--plot", "a.gif"], ".png"),
+    "JSON of another name": (["gemm", "--json", "a.txt"], ".json"),
+    "a device that is not here": (["gemm", "--device", "npu"], "--device"),
+    "a directory that is not there": (["memory", "none"], "no such directory"),
+    "a task that is none": (["load", "--task", "v2v"], "t2v or i2v"),
+    "a scratch that is not there": (["load", "--scratch", "none"], "no such directory"),
+    "one step": (["pipeline", "--steps", "1"], "at least 2"),
+    "no tokens": (["pipeline", "--block", "A14B", "--tokens", "0"], "--tokens"),
+    "a block of no model": (["pipeline", "--block", "mini"], "TI2V-5B"),
+    "a size off the patches": (["memory", "--size", "20x16"], "multiple of 16"),
+}
+
+
+@pytest.mark.parametrize("args, said", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, args, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mxdit_command(monkeypatch, capsys, "bench", *args)
+    assert code == 2 and out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and said in lines[0] and not list(tmp_path.iterdir())
+
+
+def test_a_plot_without_matplotlib_is_refused_before_any_work(monkeypatch):
+    from mxdit.cli import bench, console
+
+    monkeypatch.setattr(console, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"matplotlib.*mxdit\[eval\]"):
+        bench._check_outputs(None, Path("a.png"))
