@@ -191,13 +191,19 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
         raise InputError("the seed is out of range", where="--seed", got=request.seed, expected="0 to 2**63 - 1")
 
 
-def generate(pipeline: Any, request: Request, on_step: Callable[[int, int], None] | None = None) -> Result:
+def generate(
+    pipeline: Any,
+    request: Request,
+    on_step: Callable[[int, int], None] | None = None,
+    on_latents: Callable[[int, torch.Tensor], None] | None = None,
+) -> Result:
     """Make one video with a loaded pipeline.
 
     Args:
         pipeline: from `mxdit.pipelines.load`.
         request: from `make_request`.
         on_step: called with (steps done, steps in all) after each step.
+        on_latents: called with (the step's index, its latents (1, C, T, H, W) fp32 on the pipeline's device) before that.
 
     Raises:
         InputError: a flow shift for a scheduler that has none.
@@ -227,6 +233,8 @@ def generate(pipeline: Any, request: Request, on_step: Callable[[int, int], None
         if accelerator is not None:
             accelerator.synchronize(device)
         marks.append(time.perf_counter())
+        if on_latents:
+            on_latents(step, tensors["latents"])
         if on_step:
             on_step(step + 1, request.steps)
         return tensors

@@ -1,0 +1,119 @@
+"""What an evaluation has computed, on disk, found by what it was computed from.
+
+An entry is a directory named by the hash of its key, a JSON object of everything that its content depends on. It appears
+whole or not at all, so an interrupted run goes on at the sample where it stopped, and nothing is reused that a change of
+model, setting, version or backend would change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxdit.checkpoint.files import read_json
+from mxdit.errors import InputError
+from mxdit.layers import MXLinear
+
+KEY = "key.json"  # in every entry: its key, for people, and the seconds that it took
+NOTES = ("is_local", "local_files_only")  # what transformers adds to the config of a tokenizer that it saves
+CHUNK = 64 << 20  # bytes of a tensor that are hashed at a time, and at most copied from a device
+
+
+class Cache:
+    """Entries below one directory. Raises InputError where it cannot be written.
+
+    Attributes:
+        root: the directory, made if need be.
+        seconds: what the entries used so far took to make, whether now or in an earlier run.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.seconds = root, 0.0
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if not os.access(root, os.W_OK):
+                raise PermissionError(0, "not writable")
+        except OSError as error:
+            raise InputError("the cache cannot be written", where=str(root), got=error.strerror) from None
+
+    def entry(self, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """The entry of `key`, made if there is none.
+
+        Args:
+            key: JSON-serializable, with all that the content depends on.
+            make: called with an empty directory to write the files into.
+        """
+        final = self.root / digest_of(key)
+        if not final.exists():
+            partial = final.with_name(f".{final.name}.{os.getpid()}")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                started = time.perf_counter()
+                make(partial)
+                seconds = time.perf_counter() - started
+                (partial / KEY).write_text(json.dumps({"key": key, "seconds": seconds}, indent=1))
+                if not final.exists():  # another process may have been quicker
+                    os.replace(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        self.seconds += json.loads((final / KEY).read_text())["seconds"]
+        return final
+
+    def figures(self, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """The JSON value of `key`, computed by `make` if it is not there."""
+
+        def write(directory: Path) -> None:
+            (directory / "figures.json").write_text(json.dumps(make()))
+
+        return json.loads((self.entry(key, write) / "figures.json").read_text())
+
+
+def digest_of(key: Mapping[str, Any]) -> str:
+    """A short hash of a JSON-serializable object."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def digest_of_experts(experts: Mapping[str, nn.Module]) -> str:
+    """Hash of the weights and of what each quantized linear computes: equal for a model quantized now or loaded so."""
+    found = hashlib.sha256()
+    for name, model in experts.items():
+        for path, module in model.named_modules():
+            if isinstance(module, MXLinear):
+                found.update(f"{name} {path} {module.method} {module.scheme} {module.rule}\n".encode())
+        for path, tensor in model.state_dict().items():
+            found.update(f"{name} {path} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            _add(found, tensor)
+    return found.hexdigest()
+
+
+def digest_of_files(root: Path, folders: tuple[str, ...]) -> str:
+    """Hash of the names and contents of all files in some folders of `root`; those that do not exist are passed over.
+
+    Of configs what a copy notes about where it came from is left out.
+    """
+    found = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*") if path.is_file()):
+        found.update(f"{path.relative_to(root).as_posix()}\n".encode())
+        if path.name.endswith("config.json"):
+            config = {k: v for k, v in read_json(path).items() if not k.startswith("_") and k not in NOTES}
+            found.update(digest_of(config).encode())
+        else:
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def _add(found: Any, tensor: Tensor) -> None:
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for chunk in raw.split(CHUNK):
+        found.update(chunk.cpu().numpy())

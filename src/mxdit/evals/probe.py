@@ -1,0 +1,208 @@
+"""Looking inside the transformers: their calls recorded in BF16, repeated in another mode, and layer by layer.
+
+A call is everything that one step hands to the expert in charge: the latents (for I2V with the image's), the timestep, the
+text. Repeating the calls of the BF16 trajectory in another mode measures that mode alone, without what earlier steps did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxdit.layers import MXLinear
+from mxdit.models import COMPONENTS, spec_of
+
+SQNR_LIMIT = 300.0  # dB; what an exact result counts as
+STEPS = 3  # of each expert, from which the inputs of its linears are taken
+
+
+def experts_in(pipeline: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline, by component name."""
+    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    return {name: model for name, model in found.items() if model is not None}
+
+
+class Recorder:
+    """Keeps the calls of the experts and the latents after each step of one video.
+
+    Attributes:
+        calls: {"step", "timestep", "expert", "inputs": {name: tensor}, "velocity": (1, C, T, H, W)}, all on the CPU; the
+            conditional call of a step is first, the unconditional one follows where guidance is on.
+        latents: after each step, fp32.
+        steps: {"step", "timestep", "expert"} of each step.
+    """
+
+    def __init__(self, keep_calls: bool) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.latents: list[Tensor] = []
+        self.steps: list[dict[str, Any]] = []
+        self._keep_calls = keep_calls
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def on_latents(self, step: int, latents: Tensor) -> None:
+        """For `generate`."""
+        self.latents.append(latents.float().cpu())
+
+    @contextmanager
+    def listening(self, pipeline: Any) -> Iterator[None]:
+        """Record what the pipeline's experts are called with."""
+        hooks = [
+            model.register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, model in experts_in(pipeline).items()
+        ]
+        try:
+            yield
+        finally:
+            self._moved.clear()
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, expert: str) -> Any:
+        def called(_: nn.Module, __: Any, inputs: dict[str, Any], output: Any) -> None:
+            step = {
+                "step": len(self.latents),
+                "timestep": float(inputs["timestep"].max()),  # TI2V has one for each token, 0 for given frames
+                "expert": expert,
+            }
+            if len(self.steps) == step["step"]:
+                self.steps.append(step)
+            if self._keep_calls:
+                tensors = {key: self._move(value) for key, value in inputs.items() if isinstance(value, Tensor)}
+                self.calls.append({**step, "inputs": tensors, "velocity": output[0].cpu()})
+
+        return called
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        """On the CPU, once for all calls that share it: `torch.save` then writes it once."""
+        kept, moved = self._moved.get(id(tensor), (None, None))
+        if kept is not tensor or moved is None:
+            moved = tensor.cpu()
+            self._moved[id(tensor)] = (tensor, moved)  # kept, so that its id stays its own
+        return moved
+
+
+def repeat(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    """The velocity (1, C, T, H, W) that an expert predicts for a recorded call, on the expert's device."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return model(**{key: value.to(device) for key, value in call["inputs"].items()}, return_dict=False)[0]
+
+
+def compare(value: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(||value - reference|| / ||reference||, cosine of the two), computed in fp64 over all elements; on any devices."""
+    a, b = value.detach().cpu().double().flatten(), reference.cpu().double().flatten()
+    norms = float(a.norm() * b.norm())
+    return float((a - b).norm() / b.norm()), float(a @ b) / norms if norms else 0.0
+
+
+def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per step of recorded calls, how far this pipeline's velocities are from the recorded ones.
+
+    Returns {"step", "velocity_error", "velocity_cosine"}, each the mean over the step's calls.
+    """
+    experts, steps = experts_in(pipeline), {}
+    for call in calls:
+        found = compare(repeat(experts[call["expert"]], call), call["velocity"])
+        steps.setdefault(call["step"], []).append(found)
+    return [
+        {
+            "step": step,
+            "velocity_error": sum(error for error, _ in found) / len(found),
+            "velocity_cosine": sum(cosine for _, cosine in found) / len(found),
+        }
+        for step, found in steps.items()
+    ]
+
+
+def capture_layers(pipeline: Any, calls: Sequence[Mapping[str, Any]], rows: int, directory: Path) -> None:
+    """Write the inputs of every linear inside the blocks, and the exact outputs, for a few steps of each expert.
+
+    The steps are the first, a middle and the last conditional call of each expert. A file a step, EXPERT-STEP.pt, holds
+    {path: (x (R, K) in the model's dtype, y (R, N) fp32)}; R is at most `rows`, a choice that is the same in every run. y is
+    computed in fp32 from the float weight.
+    """
+    for name, model in experts_in(pipeline).items():
+        steps = {call["step"]: call for call in reversed(calls) if call["expert"] == name}  # a step's first call wins
+        ordered = sorted(steps)
+        for step in sorted(
+            {ordered[round(i * (len(ordered) - 1) / (STEPS - 1))] for i in range(STEPS if ordered else 0)}
+        ):
+            torch.save(_capture(model, steps[step], rows), directory / f"{name}-{step}.pt")
+
+
+def _capture(model: nn.Module, call: Mapping[str, Any], rows: int) -> dict[str, tuple[Tensor, Tensor]]:
+    spec, found = spec_of(model), {}
+
+    def hook(path: str) -> Any:
+        def called(linear: nn.Linear, inputs: tuple[Tensor], _: Tensor) -> None:
+            x = inputs[0].detach().flatten(0, -2)
+            chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:rows].sort().values
+            x = x[chosen.to(x.device)]
+            bias = None if linear.bias is None else linear.bias.float()
+            y = nn.functional.linear(x.float(), linear.weight.float(), bias)
+            found[path] = (x.cpu(), y.cpu())
+
+        return called
+
+    linears = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and spec.block_of(path)
+    ]
+    hooks = [module.register_forward_hook(hook(path)) for path, module in linears]
+    try:
+        repeat(model, call)
+    finally:
+        for one in hooks:
+            one.remove()
+    return found
+
+
+def layer_errors(pipeline: Any, captured: Sequence[Path]) -> list[dict[str, Any]]:
+    """The SQNR of every quantized linear on captured inputs, worst first.
+
+    SQNR is 10 log10(sum of y^2 / sum of (y_q - y)^2) in dB over all captured rows, y exact and y_q of the quantized layer;
+    `SQNR_LIMIT` for an exact result.
+
+    Args:
+        captured: directories that `capture_layers` wrote.
+
+    Returns {"expert", "path", "shape": [N, K], "sqnr_db", "n": rows}.
+    """
+    found = []
+    for name, model in experts_in(pipeline).items():
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, MXLinear)}
+        sums = {path: [0.0, 0.0, 0] for path in layers}
+        for file in sorted(file for directory in captured for file in directory.glob(f"{name}-*.pt")):
+            held = torch.load(file, weights_only=True, mmap=True)
+            for path, layer in layers.items():
+                x, y = (tensor.to(layer.weight.device) for tensor in held[path])
+                with torch.no_grad():
+                    error = layer(x).float() - y
+                sums[path][0] += float(y.cpu().double().square().sum())
+                sums[path][1] += float(error.cpu().double().square().sum())
+                sums[path][2] += len(x)
+        found += [
+            {
+                "expert": name,
+                "path": path,
+                "shape": [layers[path].out_features, layers[path].in_features],
+                "sqnr_db": _decibels(signal, noise),
+                "n": rows,
+            }
+            for path, (signal, noise, rows) in sums.items()
+            if rows
+        ]
+    return sorted(found, key=lambda layer: layer["sqnr_db"])
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return SQNR_LIMIT
+    return min(SQNR_LIMIT, 10 * math.log10(signal / noise)) if signal else -SQNR_LIMIT

@@ -1,0 +1,133 @@
+"""The results of an evaluation as JSON: schema 1.
+
+{"schema", "model", "settings", "environment", "metrics": {name: what it means}, "modes": [...], "seconds"}. A mode has what it
+is, "summary" {metric: {"mean", "lo", "hi", "n"}}, "steps", "layers" (worst first) and "samples". The first mode is BF16, the
+reference. Seconds of a mode are what it took, also where the cache has it from an earlier run; those of the whole are this
+run's. Intervals are 95 % bootstrap intervals over the prompts, in "summary" of sqnr_db over the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mxdit.evals.definitions import DEFINITIONS
+from mxdit.evals.modes import Mode
+from mxdit.evals.probe import experts_in
+from mxdit.evals.statistics import interval
+from mxdit.layers import MXLinear
+from mxdit.report import QuantReport
+from mxdit.version import installed
+
+if TYPE_CHECKING:
+    from mxdit.evals.run import Evaluation
+
+SCHEMA = 1
+PACKAGES = ("mxdit", "torch", "diffusers", "transformers", "torchmetrics", "cvvdp", "flip-evaluator")
+STEPWISE = ("velocity_error", "velocity_cosine", "latent_error", "latent_cosine")
+
+
+def describe(mode: Mode, pipeline: Any, reports: Mapping[str, QuantReport]) -> dict[str, Any]:
+    """What a loaded mode is: formats, how many linears, bytes of the experts' tensors."""
+    experts = experts_in(pipeline).values()
+    layers = [module for model in experts for module in model.modules() if isinstance(module, MXLinear)]
+
+    def all_of(attribute: str) -> str | None:
+        return ", ".join(sorted({getattr(layer, attribute) for layer in layers})) or None
+
+    return {
+        "name": mode.name,
+        "method": all_of("method"),
+        "activation": all_of("activation"),
+        "rule": all_of("rule"),
+        "how": mode.how,
+        "weights_bytes": sum(tensor.nbytes for model in experts for tensor in model.state_dict().values()),
+        "layers_quantized": sum(len(report.quantized) for report in reports.values()),
+        "layers_kept": sum(len(report.kept) for report in reports.values()),
+    }
+
+
+def collect(
+    run: Evaluation, measured: Sequence[dict[str, Any]], where: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """The whole, of what each mode measured."""
+    modes: list[dict[str, Any]] = []
+    for found in measured:
+        same = next((mode for mode in modes if mode["name"] == found["same_as"]), None)
+        parts = {key: same[key] for key in ("summary", "steps", "layers", "samples")} if same else _parts(run, found)
+        head = {
+            key: value
+            for key, value in found.items()
+            if key not in ("figures", "velocities", "compared", "adapted", "judged")
+        }
+        modes.append(head | parts)
+    request, preset = run.videos[0].request, run.model.preset(run.task)
+    names = {name for mode in modes for name in mode["summary"]}
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "path": str(run.model.path),
+            "name": preset.name,
+            "task": run.task,
+            "boundary_ratio": run.model.boundary_ratio,
+        },
+        "settings": {
+            "prompts": list(dict.fromkeys(video.request.prompt for video in run.videos)),
+            "seeds": sorted({video.request.seed for video in run.videos}),
+            "steps": request.steps,
+            "guidance": request.guidance,
+            "guidance_2": request.guidance_2,
+            "height": request.height,
+            "width": request.width,
+            "frames": request.frames,
+            "fps": run.fps,
+            "samples": len(run.videos),
+            "probe_samples": min(run.probes, len(run.videos)),
+        },
+        "environment": {**where, "packages": {name: installed(name) for name in PACKAGES}, "dtype": str(run.dtype)},
+        "metrics": {name: asdict(metric) for name, metric in DEFINITIONS.items() if name in names},
+        "modes": modes,
+        "seconds": seconds,
+    }
+
+
+def _parts(run: Evaluation, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Summary, steps, layers and samples of one mode."""
+    samples, steps = [], [dict(step) for step in found["figures"][0]["steps"]]
+    for video, figures, judged in zip(run.videos, found["figures"], found["judged"], strict=True):
+        i, last = video.index, figures["steps"][-1]
+        sample = {"index": i, "prompt": video.request.prompt, "seed": video.request.seed}
+        sample |= {name: last[name] for name in STEPWISE if name in last}
+        if i < len(found["velocities"]):
+            taken = found["velocities"][i]
+            for name in ("velocity_error", "velocity_cosine"):
+                sample[name] = sum(step[name] for step in taken) / len(taken)
+        if found["compared"]:
+            sample |= found["compared"][i]
+        sample |= {name: values[i] for name, values in found["adapted"].items() if len(values) == len(run.videos)}
+        if judged:
+            sample |= judged["scores"] | {"meaning": {"asked": judged["asked"], "read": judged["read"]}}
+        samples.append(sample)
+    for i, step in enumerate(steps):
+        series = [figures["steps"][i] for figures in found["figures"]]
+        for name in STEPWISE:
+            rows = [taken[i] for taken in found["velocities"]] if name.startswith("velocity") else series
+            pairs = [(row[name], sample["prompt"]) for row, sample in zip(rows, samples, strict=False) if name in row]
+            if pairs:
+                step[name] = _interval(pairs)
+    summary = {}
+    for name in DEFINITIONS:
+        pairs = [(sample[name], sample["prompt"]) for sample in samples if name in sample]
+        if pairs:
+            summary[name] = _interval(pairs)
+    for name, values in found["adapted"].items():
+        if name not in summary:  # one value for all videos
+            summary[name] = {"mean": values[0], "lo": values[0], "hi": values[0], "n": len(samples)}
+    if found["layers"]:
+        summary["sqnr_db"] = interval([layer["sqnr_db"] for layer in found["layers"]])
+    return {"summary": summary, "steps": steps, "layers": found["layers"], "samples": samples}
+
+
+def _interval(pairs: Sequence[tuple[float, str]]) -> dict[str, float]:
+    return interval([value for value, _ in pairs], groups=[prompt for _, prompt in pairs])

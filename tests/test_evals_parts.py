@@ -1,0 +1,96 @@
+"""What `mxdit eval` is made of: SQNR by its definition, digests, the cache, names of modes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import mxdit
+import tiny
+from mxdit.errors import ConfigError, InputError
+from mxdit.evals import modes, probe
+from mxdit.evals.cache import Cache, digest_of_experts
+
+
+def test_sqnr_is_what_its_definition_says(tmp_path):
+    pipe = tiny.pipeline()
+    call = {
+        "step": 0,
+        "expert": "transformer",
+        "inputs": {
+            "hidden_states": torch.randn(1, 16, 2, 8, 8).bfloat16(),
+            "timestep": torch.tensor([999.0]),
+            "encoder_hidden_states": torch.randn(1, 6, tiny.TEXT_DIM).bfloat16(),
+        },
+    }
+    probe.capture_layers(pipe, [call], 20, tmp_path)
+    captured = torch.load(tmp_path / "transformer-0.pt")
+    assert len(captured) == tiny.LINEARS * tiny.BLOCKS
+    x, y = captured["blocks.1.ffn.net.2"]
+    assert x.shape == (20, 576) and y.shape == (20, 64) and captured["blocks.0.attn2.to_k"][0].shape == (6, 64)
+    linear = pipe.transformer.blocks[1].ffn.net[2]
+    assert torch.allclose(y, x.float() @ linear.weight.float().T + linear.bias.float(), atol=1e-5)
+    mxdit.quantize_(pipe.transformer, "mxfp4")
+    found = {layer["path"]: layer for layer in probe.layer_errors(pipe, [tmp_path, tmp_path])}
+    layer = pipe.transformer.blocks[1].ffn.net[2]
+    error = layer(x).float() - y
+    expected = 10 * math.log10(float(y.square().sum() / error.square().sum()))
+    assert found["blocks.1.ffn.net.2"]["sqnr_db"] == pytest.approx(expected, abs=1e-3)
+    assert found["blocks.1.ffn.net.2"]["n"] == 40 and found["blocks.1.ffn.net.2"]["shape"] == [64, 576]
+
+
+def test_an_exact_layer_and_a_silent_one_have_a_number():
+    assert probe._decibels(1.0, 0.0) == probe._decibels(0.0, 0.0) == probe.SQNR_LIMIT
+    assert probe._decibels(0.0, 1.0) == -probe.SQNR_LIMIT
+    assert probe._decibels(100.0, 1.0) == pytest.approx(20)
+
+
+def test_what_an_expert_computes_is_its_digest():
+    digests = set()
+    for config in (
+        "mxfp4",
+        {"quant_method": "mxfp4", "activation": "mxfp8"},
+        {"quant_method": "mxfp4", "mxfp4_scale_alg": 0},
+    ):
+        model = tiny.transformer(seed=1)
+        before = digest_of_experts({"transformer": model})
+        assert before == digest_of_experts({"transformer": tiny.transformer(seed=1)})
+        mxdit.quantize_(model, config)
+        digests |= {before, digest_of_experts({"transformer": model})}
+    assert len(digests) == 4
+
+
+def test_an_entry_appears_whole_or_not_at_all(tmp_path):
+    cache = Cache(tmp_path / "cache")
+
+    def fails(directory: Path) -> None:
+        (directory / "half").write_text("x")
+        raise InputError("no")
+
+    with pytest.raises(InputError):
+        cache.entry({"a": 1}, fails)
+    assert not list(cache.root.iterdir())
+    assert cache.figures({"a": 1}, lambda: [1, 2]) == [1, 2]
+    assert cache.figures({"a": 1}, lambda: None) == [1, 2]
+    assert cache.figures({"a": 2}, lambda: 3) == 3
+
+
+def test_modes_are_named():
+    assert [mode.name for mode in modes.choose(None)] == [mode.name for mode in modes.STANDARD]
+    assert [mode.name for mode in modes.choose(["mxfp8", "mxfp4 w4*"])] == [
+        "bf16", "mxfp8 online", "mxfp8 offline", "mxfp4 w4a8 online", "mxfp4 w4a16 online",
+    ]  # fmt: skip
+    assert [mode.name for mode in modes.choose(["bf16"], ['x={"quant_method": "mxfp8"}'])] == ["bf16", "x"]
+    with pytest.raises(InputError, match="Did you mean 'mxfp8 online'"):
+        modes.choose(["mxfp8 onlin"])
+    with pytest.raises(InputError, match="two modes of one name"):
+        modes.choose(None, ['mxfp8 online={"quant_method": "mxfp8"}'])
+    for text in ("x", "=y", 'x={"quant_method"', "x=nowhere"):
+        with pytest.raises(InputError, match="--mode"):
+            modes.choose(None, [text])
+    for keys in ('{"activation": "mxfp8"}', '{"quant_method": "mxfp4", "ignored": 1}', '{"quant_method": "fp4"}'):
+        with pytest.raises(ConfigError):
+            modes.choose(None, [f"x={keys}"])

@@ -1,0 +1,308 @@
+"""`mxdit eval` on tiny models of the real classes: every level of its results, resuming, and bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mxdit
+import tiny
+from mxdit import cli, pipelines
+from mxdit.errors import InputError
+from mxdit.evals import modes
+from mxdit.evals import run as evaluations
+from mxdit.evals.adapters import ADAPTERS
+from mxdit.evals.definitions import DEFINITIONS
+
+SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4", "--metrics", "psnr_db,flicker"]
+PROMPTS = "a red seven moving left\n\na blue three moving right\n"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    for task in tiny.TASKS:
+        tiny.save(root / task, task)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "first.png")
+    (root / "t2v.txt").write_text(PROMPTS)
+    (root / "i2v.txt").write_text("a red seven moving left\tfirst.png\n")
+    return {task: root / task for task in tiny.TASKS}
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `mxdit eval ARGS`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mxdit", "eval", *map(str, args)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def evaluated(models, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    """The results of all standard modes and one custom mode on a prompt and two seeds, and the cache they are in."""
+    root = tmp_path_factory.mktemp("evaluated")
+    custom = 'half={"quant_method": "mxfp4", "transformer": {"ignored_layers": ["blocks.0.*"]}}'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [
+            "mxdit", "eval", str(models["t2v"]), *SMALL, "--prompts", str(models["t2v"].parent / "t2v.txt"), "--count", "1", "--probes", "1",
+            "--mode", custom, "--cache", str(root / "cache"), "--json", str(root / "results.json"),
+        ])  # fmt: skip
+        with pytest.raises(SystemExit, match="0"):
+            cli.main()
+    return json.loads((root / "results.json").read_text()), root / "cache"
+
+
+def test_the_results_say_everything_of_every_mode(evaluated):
+    results, _ = evaluated
+    assert results["schema"] == 1 and results["model"]["task"] == "t2v"
+    settings = results["settings"]
+    assert (settings["samples"], settings["probe_samples"], settings["seeds"]) == (2, 1, [0, 1])
+    assert settings["prompts"] == [PROMPTS.splitlines()[0]]
+    assert [mode["name"] for mode in results["modes"]] == [mode.name for mode in modes.STANDARD] + ["half"]
+    bf16, *others = results["modes"]
+    assert bf16["summary"] == {} and bf16["method"] is None and bf16["how"] == "float"
+    assert [step["expert"] for step in bf16["steps"]][0::3] == ["transformer", "transformer_2"]
+    for mode in others:
+        assert set(mode["summary"]) == set(results["metrics"]) <= set(DEFINITIONS)
+        assert mode["weights_bytes"] < bf16["weights_bytes"]
+        assert mode["layers_quantized"] + mode["layers_kept"] == bf16["layers_kept"]
+        assert len(mode["steps"]) == 4 and len(mode["samples"]) == 2 and len(mode["layers"]) == mode["layers_quantized"]
+        for step in mode["steps"]:
+            assert step["velocity_error"]["n"] == 1 and step["latent_error"]["n"] == 2
+            assert 0 < step["velocity_error"]["lo"] <= step["velocity_error"]["hi"] < 1
+            assert 0.5 < step["velocity_cosine"]["mean"] <= 1
+        worst = [layer["sqnr_db"] for layer in mode["layers"]]
+        assert worst == sorted(worst) and worst[0] > 0
+        assert mode["summary"]["psnr_db"]["mean"] == pytest.approx(
+            np.mean([sample["psnr_db"] for sample in mode["samples"]])
+        )
+        assert mode["summary"]["latent_error"]["mean"] == pytest.approx(mode["steps"][-1]["latent_error"]["mean"])
+
+
+def test_offline_is_computed_once_because_it_is_online(evaluated):
+    by_name = {mode["name"]: mode for mode in evaluated[0]["modes"]}
+    for method in ("mxfp8", "mxfp4_dualscale"):
+        online, offline = by_name[f"{method} online"], by_name[f"{method} offline"]
+        assert offline["same_as"] == online["name"] and online["same_as"] is None
+        assert offline["summary"] == online["summary"] and offline["layers"] == online["layers"]
+        assert offline["how"] == "offline" and offline["weights_bytes"] == online["weights_bytes"]
+    alone = [mode["name"] for mode in evaluated[0]["modes"] if mode["same_as"] is None]
+    assert len(alone) == 8  # activations and rules are other modes, over equal weights or not
+
+
+def test_more_bits_cost_less(evaluated):
+    summary = {mode["name"]: mode["summary"] for mode in evaluated[0]["modes"]}
+    for metric, sign in (("sqnr_db", 1), ("velocity_error", -1), ("latent_error", -1)):
+        eight, weight_only, four = (
+            sign * summary[name][metric]["mean"] for name in ("mxfp8 online", "mxfp4 w4a16 online", "mxfp4 uos online")
+        )
+        assert eight > weight_only > four
+
+
+def test_a_second_run_takes_everything_from_the_cache(monkeypatch, capsys, models, evaluated, tmp_path):
+    results, cache = evaluated
+    before = {path.name for path in cache.iterdir()}
+
+    def never(*_: object) -> None:
+        raise AssertionError("it is in the cache")
+
+    for name in (
+        "generate",
+        "velocity_errors",
+        "layer_errors",
+        "capture_layers",
+        "video_metrics",
+        "quantize_checkpoint",
+    ):
+        monkeypatch.setattr(evaluations, name, never)
+    args = [
+        models["t2v"],
+        *SMALL,
+        "--prompts",
+        models["t2v"].parent / "t2v.txt",
+        "--count",
+        1,
+        "--probes",
+        1,
+        "--cache",
+        cache,
+    ]
+    code, out, err = command(monkeypatch, capsys, *args, "--json", tmp_path / "again.json")
+    assert code == 0 and "mxfp4 uos online" in out and "mxfp4 uos online: loading" in err
+    again = json.loads((tmp_path / "again.json").read_text())
+    for old, new in zip(results["modes"], again["modes"], strict=False):
+        assert {**old, "seconds": 0} == {**new, "seconds": 0}
+    assert {path.name for path in cache.iterdir()} == before
+
+
+def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, capsys, models, tmp_path):
+    args = [models["t2v"], *SMALL, "--prompts", models["t2v"].parent / "t2v.txt", "--seeds", 1, "--probes", 1]
+    args += ["--modes", "mxfp8 online", "--metrics", "psnr_db", "--cache", tmp_path / "cache"]
+    made, real = [], evaluations.generate
+
+    def third_fails(pipeline: Any, request: Any, *rest: Any) -> Any:
+        made.append(request)
+        if len(made) == 3:
+            raise InputError("the power went")
+        return real(pipeline, request, *rest)
+
+    monkeypatch.setattr(evaluations, "generate", third_fails)
+    code, _, err = command(monkeypatch, capsys, *args)
+    assert code == 2 and "the power went" in err
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]  # nothing half-written
+    code, _, _ = command(monkeypatch, capsys, *args)
+    assert code == 0 and len(made) == 5  # BF16's two were there; the third again, and the fourth
+    # Other settings, or another model, are other entries.
+    code, _, _ = command(monkeypatch, capsys, *args, "--steps", 3)
+    assert code == 0 and len(made) == 9
+    changed = tiny.pipeline("t2v")
+    with torch.no_grad():
+        changed.transformer_2.blocks[0].attn1.to_q.bias[0] += 1
+    changed.save_pretrained(tmp_path / "changed")
+    code, _, _ = command(monkeypatch, capsys, tmp_path / "changed", *args[1:])
+    assert code == 0 and len(made) == 13
+
+
+def test_image_to_video_and_a_converted_directory(monkeypatch, capsys, models, tmp_path):
+    model = pipelines.open_model(models["i2v"])
+    pipelines.load(model, "i2v", mxdit.pipeline_config("mxfp4", transformer_2=None)).save_pretrained(
+        tmp_path / "packed"
+    )
+    code, _, _ = command(
+        monkeypatch, capsys, models["i2v"], *SMALL, "--prompts", models["i2v"].parent / "i2v.txt", "--modes", "mxfp4 uos*",
+        "--mode", f"mine={tmp_path / 'packed'}", "--mode",
+        'same={"quant_method": "mxfp4", "transformer_2": null}', "--cache", tmp_path / "cache", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    assert code == 0
+    results = json.loads((tmp_path / "r.json").read_text())
+    _, whole, mine, same = results["modes"]
+    assert mine["how"] == "offline" and mine["layers_quantized"] == tiny.LINEARS * tiny.BLOCKS
+    assert same["same_as"] == "mine" and same["how"] == "online"
+    assert {layer["expert"] for layer in mine["layers"]} == {"transformer"}
+    low = [step for step in mine["steps"] if step["expert"] == "transformer_2"]
+    assert all(step["velocity_error"]["mean"] == 0 for step in low)  # that expert is BF16, and given BF16's latents
+    assert mine["summary"]["velocity_error"]["mean"] < whole["summary"]["velocity_error"]["mean"]
+
+
+def test_metrics_of_networks_that_users_bring(monkeypatch, capsys, models, tmp_path):
+    seen = []
+
+    def measure(weights: Path, pairs: Any, fps: float) -> dict[str, list[float]]:
+        """Stands in for networks whose weights cannot be here: what matters is who is compared with whom."""
+        clips = [(reference, clip) for reference, clip in pairs]
+        seen.append([np.array_equal(*pair) for pair in clips])
+        return {"fvd": [2.5]} if weights == tmp_path else {}
+
+    there = replace(ADAPTERS["fvd"], files={}, measure=measure)
+    monkeypatch.setattr("mxdit.evals.adapters.ADAPTERS", {"fvd": there, "vbench": there})
+    monkeypatch.setattr(evaluations, "ADAPTERS", {"fvd": there, "vbench": there})
+    args = [
+        models["t2v"],
+        *SMALL[:-2],
+        "--prompts",
+        models["t2v"].parent / "t2v.txt",
+        "--seeds",
+        1,
+        "--modes",
+        "mxfp8 online",
+    ]
+    args += [
+        "--metrics",
+        "fvd,vbench",
+        "--weights-dir",
+        tmp_path,
+        "--cache",
+        tmp_path / "cache",
+        "--json",
+        tmp_path / "r.json",
+    ]
+    code, _, _ = command(monkeypatch, capsys, *args)
+    assert code == 0 and seen == [[True, True], [False, False], [False, False]]  # vbench of BF16; both of the other
+    summary = json.loads((tmp_path / "r.json").read_text())["modes"][1]["summary"]
+    assert summary["fvd"] == {"mean": 2.5, "lo": 2.5, "hi": 2.5, "n": 2} and "psnr_db" not in summary
+
+
+def test_the_bundled_model_is_judged(monkeypatch, capsys, tmp_path):
+    args = [
+        "bundled",
+        "--task",
+        "i2v",
+        "--count",
+        1,
+        "--seeds",
+        1,
+        "--steps",
+        3,
+        "--modes",
+        "mxfp8 online",
+        "--probes",
+        1,
+    ]
+    args += ["--metrics", "psnr_db", "--cache", tmp_path / "cache", "--json", tmp_path / "r.json"]
+    code, out, _ = command(monkeypatch, capsys, *args)
+    assert code == 0 and "Digit right" in out
+    results = json.loads((tmp_path / "r.json").read_text())
+    bf16, mxfp8 = results["modes"]
+    assert set(bf16["summary"]) == {"digit", "color", "direction", "background", "first_frame_psnr_db"}
+    assert results["model"]["name"] == "mini-I2V" and results["settings"]["steps"] == 3
+    for sample in (*bf16["samples"], *mxfp8["samples"]):
+        meaning = sample["meaning"]
+        assert set(meaning["asked"]) == set(meaning["read"]) == {"digit", "color", "direction", "background"}
+        assert sample["color"] == float(meaning["asked"]["color"] == meaning["read"]["color"])
+    assert mxfp8["summary"]["velocity_error"]["n"] == 1 and mxfp8["summary"]["psnr_db"]["mean"] > 20
+
+
+BAD = {
+    "no prompts": ([], "--prompts"),
+    "a prompts file that is not there": (["--prompts", "none.txt"], "none.txt"),
+    "an empty prompts file": (["--prompts", "empty.txt"], "no prompts"),
+    "an image for a text model": (["--prompts", "image.txt"], "a prompt alone"),
+    "more prompts than there are": (["--prompts", "one.txt", "--count", "2"], "--count"),
+    "no seeds": (["--prompts", "one.txt", "--seeds", "0"], "--seeds"),
+    "no probes": (["--prompts", "one.txt", "--probes", "0"], "--probes"),
+    "an unknown mode": (["--prompts", "one.txt", "--modes", "mxfp5"], "--modes"),
+    "an unknown metric": (["--prompts", "one.txt", "--metrics", "psnr"], "--metrics"),
+    "a metric without its weights": (["--prompts", "one.txt", "--metrics", "lpips"], "--weights-dir"),
+    "an unknown task": (["--prompts", "one.txt", "--task", "v2v"], "--task"),
+    "another task": (["--prompts", "one.txt", "--task", "i2v"], "one.txt"),
+    "a mode of another model": (["--prompts", "one.txt", "--mode", "x=I2V"], "another model"),
+    "a wrong size": (["--prompts", "one.txt", "--size", "20x16"], "multiple of 16"),
+    "an output in no directory": (["--prompts", "one.txt", "--json", "none/r.json"], "does not exist"),
+    "a cache that cannot be": (["--prompts", "one.txt", "--cache", "one.txt"], "the cache cannot be written"),
+}
+
+
+@pytest.mark.parametrize("args, said", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, models, args, said):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"one.txt": "a red seven\n", "empty.txt": "\n", "image.txt": "a red seven\tfirst.png\n"}.items():
+        Path(name).write_text(text)
+    base = [models["t2v"], "--size", "16x16", "--frames", "5", "--steps", "2", "--modes", "bf16"]
+    args = [part.replace("I2V", str(models["i2v"])) for part in args]
+    code, _, err = command(monkeypatch, capsys, *base, *args)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and said in lines[0] and "Traceback" not in err
+
+
+def test_a_quantized_model_is_no_reference(monkeypatch, capsys, tmp_path, models):
+    pipelines.load(pipelines.open_model(models["t2v"]), "t2v", mxdit.pipeline_config("mxfp4")).save_pretrained(
+        tmp_path / "packed"
+    )
+    code, _, err = command(
+        monkeypatch, capsys, tmp_path / "packed", *SMALL, "--prompts", models["t2v"].parent / "t2v.txt", "--cache",
+        tmp_path / "cache",
+    )  # fmt: skip
+    assert code == 2 and "--mode NAME=DIR" in err
