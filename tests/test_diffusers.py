@@ -261,7 +261,7 @@ print("class DiffusersAutoQuantizer" in inspect.getsource(auto), "mxfp4" in auto
 def test_loading_never_holds_a_float_copy(tmp_path):
     """A checkpoint in FP32, as Wan2.2 is published: online and offline peaks of RssAnon under the limit."""
     out = tmp_path / "rows.json"
-    sizes = ["--blocks", "2", "--dim", "1024", "--ffn", "4096", "--shard", "60MB", "--source", "float32"]
+    sizes = ["--blocks", "2", "--dim", "1024", "--ffn", "4096", "--shard", "60000000", "--source", "float32"]
     run("benchmarks/load_memory.py", *sizes, "--methods", "mxfp4_dualscale", "--json", str(out))
     rows = {row["mode"]: row for row in json.loads(out.read_text())}
     assert set(rows) == {"bf16", "mxfp4_dualscale online", "mxfp4_dualscale offline"}
