@@ -99,7 +99,7 @@ def open_model(path: Path) -> ModelDirectory:
         CheckpointError: a JSON file in it is missing or damaged.
     """
     if not os.path.isdir(path):  # unlike Path.is_dir, it does not raise for an impossible name
-        raise InputError("no such directory", where=str(path), hint="Name a diffusers pipeline directory with --model.")
+        raise InputError("no such directory", where=str(path), hint="Name a diffusers pipeline directory.")
     if not (path / "model_index.json").is_file():
         raise InputError(
             "this is no diffusers pipeline directory",
