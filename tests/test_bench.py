@@ -18,11 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import mxdit
 import tiny
-from mxdit.bench import gemm, memory, pipeline, totals
+from mxdit.bench import gemm, memory, pipeline, timing, totals
 from mxdit.bench.ceilings import Ceilings
 from mxdit.bench.modes import MODES, variants
 from mxdit.bench.plot import gemm as draw
-from mxdit.bench.processes import Sampler, alone, status
+from mxdit.bench.processes import TIDY, Sampler, alone, status
 from mxdit.bench.products import Product, products
 from mxdit.bench.standins import block_inputs, make_checkpoint, quantized, random_block, skeleton
 from mxdit.bench.timing import Times, alternate
@@ -109,6 +109,29 @@ def test_what_is_too_large_for_the_reference_is_said(monkeypatch):
     assert not rows[-1].parts and rows[-1].ratio is None and "too large" in rows[-1].note
 
 
+def test_an_accelerator_is_measured_by_its_events_and_its_own_layout_by_its_own_kernels(npu):
+    (rows,) = gemm.run([Product("test", 5, 512, 64, 5)], list(MODES), torch.device("npu:0"), 2)
+    assert [row.method for row in rows] == ["bf16", *MODES, *MODES]
+    by = {(row.method, row.backend.split()[0]): row for row in rows}
+    assert by["mxfp4_dualscale", "ascend"].right and set(by["mxfp4_dualscale", "ascend"].parts) == {"whole"}
+    assert "own layout, nz" in by["mxfp4_dualscale", "reference"].note
+    assert by["mxfp4", "ascend"].right and by["mxfp4", "reference"].right
+    with pytest.raises(TypeError, match="not a stream"):
+        npu.npu.Event(enable_timing=True).record(None)
+
+
+def test_caches_that_the_system_hides_are_left_out(monkeypatch, tmp_path):
+    for index, size in (("index0", "64K"), ("index1", None)):
+        folder = tmp_path / "sys/devices/system/cpu/cpu0/cache" / index
+        folder.mkdir(parents=True)
+        (folder / "type").write_text("Unified\n")
+        (folder / "level").write_text("2\n" if size else "3\n")
+        if size:
+            (folder / "size").write_text(size)
+    monkeypatch.setattr(timing, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert timing.caches() == {"L2": 64 << 10} and timing.last_cache() == 64 << 10
+
+
 def test_the_plot_is_a_picture(tmp_path):
     (rows,) = gemm.run([Product("test", 2, 64, 32, 2)], ["mxfp4", "w4a16"], CPU, 1)
     draw(tmp_path / "a.png", rows, Ceilings(1e9, 1e11, 5e10, 64), "test")
@@ -123,6 +146,11 @@ def test_memory_that_is_taken_and_given_back_is_seen():
     with Sampler() as sampler:
         torch.ones(64 << 20, dtype=torch.uint8)  # and gone
     assert sampler.anon - before > 60 << 20 and sampler.rss >= sampler.anon
+
+
+def test_only_what_measures_memory_changes_the_allocator():
+    assert alone(os.getenv, "MALLOC_MMAP_THRESHOLD_") is None
+    assert alone(os.getenv, "MALLOC_MMAP_THRESHOLD_", environment=TIDY) == "131072"
 
 
 def test_a_killed_process_is_an_error():

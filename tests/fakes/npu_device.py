@@ -14,6 +14,7 @@ The device belongs to the process: importing sets it up, once. `state` says what
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,10 +217,43 @@ def _changes_nz(what: Any) -> str:
 # -- the device as torch sees it ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A queue of one device: everything here is done when it is called."""
+
+    device: torch.device
+
+
+class Event:
+    """A moment of a stream. Its time can be read once the stream has got there, and only if it was asked for."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._timing, self._at = enable_timing, None
+
+    def record(self, stream: Stream) -> None:
+        """torch_npu takes no stream for the current device's; mxdit measures on others, too, so here it must be said."""
+        if not isinstance(stream, Stream):
+            raise TypeError(f"not a stream: {stream!r}")
+        self._at = (time.perf_counter(), stream.device)
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds."""
+        if self._at is None or end._at is None or not (self._timing and end._timing):
+            raise RuntimeError("both events must be recorded, with timing")
+        if self._at[1] != end._at[1]:
+            raise RuntimeError("events of two devices")
+        return (end._at[0] - self._at[0]) * 1e3
+
+
 class _Npu:
     """What torch_npu puts at `torch.npu`, as far as inference uses it."""
 
     matmul = SimpleNamespace(allow_hf32=False)
+    Event = Event
+
+    @staticmethod
+    def current_stream(device: Any = None) -> Stream:
+        return Stream(torch.device("npu:0" if device is None else device))
 
     @staticmethod
     def is_available() -> bool:

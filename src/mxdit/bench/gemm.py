@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,9 @@ from mxdit.layers import MXLinear
 
 QUANTIZE, MATMUL, WHOLE = PARTS = ("quantize", "matmul", "whole")
 SAMPLE, COLUMNS = 8, 512  # rows and columns of a result that are checked
-REFERENCE_LIMIT = {"cpu": 2e8}  # operations: a larger product takes the reference many seconds a round there
+# Operations: a larger product takes the reference seconds a round, and gigabytes in fp32.
+REFERENCE_LIMIT = {"cpu": 2e8}
+REFERENCE_LIMIT_ELSEWHERE = 1e12
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class Linear:
     """One (K, N) linear on a device and what mxdit makes of it, in copies that take turns (`rotated`)."""
 
     def __init__(self, k: int, n: int, device: torch.device) -> None:
-        source = nn.Linear(k, n, device="meta", dtype=torch.bfloat16).to_empty(device=device).requires_grad_(False)
-        source.weight.normal_(std=0.02)
-        source.bias.normal_()
+        source = nn.Linear(k, n, device="meta", dtype=torch.bfloat16)  # its own first numbers would take seconds
+        for name, shape, spread in (("weight", (n, k), 0.02), ("bias", (n,), 1.0)):
+            values = torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(std=spread)
+            setattr(source, name, nn.Parameter(values, requires_grad=False))
         self.k, self.n, self.device, self._packed = k, n, device, {}
         self.plain: list[Any] = rotated(source)
 
@@ -233,8 +235,11 @@ def _measure(product: Product, linear: Linear, methods: Sequence[str], rounds: i
 
 def _refused(backend: Backend, layer: MXLinear, product: Product) -> str | None:
     """Why that implementation is not measured on a product, or None."""
-    if backend is REFERENCE and product.operations > REFERENCE_LIMIT.get(layer.weight.device.type, math.inf):
-        return "too large for the reference, which would take seconds a round"
+    if backend is REFERENCE:
+        if product.operations > REFERENCE_LIMIT.get(layer.weight.device.type, REFERENCE_LIMIT_ELSEWHERE):
+            return "too large for the reference, which would take seconds a round"
+        if layer._layout is not None:
+            return f"its weight lies in the device's own layout, {layer._layout.name}"
     return backend.rejects(layer.scheme, product.k, product.n)
 
 

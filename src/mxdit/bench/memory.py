@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mxdit.bench.modes import Variant, variants
-from mxdit.bench.processes import Sampler, alone, status
+from mxdit.bench.processes import TIDY, Sampler, alone, status
 from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
 from mxdit.generate import Request, generate
@@ -152,9 +152,9 @@ def measure(
     """
     for variant in variants(model.path, bool(model.stored), methods, scratch, tell):
         tell(variant.name)
-        figures = alone(_measure, variant, request, device)
+        figures = alone(_measure, variant, request, device, environment=TIDY)
         alone_expert = Variant(variant.name, variant.path / next(iter(model.experts)), variant.method)
-        yield PipelineMemory(**figures, expert=alone(load_transformer, alone_expert, device))
+        yield PipelineMemory(**figures, expert=alone(load_transformer, alone_expert, device, environment=TIDY))
 
 
 def _measure(variant: Variant, request: Request, device: str) -> dict[str, Any]:

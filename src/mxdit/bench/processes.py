@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,17 +18,21 @@ from mxdit.errors import BackendError
 
 _T = TypeVar("_T")
 
-# glibc keeps freed blocks of up to 32 MB for later, or not, as they happen to lie; tensors shall go back when they are freed.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+# glibc keeps freed blocks of up to 32 MB for later, or not, as they happen to lie. Where memory is measured, tensors shall go
+# back when they are freed; it costs time.
+TIDY = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 STATUS = Path("/proc/self/status")
 
 
-def alone(function: Callable[..., _T], *args: Any) -> _T:
+def alone(function: Callable[..., _T], *args: Any, environment: Mapping[str, str] | None = None) -> _T:
     """``function(*args)`` in a fresh process, where nothing else has taken memory. Both must be importable there.
+
+    Args:
+        environment: variables that it sees beside this process's own, such as `TIDY`.
 
     Raises what the function raises, and BackendError for a process that was killed.
     """
-    with _environment(_ALLOCATOR), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with _environment(environment or {}), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool:
@@ -38,7 +42,7 @@ def alone(function: Callable[..., _T], *args: Any) -> _T:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -61,10 +61,11 @@ def timer(device: torch.device) -> Timer:
 
     def on_device(call: Call) -> float:
         start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        stream = module.current_stream(device)  # without it an event goes to the current device, which may be another
         other.zero_()
-        start.record()
+        start.record(stream)
         call()
-        end.record()
+        end.record(stream)
         module.synchronize(device)
         return start.elapsed_time(end) / 1e3
 
@@ -110,7 +111,10 @@ def caches() -> dict[str, int]:
     """Bytes of the caches that the first CPU sees, where the system tells."""
     sizes = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
+        try:
+            kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
+        except OSError:
+            continue  # virtual machines may hide them
         if kind != "Instruction" and size.endswith("K"):
             sizes[f"L{level}"] = int(size[:-1]) << 10
     return sizes

@@ -11,7 +11,7 @@ from torch import nn
 
 from mxdit.bench.memory import ExpertMemory, load_transformer
 from mxdit.bench.modes import BF16, variants
-from mxdit.bench.processes import alone
+from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.standins import make_checkpoint, skeleton
 from mxdit.config import MXConfig
 from mxdit.models.shapes import TEXT_ENCODER, Wan
@@ -95,7 +95,7 @@ def totals(
     measured = {}
     for variant in variants(source, False, methods, scratch, tell):
         tell(f"{wan.name}, {variant.name}")
-        measured[variant.name] = alone(load_transformer, variant, device)
+        measured[variant.name] = alone(load_transformer, variant, device, environment=TIDY)
     return add_up(name, wan, methods, measured)
 
 

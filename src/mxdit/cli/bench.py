@@ -41,7 +41,8 @@ Methods = Annotated[
 Scratch = Annotated[
     Path | None,
     typer.Option(
-        help="Where checkpoints are made and removed; the system's by default. Needs the quantized model's size."
+        help="Where checkpoints are made and removed; the system's by default. Needs room for one of each method, for A14B about "
+        "60 GB and three times what is not quantized."
     ),
 ]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the model's own.", metavar="WxH")]
@@ -127,8 +128,11 @@ def gemm(
             *(gemm_cells(row, best) for row in rows if row.parts),
         ]
     )
-    notes = dict.fromkeys(f"{row.product}, {row.backend}: {row.note}" for row in rows if row.note)
-    say("\n".join(["", *notes]))
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            notes.setdefault(f"{row.backend}: {row.note}", []).append(str(row.product))
+    say("\n".join(["", *(f"{note}: {'; '.join(dict.fromkeys(sizes))}" for note, sizes in notes.items())]))
     if report is not None:
         settings = {"scale": str(fraction), "rounds": rounds, "quick": quick, "inputs": "gaussian"}
         figures = as_json("gemm", device, settings, [row.to_dict() for row in rows], ceilings=vars(best))
@@ -232,7 +236,8 @@ def load(
 ) -> None:
     """Seconds that a pipeline takes to load: BF16, quantized online, and loaded quantized (offline).
 
-    Each mode has a fresh process, whose first load, with all imports, is told apart. The files are in the system's cache.
+    Each mode has a fresh process, whose first load, with the libraries' imports, is told apart. The files are in the system's
+    cache, and on a CPU those that are stored quantized are mapped.
 
         mxdit bench load
 
@@ -252,13 +257,13 @@ def load(
     with _room(scratch) as room:
         rows = list(measure.run(opened, task, methods, rounds, room, device, progress))
     say_machine(device)
-    cells: list[tuple[str, ...]] = [("mode", "files MB", "first s", "median s", "min", "IQR", "GB/s of files")]
+    cells: list[tuple[str, ...]] = [("mode", "files MB", "first s", "median s", "min", "IQR")]
     for row in rows:
         seconds = (row.first, row.times.median, row.times.minimum, row.times.spread)
-        cells.append((row.mode, f"{row.files / 1e6:.1f}", *(f"{s:.3f}" for s in seconds), f"{row.rate / 1e9:.3f}"))
+        cells.append((row.mode, f"{row.files / 1e6:.1f}", *(f"{s:.3f}" for s in seconds)))
     table(cells)
     if report is not None:
-        figures = [asdict(row) | {"bytes_per_second": row.rate} for row in rows]
+        figures = [asdict(row) for row in rows]
         settings = {"directory": directory, "task": task, "rounds": rounds}
         report.write_text(json.dumps(as_json("load", device, settings, figures), indent=1) + "\n")
 

@@ -75,11 +75,16 @@ def _against(nbytes: int, published: float | None) -> tuple[str, str, str]:
 
 def table(rows: Sequence[tuple[str, ...]]) -> None:
     """Markdown, aligned, lines as long as they have to be: to be pasted into a report."""
+    lines = aligned(rows)
+    lines.insert(1, ["-" * len(lines[0][0]), *("-" * (len(cell) - 1) + ":" for cell in lines[0][1:])])
+    for line in lines:
+        say(f"| {' | '.join(line)} |")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Cells padded to the width of their column, the first one's to the right, all others' to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
+    return [
         [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
         for row in rows
     ]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    for line in lines:
-        say(f"| {' | '.join(line)} |")
