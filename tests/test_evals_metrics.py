@@ -46,6 +46,25 @@ def test_psnr_is_over_all_pixels_of_the_clip():
     assert psnr_db(REFERENCE, shifted) == pytest.approx(10 * math.log10(255**2 / (100 / 5)))
 
 
+def test_ssim_and_flip_of_known_differences():
+    """Of two gray levels a and b SSIM is (2ab + C1) / (a^2 + b^2 + C1), C1 = 2.55^2; FLIP of black and white is nearly 1."""
+    dark, light = (np.full((2, 32, 32, 3), level, dtype=np.uint8) for level in (60, 90))
+    c1 = 2.55**2
+    assert measure(dark, light, 8, ["ssim"])["ssim"] == pytest.approx(
+        (2 * 60 * 90 + c1) / (60**2 + 90**2 + c1), abs=1e-4
+    )
+    black, white = (np.full((1, 32, 32, 3), level, dtype=np.uint8) for level in (0, 255))
+    assert measure(black, white, 8, ["flip"])["flip"] > 0.95
+
+
+def test_flicker_ratio_is_of_the_clip_to_the_reference():
+    base = np.full((4, 16, 16, 3), 100, dtype=np.uint8)
+    slow, fast = base.copy(), base.copy()
+    slow[1::2] += 5
+    fast[1::2] += 20
+    assert measure(slow, fast, 8, ["flicker_ratio"])["flicker_ratio"] == pytest.approx(4)
+
+
 def test_an_error_that_stands_still_does_not_flicker():
     still = REFERENCE + 10
     assert measure(REFERENCE, still, 8, ["flicker"])["flicker"] == 0
@@ -120,7 +139,9 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_intervals_of_one_value_of_equal_ones_and_of_groups():
-    assert interval([3.5]) == {"mean": 3.5, "lo": 3.5, "hi": 3.5, "n": 1}
+    assert interval([3.5]) == {"mean": 3.5, "lo": None, "hi": None, "n": 1}
+    assert interval([1.0, 2.0] * 5, groups=list("aabbccddee")) == {"mean": 1.5, "lo": None, "hi": None, "n": 10}
+    assert interval([1.0] * 6)["lo"] == 1.0  # six of one sign happen by chance in 3 % of the cases
     found = interval([0.1] * 30)
     assert found["lo"] <= found["mean"] <= found["hi"] and found["hi"] - found["lo"] < 1e-12
     values = [float(i // 2) for i in range(40)]  # two seeds a prompt, alike
@@ -131,6 +152,7 @@ def test_intervals_of_one_value_of_equal_ones_and_of_groups():
 def test_a_paired_difference_sees_what_unpaired_means_do_not():
     hard = np.random.default_rng(1).normal(30, 5, 40)
     gap = difference(list(hard), list(hard - 0.2))
+    assert difference([1.0], [0.5])["lo"] is None
     assert 0 < gap["lo"] <= 0.2 <= gap["hi"] + 1e-9 and gap["hi"] < 0.21
     for bad in ([], [math.inf], [math.nan]):
         with pytest.raises(InputError, match="no mean"):
@@ -159,14 +181,15 @@ def test_the_judge_reads_real_clips_and_notices_a_wrong_one():
     samples = judge.samples(8)
     clips = digits.render(list(digits.heldout_specs()[:8]), np.random.default_rng(1), "test", spread=digits.NEAR)
     clips = ((clips + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
-    scores = [judge.read(sample, clip) for sample, clip in zip(samples, clips, strict=True)]
+    scores = [judge.read(sample, clip)[0] for sample, clip in zip(samples, clips, strict=True)]
     for key in ASKED:
         assert sum(score[key] for score in scores) >= 7, key
-    backwards = judge.read(samples[0], clips[0][::-1].copy())
+    backwards, read = judge.read(samples[0], clips[0][::-1].copy())
     assert backwards["direction"] == 0 and backwards["color"] == 1
+    assert read["direction"] != samples[0].asked["direction"] and read["color"] == samples[0].asked["color"]
     exact = clips[0].copy()
     exact[0] = np.asarray(samples[0].image)
-    assert judge.read(samples[0], exact)["first_frame_psnr_db"] == PSNR_CEILING
+    assert judge.read(samples[0], exact)[0]["first_frame_psnr_db"] == PSNR_CEILING
     assert isinstance(samples[0].image, Image.Image)
 
 

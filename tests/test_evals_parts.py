@@ -12,7 +12,7 @@ import mxdit
 import tiny
 from mxdit.errors import ConfigError, InputError
 from mxdit.evals import modes, probe
-from mxdit.evals.cache import Cache, digest_of_experts
+from mxdit.evals.cache import Cache, digest_of_experts, digest_of_files, stats_of
 
 
 def test_sqnr_is_what_its_definition_says(tmp_path):
@@ -42,6 +42,13 @@ def test_sqnr_is_what_its_definition_says(tmp_path):
     assert found["blocks.1.ffn.net.2"]["n"] == 40 and found["blocks.1.ffn.net.2"]["shape"] == [64, 576]
 
 
+def test_an_error_is_relative_to_the_reference_s_norm():
+    error, cosine = probe.compare(torch.tensor([6.0, 8.0]), torch.tensor([3.0, 4.0]))
+    assert (error, cosine) == (pytest.approx(1.0), pytest.approx(1.0))
+    error, cosine = probe.compare(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0]))
+    assert (error, cosine) == (pytest.approx(math.sqrt(5) / 2), pytest.approx(0.0))
+
+
 def test_an_exact_layer_and_a_silent_one_have_a_number():
     assert probe._decibels(1.0, 0.0) == probe._decibels(0.0, 0.0) == probe.SQNR_LIMIT
     assert probe._decibels(0.0, 1.0) == -probe.SQNR_LIMIT
@@ -61,6 +68,19 @@ def test_what_an_expert_computes_is_its_digest():
         mxdit.quantize_(model, config)
         digests |= {before, digest_of_experts({"transformer": model})}
     assert len(digests) == 4
+    other = tiny.transformer(seed=1)
+    other.register_to_config(eps=1e-3)  # the same weights, and another function
+    assert digest_of_experts({"transformer": other}) not in digests
+
+
+def test_a_file_that_was_replaced_is_seen(tmp_path):
+    (tmp_path / "vae").mkdir()
+    file = tmp_path / "vae" / "weights.bin"
+    file.write_bytes(b"one")
+    before, files = stats_of([tmp_path]), digest_of_files(tmp_path, ())
+    assert stats_of([file]) == before and digest_of_files(tmp_path, ("vae",)) != files
+    file.write_bytes(b"others")
+    assert stats_of([tmp_path]) != before and digest_of_files(tmp_path, ()) != files
 
 
 def test_an_entry_appears_whole_or_not_at_all(tmp_path):
@@ -91,6 +111,11 @@ def test_modes_are_named():
     for text in ("x", "=y", 'x={"quant_method"', "x=nowhere"):
         with pytest.raises(InputError, match="--mode"):
             modes.choose(None, [text])
-    for keys in ('{"activation": "mxfp8"}', '{"quant_method": "mxfp4", "ignored": 1}', '{"quant_method": "fp4"}'):
+    for keys in (
+        '{"quant_method": "mxfp4", "transformer": "mxfp8"}',
+        '{"activation": "mxfp8"}',
+        '{"quant_method": "mxfp4", "ignored": 1}',
+        '{"quant_method": "fp4"}',
+    ):
         with pytest.raises(ConfigError):
             modes.choose(None, [f"x={keys}"])

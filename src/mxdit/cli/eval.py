@@ -11,8 +11,10 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mxdit.cli.console import app, check_output, device_of, dtype_of, err, need, say, size_of, tell
+from mxdit.cli.tables import aligned
 from mxdit.errors import InputError
 from mxdit.evals.modes import QUICK, STANDARD, choose
+from mxdit.evals.statistics import LEAST
 
 MODES = ", ".join(mode.name for mode in STANDARD)
 SMALL = 1 << 30  # bytes of experts' files, below which more videos are looked into
@@ -58,7 +60,7 @@ def evaluate(
     frames: Annotated[int | None, typer.Option(help="Number of frames, 1 more than a multiple of 4.")] = None,
     probes: Annotated[
         int | None,
-        typer.Option(help="Videos whose steps are looked into (layers, velocities). Default: 4; 1 for a big model."),
+        typer.Option(help="Videos whose steps are looked into (layers, velocities). Default: 6; 1 for a big model."),
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(help="Video metrics, separated by commas. Default: all that can be computed.")
@@ -69,7 +71,13 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: of everything that is not quantized.")] = "bf16",
-    cache: Annotated[Path, typer.Option(help="Where videos and figures are kept.")] = Path("mxdit-eval"),
+    cache: Annotated[
+        Path,
+        typer.Option(
+            help="Where videos and figures are kept: of A14B at 480p about 0.1 GB for each clip of each mode, 0.4 GB for BF16's, "
+            "and the checkpoints of offline modes."
+        ),
+    ] = Path("mxdit-eval"),
     report: Annotated[Path | None, typer.Option(help="Directory to make, with the report and the results.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the results there.", metavar="FILE")] = None,
 ) -> None:
@@ -94,6 +102,10 @@ def evaluate(
     need("diffusers", "transformers")
     if output is not None:
         check_output(output, ".json")
+    if report is not None:
+        need("matplotlib", "av")
+        if report.exists() and not report.is_dir():
+            raise InputError("a file is in the way", where="--report", got=str(report), expected="a directory to make")
     if task not in (None, *pipelines.PIPELINES):
         raise InputError("no such task", where="--task", got=repr(task), expected=" or ".join(pipelines.PIPELINES))
     patterns = [part.strip() for part in modes.split(",")] if modes is not None else list(QUICK) if quick else None
@@ -119,11 +131,13 @@ def evaluate(
     files = [file for name in directory.experts for file in (path / name).glob("*.safetensors")]
     small = sum(file.stat().st_size for file in files) < SMALL
     if probes is None:
-        probes = 4 if small else 1
+        probes = 6 if small else 1
     elif probes < 1:
         raise InputError("there must be at least one", where="--probes", got=probes)
     used, where = dtype_of(dtype), device_of(device)
 
+    if prompts is None and judge is None:
+        tell("without digit, color and direction: the judge knows clips of the model's own size only")
     for name, reason in missing.items() if metrics is None else ():
         tell(f"without {name}: {reason}")
     request = videos[0].request
@@ -155,8 +169,9 @@ def evaluate(
     if report is not None:
         from mxdit.evals.report import write_report
 
-        write_report(results, evaluation.clips, report)
+        report.mkdir(parents=True, exist_ok=True)
         (report / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_report(results, evaluation.clips, report)
         say(f"{report}/: report.html, report.md, results.json")
 
 
@@ -192,20 +207,15 @@ def _show(results: dict[str, Any]) -> None:
     for mode in results["modes"]:
         cells = [_cell(mode["summary"].get(name), results["metrics"][name]["unit"]) for name in metrics]
         rows.append([mode["name"], f"{mode['weights_bytes'] / 2**20:.1f}", *cells, f"{mode['seconds']:.0f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+    for cells in aligned(rows):
         say("  ".join(cells))
     for mode in results["modes"]:
         if mode["same_as"]:
             say(f"{mode['name']} computes what {mode['same_as']} does, bit for bit.")
     samples, probes = results["settings"]["samples"], results["settings"]["probe_samples"]
     say(
-        f"(+) higher is better, (-) lower. Means ± half of the 95 % interval; {samples} videos, {probes} of them for SQNR and "
-        f"velocity. {results['seconds']:.0f} s."
+        f"(+) higher is better, (-) lower. Means ± half of the 95 % interval, where there are {LEAST} prompts or more; {samples} "
+        f"videos, {probes} of them for SQNR and velocity. {results['seconds']:.0f} s."
     )
 
 
@@ -213,5 +223,7 @@ def _cell(value: dict[str, float] | None, unit: str) -> str:
     if value is None:
         return "-"
     scale, digits = (100, 1) if unit == "share" else (1, 2 if unit else 4)
-    half = (value["hi"] - value["lo"]) / 2 * scale
-    return f"{value['mean'] * scale:.{digits}f} ±{half:.{digits}f}" + (" %" if unit == "share" else "")
+    text = f"{value['mean'] * scale:.{digits}f}"
+    if value["lo"] is not None:
+        text += f" ±{(value['hi'] - value['lo']) / 2 * scale:.{digits}f}"
+    return text + (" %" if unit == "share" else "")

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,11 @@ class Adapter:
         ]
         if missing:
             return f"missing {'; '.join(missing)}"
+        if find_spec(self.package) is None:
+            return f"{self.package} is not installed; {self.install}"
         try:
-            importlib.import_module(self.package)
+            if self.package != "vbench":  # which reads where its weights are when it is imported
+                importlib.import_module(self.package)
         # A torchvision that was built for another torch raises RuntimeError.
         except (ImportError, RuntimeError, OSError) as error:
             return f"{self.package} cannot be imported ({error}); {self.install}"
@@ -120,7 +124,7 @@ def _fvd(weights: Path, pairs: Pairs, fps: float) -> dict[str, list[float]]:
 
 
 def _vbench(weights: Path, pairs: Pairs, fps: float) -> dict[str, list[float]]:
-    os.environ["VBENCH_CACHE_DIR"] = str(weights)  # read when vbench is imported
+    os.environ["VBENCH_CACHE_DIR"] = str(weights.resolve())  # read when vbench is imported
     vbench = importlib.import_module("vbench")
     info = Path(str(vbench.__file__)).parent / "VBench_full_info.json"
     with tempfile.TemporaryDirectory() as folder:

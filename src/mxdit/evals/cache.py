@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +85,25 @@ def digest_of(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
+@cache
+def digest_of_code() -> str:
+    """Hash of mxdit itself, its sources and its native library: the version alone stays, while either is worked on."""
+    found = hashlib.sha256()
+    for part in (path for path in Path(str(files("mxdit"))).rglob("*.py")):
+        found.update(part.read_bytes())
+    library = Path(str(files("mxdit.backends").joinpath("libmxdit_cpu.so")))  # elsewhere in an editable install
+    found.update(library.read_bytes() if library.is_file() else b"none")
+    return found.hexdigest()[:16]
+
+
 def digest_of_experts(experts: Mapping[str, nn.Module]) -> str:
-    """Hash of the weights and of what each quantized linear computes: equal for a model quantized now or loaded so."""
+    """Hash of the configs, the weights and what each quantized linear computes: equal for a model quantized now or loaded so."""
     found = hashlib.sha256()
     for name, model in experts.items():
+        config = {
+            key: value for key, value in dict(getattr(model, "config", {})).items() if key != "quantization_config"
+        }
+        found.update(digest_of(_own(config)).encode())
         for path, module in model.named_modules():
             if isinstance(module, MXLinear):
                 found.update(f"{name} {path} {module.method} {module.scheme} {module.rule}\n".encode())
@@ -96,21 +113,32 @@ def digest_of_experts(experts: Mapping[str, nn.Module]) -> str:
     return found.hexdigest()
 
 
-def digest_of_files(root: Path, folders: tuple[str, ...]) -> str:
-    """Hash of the names and contents of all files in some folders of `root`; those that do not exist are passed over.
+def digest_of_files(root: Path, besides: Collection[str]) -> str:
+    """Hash of the names and contents of all files in the folders of `root`, but for some of these.
 
     Of configs what a copy notes about where it came from is left out.
     """
     found = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (root / folder).rglob("*") if path.is_file()):
+    folders = [folder for folder in root.iterdir() if folder.is_dir() and folder.name not in besides]
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
         found.update(f"{path.relative_to(root).as_posix()}\n".encode())
         if path.name.endswith("config.json"):
-            config = {k: v for k, v in read_json(path).items() if not k.startswith("_") and k not in NOTES}
-            found.update(digest_of(config).encode())
+            found.update(digest_of(_own(read_json(path))).encode())
         else:
             with path.open("rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
+
+
+def stats_of(paths: Collection[Path]) -> list[tuple[str, int, int]]:
+    """(path, bytes, time of the last change) of files, and of all below directories: enough to see that one was replaced."""
+    found = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else (path,))]
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in found if f.is_file()]
+
+
+def _own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what a copy notes about where it came from."""
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in NOTES}
 
 
 def _add(found: Any, tensor: Tensor) -> None:

@@ -42,7 +42,8 @@ DEFINITIONS: Mapping[str, Metric] = {
     "sqnr_db": Metric(
         "SQNR",
         "layer",
-        "10 log10 of the energy of a linear's BF16 output over the energy of its error, on inputs captured from real steps.",
+        "10 log10 of the energy of a linear's exact output over the energy of the quantized one's error, on inputs captured from real "
+        "BF16 steps; the summary is the mean over the quantized linears.",
         "dB",
         "higher",
         "signal to quantization noise ratio",

@@ -66,9 +66,12 @@ def steps(rows: Sequence[Row]) -> Figure | None:
             if not points:
                 continue
             x = [step for step, _ in points]
-            mean, low, high = ([value[key] for _, value in points] for key in ("mean", "lo", "hi"))
-            axis.plot(x, mean, label=row.label, markersize=4, linewidth=1.6, **_style(i))
-            axis.fill_between(x, low, high, color=COLORS[i % len(COLORS)], alpha=0.15, linewidth=0)
+            axis.plot(
+                x, [value["mean"] for _, value in points], label=row.label, markersize=4, linewidth=1.6, **_style(i)
+            )
+            if points[0][1]["lo"] is not None:
+                low, high = ([value[key] for _, value in points] for key in ("lo", "hi"))
+                axis.fill_between(x, low, high, color=COLORS[i % len(COLORS)], alpha=0.15, linewidth=0)
         axis.set(yscale="log", title=title, xlabel="step", ylabel="relative L2 error (lower is better)")
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
         axis.xaxis.get_major_locator().set_params(integer=True)

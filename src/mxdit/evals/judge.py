@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mxdit.conformance.calls import one_thread
 from mxdit.errors import InputError
-from mxdit.evals.threads import one_thread
 from mxdit.evals.video_metrics import psnr_db
 from mxdit.pipelines import ModelDirectory
 
@@ -69,13 +69,14 @@ class Judge:
             reading = reader.read(torch.from_numpy(clip).permute(3, 0, 1, 2) / 127.5 - 1)
         return {key: getattr(reading, key) for key in ASKED}
 
-    def read(self, sample: Sample, clip: np.ndarray) -> dict[str, float]:
-        """1 for what is as asked and 0 for what is not; for I2V the first frame's PSNR against the given image, in dB, too."""
+    def read(self, sample: Sample, clip: np.ndarray) -> tuple[dict[str, float], dict[str, Any]]:
+        """Scores, and what was read. A score is 1 for what is as asked and 0 for what is not; for I2V the first frame's PSNR
+        against the given image, in dB, is one, too."""
         said = self.says(clip)
         scores = {key: float(said[key] == sample.asked[key]) for key in ASKED}
         if sample.image is not None:
             scores["first_frame_psnr_db"] = psnr_db(np.asarray(sample.image)[None], clip[:1])
-        return scores
+        return scores, said
 
 
 @cache

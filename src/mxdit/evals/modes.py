@@ -104,6 +104,10 @@ def _custom(text: str) -> Mode:
     if method is None:
         raise ConfigError("no quant_method", where=f"--mode {name}", expected="mxfp4, mxfp4_dualscale or mxfp8")
     mode = Mode(name, method, keys)
+    for expert, part in mode.components.items():
+        if not isinstance(part, Mapping | None):
+            form = "an object of config keys, or null"
+            raise ConfigError(f"no config for {expert}", where=f"--mode {name}", got=repr(part), expected=form)
     for own in (mode.common, *(mode.common | part for part in mode.components.values() if part is not None)):
         MXConfig.of({"quant_method": method, **own})  # a wrong key is said before anything runs
     return mode

@@ -26,7 +26,8 @@ class Row:
     @property
     def cost(self) -> tuple[int, int]:
         """(bytes of the weights, bits of the activations): less of either is cheaper."""
-        return self.mode["weights_bytes"], ACTIVATION_BITS.get(self.mode["activation"] or "", 16)
+        activations = (self.mode["activation"] or "bf16").split(", ")  # several, where linears differ
+        return self.mode["weights_bytes"], max(ACTIVATION_BITS[name] for name in activations)
 
     def values(self, metric: str) -> dict[int, float]:
         """Sample index -> value, for the samples that have one."""
@@ -58,12 +59,20 @@ def number(value: float, unit: str, metric: str = "", *, sign: bool = False) -> 
 
 
 def cell(row: Row, metric: str, unit: str) -> str:
-    """Mean, and its interval on a second line; a dash where the mode has none."""
+    """Mean, and its interval, if it has one, on a second line; a dash where the mode has no mean."""
     found = row.mode["summary"].get(metric)
     if found is None:
         return "-"
-    low, high = (number(found[key], unit, metric) for key in ("lo", "hi"))
-    return f"{number(found['mean'], unit, metric)}\n{low} to {high}"
+    between = span(found, unit, metric)
+    return number(found["mean"], unit, metric) + (f"\n{between}" if between else "")
+
+
+def span(found: Mapping[str, Any], unit: str, metric: str = "", *, sign: bool = False) -> str:
+    """The interval as text; empty where there is none."""
+    if found["lo"] is None:
+        return ""
+    low, high = (number(found[key], unit, metric, sign=sign) for key in ("lo", "hi"))
+    return f"{low} to {high}"
 
 
 def best(rows: Sequence[Row], metric: str, about: Mapping[str, Any]) -> set[int]:
@@ -84,15 +93,23 @@ def best(rows: Sequence[Row], metric: str, about: Mapping[str, Any]) -> set[int]
     return found if len(found) < len(means) else set()
 
 
-def paired(a: Row, b: Row, metric: str, prompts: bool = True) -> dict[str, float] | None:
+def paired(a: Row, b: Row, metric: str) -> dict[str, Any] | None:
     """How much more `a` has of a metric than `b`, over the samples that both have; None where there are none."""
     left, right = a.values(metric), b.values(metric)
     shared = [i for i in left if i in right]
     if not shared:
         return None
-    names = {sample["index"]: sample["prompt"] for sample in a.mode["samples"]}
-    groups = [names[i] for i in shared] if prompts else None
-    return difference([left[i] for i in shared], [right[i] for i in shared], groups=groups)
+    groups = {sample["index"]: sample["group"] for sample in a.mode["samples"]}
+    return difference([left[i] for i in shared], [right[i] for i in shared], groups=[groups[i] for i in shared])
+
+
+def _less(gap: Mapping[str, Any] | None) -> bool:
+    """Whether a difference is measurably below 0."""
+    return gap is not None and gap["hi"] is not None and gap["hi"] < 0
+
+
+def _more(gap: Mapping[str, Any] | None) -> bool:
+    return gap is not None and gap["lo"] is not None and gap["lo"] > 0
 
 
 def share_of(row: Row, reference: Row) -> str:
@@ -134,8 +151,8 @@ def _facts(row: Row, reference: Row, about: Mapping[str, Any]) -> str:
     for metric in ("psnr_db", "cvvdp_jod", "flip"):
         if found := row.mode["summary"].get(metric):
             title, unit = about[metric]["title"], about[metric]["unit"]
-            low, high = (number(found[key], unit) for key in ("lo", "hi"))
-            parts.append(f"{title} {number(found['mean'], unit)} {unit} ({low} to {high})".replace("  ", " "))
+            between = f" ({span(found, unit)})" if span(found, unit) else ""
+            parts.append(f"{title} {number(found['mean'], unit)} {unit}{between}".replace("  ", " "))
     total = row.mode["layers_quantized"] + row.mode["layers_kept"]
     parts.append(
         f"{share_of(row, reference)} of BF16's bytes, {row.mode['layers_quantized']} of {total} linears quantized"
@@ -144,15 +161,17 @@ def _facts(row: Row, reference: Row, about: Mapping[str, Any]) -> str:
 
 
 def _costs(quantized: Sequence[Row], about: Mapping[str, Any]) -> list[str]:
-    """Modes that a cheaper one, or one of the same cost, beats or equals."""
-    lines = []
+    """Modes that a cheaper one, or one of the same cost, beats or equals; nothing where the videos are too few to tell."""
+    lines, told = [], False
     for row in quantized:
         for other in quantized:
             if other is row or not all(a <= b for a, b in zip(other.cost, row.cost, strict=True)):
                 continue
             gaps = {metric: paired(row, other, metric) for metric in COMPARED if metric in about}
-            worse = [metric for metric, gap in gaps.items() if gap and gap["hi"] < 0]
-            better = [metric for metric, gap in gaps.items() if gap and gap["lo"] > 0]
+            gaps = {metric: gap for metric, gap in gaps.items() if gap and gap["lo"] is not None}
+            told |= bool(gaps)
+            worse = [metric for metric, gap in gaps.items() if _less(gap)]
+            better = [metric for metric, gap in gaps.items() if _more(gap)]
             sizes = f"{other.cost[0] / 2**20:.1f} MiB against {row.cost[0] / 2**20:.1f}"
             if other.cost == row.cost:
                 cost = "which costs the same"
@@ -164,19 +183,17 @@ def _costs(quantized: Sequence[Row], about: Mapping[str, Any]) -> list[str]:
                 said = "; ".join(_gap(metric, gaps[metric], about[metric]) for metric in worse)
                 but = f", though better by {_titles(better, about)}" if better else ""
                 lines.append(f"**{row.label} is worse than {other.label}**, {cost}: {said}{but}.")
-            elif not better and other.cost != row.cost and any(gaps.values()):
-                said = _titles([metric for metric, gap in gaps.items() if gap], about)
+            elif not better and other.cost != row.cost and gaps:
+                said = _titles(list(gaps), about)
                 lines.append(f"{row.label} is not measurably better than {other.label}, {cost}, by {said}.")
-    if not lines:
-        lines.append("No mode is worse than a cheaper one.")
-    return lines
+    return lines if lines or not told else ["No mode is worse than a cheaper one."]
 
 
-def _gap(metric: str, gap: Mapping[str, float] | None, about: Mapping[str, Any]) -> str:
-    assert gap is not None
-    mean, low, high = (number(gap[key], about["unit"], metric, sign=True) for key in ("mean", "lo", "hi"))
+def _gap(metric: str, gap: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    between = span(gap, about["unit"], metric, sign=True)
     unit = {"share": "points", "": ""}.get(about["unit"], about["unit"])
-    return f"{about['title']} {mean} {unit} ({low} to {high})".replace(" %", "").replace("  ", " ")
+    text = f"{about['title']} {number(gap['mean'], about['unit'], metric, sign=True)} {unit}"
+    return (text.rstrip() + (f" ({between})" if between else "")).replace(" %", "").replace("  ", " ")
 
 
 def _titles(metrics: Sequence[str], about: Mapping[str, Any]) -> str:
@@ -189,8 +206,8 @@ def _meaning(quantized: Sequence[Row], reference: Row, about: Mapping[str, Any])
     for row in quantized:
         for name in names:
             gap = paired(row, reference, name)
-            judged |= gap is not None
-            if gap and (gap["hi"] < 0 or gap["lo"] > 0):
+            judged |= gap is not None and gap["lo"] is not None
+            if gap is not None and (_less(gap) or _more(gap)):
                 changed.append(f"{row.label}: {_gap(name, gap, about[name])}")
     if not judged:
         return []

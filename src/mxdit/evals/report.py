@@ -12,6 +12,7 @@ from mxdit.evals import figures, sheets
 from mxdit.evals.definitions import DEFINITIONS
 from mxdit.evals.document import Picture, Section, Table, Text, html, markdown
 from mxdit.evals.reading import ARROWS, HEADLINES, Row, best, cell, number, reading, rows_of, share_of
+from mxdit.evals.statistics import LEAST
 from mxdit.evals.video_metrics import VIDEO_METRICS
 
 if TYPE_CHECKING:
@@ -38,12 +39,13 @@ def write_report(results: Mapping[str, Any], clips: Clips, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model, settings = results["model"], results["settings"]
     title = f"What quantizing costs: {model['name']}"
-    prompts, seeds = len(settings["prompts"]), len(settings["seeds"])
+    prompts, seeds = _count(settings["groups"], "prompt"), _count(len(settings["seeds"]), "seed")
     lead = (
-        f"{settings['samples']} videos ({_count(prompts, 'prompt')}, {_count(seeds, 'seed')} each), {model['task'].upper()}, "
+        f"{settings['samples']} videos ({prompts}, {seeds} each), {model['task'].upper()}, "
         f"{settings['width']} x {settings['height']}, {settings['frames']} frames, {settings['steps']} steps, made in "
         f"{len(results['modes'])} modes with the same prompts, seeds and schedule, and compared with BF16. "
-        "A range after a number is its 95 % bootstrap interval over the prompts."
+        "A range under a number is its 95 % bootstrap interval over the prompts; there is none where fewer than "
+        f"{LEAST} prompts were measured, nor for SQNR, whose mean is over the linears."
     )
     sections = [
         Section("What the numbers say", [Text.of(*reading(results, rows)), _glance(results, rows)]),
@@ -123,7 +125,7 @@ def _plots(results: Mapping[str, Any], rows: Sequence[Row]) -> list[Text | Table
         (
             "steps.png",
             figures.steps(rows),
-            "Error of each mode by step, on a logarithmic scale; shades are 95 % intervals. **Velocity error:** every mode is "
+            f"Error of each mode by step, on a logarithmic scale; shades are 95 % intervals, of {LEAST} prompts or more. **Velocity error:** every mode is "
             "given BF16's latents at each step, so this is what the step itself adds. **Latent error:** every mode runs on from "
             "its own latents, so errors add up. At a dotted line the low-noise expert takes over.",
         )
@@ -162,7 +164,7 @@ def _pictures(results: Mapping[str, Any], rows: Sequence[Row], clips: Clips) -> 
     own = {row.label: min(row.values("psnr_db").items(), key=lambda item: (item[1], item[0]))[0] for row in quantized}
     name = rows[0].mode["name"]
     needed = [*((row, i) for row in quantized for i in chosen), *((row, own[row.label]) for row in quantized)]
-    factor = sheets.amplification([(clips(name, i), clips(row.mode["name"], i)) for row, i in needed])
+    factor = sheets.amplification((clips(name, i), clips(row.mode["name"], i)) for row, i in needed)
     blocks: list[Text | Table | Picture] = [
         Text.of(
             f"Frames are evenly spaced. Difference maps show the largest difference of the three color channels, times {factor}: "
@@ -229,7 +231,7 @@ def _method(results: Mapping[str, Any]) -> list[Text | Table | Picture]:
         f"Model `{model['path']}` ({model['name']}), boundary ratio {model['boundary_ratio']}, guidance {guidance}, "
         f"{settings['fps']:g} frames a second; {results['seconds']:.0f} s in all.",
         f"Layer and model level: the first {_count(settings['probe_samples'], 'video')}; all else: all {settings['samples']}.",
-        "Intervals resample whole prompts with all their seeds, 2000 times. Differences between modes are taken video by "
+        "Intervals resample whole prompts (of I2V with their images) with all their seeds, 2000 times. Differences between modes are taken video by "
         "video first. “Worse” and “better” mean that the interval of that difference leaves 0 out. A share of 100 % has an "
         "interval without width, which is not certainty.",
         "Environment: " + "; ".join(f"{key} {_plain(value)}" for key, value in environment.items()) + ".",

@@ -3,7 +3,8 @@
 {"schema", "model", "settings", "environment", "metrics": {name: what it means}, "modes": [...], "seconds"}. A mode has what it
 is, "summary" {metric: {"mean", "lo", "hi", "n"}}, "steps", "layers" (worst first) and "samples". The first mode is BF16, the
 reference. Seconds of a mode are what it took, also where the cache has it from an earlier run; those of the whole are this
-run's. Intervals are 95 % bootstrap intervals over the prompts, in "summary" of sqnr_db over the layers.
+run's. Intervals are 95 % bootstrap intervals over the prompts (with their images); "lo" and "hi" are null where there are fewer
+than six, for sqnr_db, whose mean is over the linears, and for metrics that give one value for all videos.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def collect(
             "frames": request.frames,
             "fps": run.fps,
             "samples": len(run.videos),
+            "groups": len({video.group for video in run.videos}),
             "probe_samples": min(run.probes, len(run.videos)),
         },
         "environment": {**where, "packages": {name: installed(name) for name in PACKAGES}, "dtype": str(run.dtype)},
@@ -97,7 +99,7 @@ def _parts(run: Evaluation, found: Mapping[str, Any]) -> dict[str, Any]:
     samples, steps = [], [dict(step) for step in found["figures"][0]["steps"]]
     for video, figures, judged in zip(run.videos, found["figures"], found["judged"], strict=True):
         i, last = video.index, figures["steps"][-1]
-        sample = {"index": i, "prompt": video.request.prompt, "seed": video.request.seed}
+        sample = {"index": i, "prompt": video.request.prompt, "seed": video.request.seed, "group": video.group}
         sample |= {name: last[name] for name in STEPWISE if name in last}
         if i < len(found["velocities"]):
             taken = found["velocities"][i]
@@ -113,21 +115,22 @@ def _parts(run: Evaluation, found: Mapping[str, Any]) -> dict[str, Any]:
         series = [figures["steps"][i] for figures in found["figures"]]
         for name in STEPWISE:
             rows = [taken[i] for taken in found["velocities"]] if name.startswith("velocity") else series
-            pairs = [(row[name], sample["prompt"]) for row, sample in zip(rows, samples, strict=False) if name in row]
+            pairs = [(row[name], sample["group"]) for row, sample in zip(rows, samples, strict=False) if name in row]
             if pairs:
                 step[name] = _interval(pairs)
     summary = {}
     for name in DEFINITIONS:
-        pairs = [(sample[name], sample["prompt"]) for sample in samples if name in sample]
+        pairs = [(sample[name], sample["group"]) for sample in samples if name in sample]
         if pairs:
             summary[name] = _interval(pairs)
     for name, values in found["adapted"].items():
         if name not in summary:  # one value for all videos
-            summary[name] = {"mean": values[0], "lo": values[0], "hi": values[0], "n": len(samples)}
+            summary[name] = {"mean": values[0], "lo": None, "hi": None, "n": len(samples)}
     if found["layers"]:
-        summary["sqnr_db"] = interval([layer["sqnr_db"] for layer in found["layers"]])
+        ratios = [layer["sqnr_db"] for layer in found["layers"]]
+        summary["sqnr_db"] = {"mean": sum(ratios) / len(ratios), "lo": None, "hi": None, "n": len(ratios)}
     return {"summary": summary, "steps": steps, "layers": found["layers"], "samples": samples}
 
 
-def _interval(pairs: Sequence[tuple[float, str]]) -> dict[str, float]:
-    return interval([value for value, _ in pairs], groups=[prompt for _, prompt in pairs])
+def _interval(pairs: Sequence[tuple[float, str]]) -> dict[str, Any]:
+    return interval([value for value, _ in pairs], groups=[group for _, group in pairs])

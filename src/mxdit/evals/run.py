@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,24 +21,25 @@ import numpy as np
 import torch
 
 from mxdit.checkpoint import quantize_checkpoint
+from mxdit.checkpoint.canonical import skeleton_of
+from mxdit.config import MXConfig
 from mxdit.conformance.records import environment
 from mxdit.errors import InputError
 from mxdit.evals import results
-from mxdit.evals.adapters import ADAPTERS, measure
-from mxdit.evals.cache import Cache, digest_of, digest_of_experts, digest_of_files
+from mxdit.evals.adapters import ADAPTERS, FVD_FRAMES, measure
+from mxdit.evals.cache import Cache, digest_of, digest_of_code, digest_of_experts, digest_of_files, stats_of
 from mxdit.evals.judge import Judge
 from mxdit.evals.modes import BF16, Mode
 from mxdit.evals.probe import Recorder, capture_layers, compare, experts_in, layer_errors, velocity_errors
 from mxdit.evals.samples import Video
-from mxdit.evals.video_metrics import PACKAGES, video_metrics
+from mxdit.evals.video_metrics import video_metrics
 from mxdit.generate import generate
 from mxdit.pipelines import ModelDirectory, experts_of, load, open_model, quantization
+from mxdit.quantize import plan
 from mxdit.version import installed
 
-logger = logging.getLogger(__name__)
-
 Progress = Callable[[str, float, int], None]  # (what is being done, how much is done, of how much)
-HOSTS = ("mxdit", "torch", "diffusers", "transformers")
+HOSTS = ("torch", "diffusers", "transformers")
 UNPAIRED = ("vbench",)  # adapters that look at a clip alone, so that BF16's own figures are what to compare with
 CLIP, FIGURES, LATENTS, CALLS = "clip.npy", "figures.json", "latents.pt", "calls.pt"
 
@@ -102,11 +102,26 @@ class Evaluation:
                     got=f"{', '.join(other.experts)} for {' and '.join(other.tasks)}",
                     expected=f"{', '.join(self.model.experts)} for {self.task}",
                 )
-        if "fvd" in self.adapters and len(self.videos) < 2:
+        if "fvd" in self.adapters and (len(self.videos) < 2 or self.videos[0].request.frames < FVD_FRAMES):
             raise InputError(
-                "FVD compares sets of videos", where="--metrics", got="1 video", hint="Name other metrics."
+                "FVD compares sets of videos, none of them short",
+                where="--metrics",
+                got=f"{len(self.videos)} of {self.videos[0].request.frames} frames",
+                expected=f"2 or more, of {FVD_FRAMES} frames or more",
+                hint="Name other metrics.",
             )
+        self._check_plans()
         self._where = environment(self.device)
+
+    def _check_plans(self) -> None:
+        """Plan every mode on models without weights: an expert or a layer that does not exist is said before anything runs."""
+        skeletons = {name: skeleton_of(config, name) for name, config in self.model.experts.items()}
+        for mode in (mode for mode in self.modes if mode.method is not None):
+            quantization(self.model, mode.method, mode.common, mode.components)
+            for name, skeleton in skeletons.items():
+                own = mode.components.get(name, {})
+                if own is not None:
+                    plan(skeleton, MXConfig.of({"quant_method": mode.method, **mode.common, **own}))
 
     def run(self) -> dict[str, Any]:
         """All results, JSON-serializable, in the schema of `results`."""
@@ -169,9 +184,13 @@ class Evaluation:
             config = {"quant_method": mode.method, **mode.keys}
             quantize_checkpoint(self.model.path, directory / "model", config, dtype=self.dtype).write()
 
-        files = [path for name in self.model.experts for path in sorted((self.model.path / name).iterdir())]
-        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        key = {"kind": "model", "mxdit": installed("mxdit"), "dtype": str(self.dtype), "files": stats}
+        # What is not quantized is part of the directory that is made, too.
+        key = {
+            "kind": "model",
+            "mxdit": digest_of_code(),
+            "dtype": str(self.dtype),
+            "files": stats_of([self.model.path]),
+        }
         return self.cache.entry(key | {"method": mode.method, "keys": dict(mode.keys)}, make) / "model"
 
     def _load(self, mode: Mode, directory: Path) -> Any:
@@ -181,15 +200,16 @@ class Evaluation:
 
     def _run(self, pipeline: Any, directory: Path) -> str:
         """Hash of everything but the request that a video depends on."""
-        folders = ("vae", "text_encoder", "tokenizer", "scheduler")
         if directory not in self._digests:
-            self._digests[directory] = digest_of_files(directory, folders)
+            self._digests[directory] = digest_of_files(directory, self.model.experts)
+        # Classes of the parts, and the pipeline's own settings.
+        config = {key: value for key, value in dict(pipeline.config).items() if not key.startswith("_")}
         return digest_of(
             {
-                "versions": {name: installed(name) for name in HOSTS},
+                "versions": {"mxdit": digest_of_code(), **{name: installed(name) for name in HOSTS}},
                 "device": [self.device, self._where["device_name"], self._where["backend"], self._where["about"]],
                 "dtype": str(self.dtype),
-                "pipeline": [type(pipeline).__name__, pipeline.config.boundary_ratio, pipeline.config.expand_timesteps],
+                "pipeline": [type(pipeline).__name__, config],
                 "parts": self._digests[directory],
                 "experts": digest_of_experts(experts_in(pipeline)),
             }
@@ -220,8 +240,7 @@ class Evaluation:
             if keep_calls:
                 torch.save(recorder.calls, directory / CALLS)
             np.save(directory / CLIP, result.frames)
-            figures = {"seconds": result.seconds, "step_seconds": result.step_seconds, "peak_bytes": result.peak_bytes}
-            (directory / FIGURES).write_text(json.dumps(figures | {"steps": recorder.steps}))
+            (directory / FIGURES).write_text(json.dumps({"steps": recorder.steps}))
 
         key = {"kind": "video", "run": run, "request": video.key, "calls": keep_calls}
         return self.cache.entry(key | {"reference": reference and reference.name}, make)
@@ -252,14 +271,14 @@ class Evaluation:
     def _compared(self, mode: Mode, index: int) -> dict[str, float]:
         self.progress(f"{mode.name}: video metrics", index, len(self.videos))
         clip, reference = self._clips[mode.name][index], self._reference[index]
-        versions = {package: installed(package) for package, _ in PACKAGES.values()}
+        versions = {package: installed(package) for package in results.PACKAGES}
         return self.cache.figures(
             {
                 "kind": "video metrics",
                 "clips": [reference.name, clip.name],
                 "fps": self.fps,
                 "metrics": list(self.metrics),
-                "versions": {"mxdit": installed("mxdit"), **versions},
+                "versions": {**versions, "mxdit": digest_of_code()},
             },
             lambda: video_metrics(np.load(reference / CLIP), np.load(clip / CLIP), self.fps, self.metrics),
         )
@@ -278,13 +297,14 @@ class Evaluation:
             )
             key = {
                 "kind": name,
-                "mxdit": installed("mxdit"),
-                "package": installed(ADAPTERS[name].package),
+                "mxdit": digest_of_code(),
+                "packages": [installed(package) for package in (ADAPTERS[name].package, "torchmetrics")],
+                "weights": stats_of([self.weights / file for file in ADAPTERS[name].files] if self.weights else []),
                 "fps": self.fps,
             }
             names = [[clip.name for clip in group] for group in (self._reference, clips)]
             found |= self.cache.figures(
-                {**key, "weights": str(self.weights), "clips": names},
+                {**key, "clips": names},
                 partial(measure, name, self.weights, pairs, self.fps),
             )
         return found
@@ -296,12 +316,13 @@ class Evaluation:
         self.progress(f"{mode.name}: meaning", video.index, len(self.videos))
 
         def make() -> dict[str, Any]:
-            frames = np.load(clip / CLIP)
-            return {"scores": judge.read(asked, frames), "read": judge.says(frames), "asked": asked.asked}
+            scores, read = judge.read(asked, np.load(clip / CLIP))
+            return {"scores": scores, "read": read, "asked": asked.asked}
 
         key = {
             "kind": "meaning",
-            "mxdit": installed("mxdit"),
+            "mxdit": digest_of_code(),
+            "packages": [installed(package) for package in ("mxdit-models", "scikit-learn")],
             "clip": clip.name,
             "asked": asked.asked,
             "image": asked.image is not None,

@@ -39,6 +39,11 @@ class Video:
         found = asdict(replace(self.request, image=None))
         return found | {"image": None if image is None else hashlib.sha256(image.tobytes()).hexdigest()}
 
+    @property
+    def group(self) -> str:
+        """What it has in common with its other seeds: the prompt and the image."""
+        return hashlib.sha256(repr((self.key["prompt"], self.key["image"])).encode()).hexdigest()[:12]
+
 
 def choose_videos(
     model: ModelDirectory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ CONTROLS = 48  # pixels under a clip, which a player's buttons cover
 FACTORS = (1, 2, 4, 8, 16)
 
 
-def amplification(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
+def amplification(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
     """The largest of 1, 2, 4, 8, 16 that leaves 99 % of the (reference, clip) differences within the map's range."""
     worst = max((float(np.percentile(_difference(a, b), 99)) for a, b in pairs), default=0.0)
     return max(factor for factor in FACTORS if factor == 1 or factor * worst <= 255)

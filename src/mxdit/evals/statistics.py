@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
 from mxdit.errors import InputError
+
+LEAST = 6  # groups: of fewer, all differences have one sign by chance more often than once in 20
+CONFIDENCE = 0.95  # share of the resampled means that lie between lo and hi
 
 
 def interval(
     values: Sequence[float],
     *,
     groups: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> dict[str, float]:
-    """The mean, and the percentile bootstrap interval (Efron, 1979) around it: {"mean", "lo", "hi", "n"}.
+) -> dict[str, Any]:
+    """The mean, and the 95 % percentile bootstrap interval (Efron, 1979) around it: {"mean", "lo", "hi", "n"}.
 
-    One value, or values that are all alike, give lo = hi = mean: they say nothing about the spread, and `n` tells so. A share
-    of 0/1 values is a mean like any other; where all are 1 its interval has no width, which is not certainty.
+    Fewer than `LEAST` groups say nothing about the spread: lo and hi are None. A share of 0/1 values is a mean like any other;
+    where all are 1 its interval has no width, which is not certainty.
 
     Args:
         values: one number a sample, all finite.
         groups: what the samples have in common (the prompt, where each has several seeds). Whole groups are drawn then:
             samples of one prompt resemble each other, and drawn singly they would claim too narrow an interval.
-        confidence: share of the resampled means that lie between lo and hi.
         resamples, seed: how many, and of what generator. The same seed draws the same samples for every mode.
 
     Raises InputError for no values, or one that is not finite.
@@ -34,14 +36,16 @@ def interval(
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all():
         raise InputError("no mean of these values", got=list(values), expected="one finite number or more")
-    names = {name: i for i, name in enumerate(dict.fromkeys(groups))} if groups is not None else None
-    member = np.arange(data.size) if groups is None or names is None else np.array([names[name] for name in groups])
+    names = {name: i for i, name in enumerate(dict.fromkeys(groups if groups is not None else range(data.size)))}
+    member = np.arange(data.size) if groups is None else np.array([names[name] for name in groups])
+    mean = float(data.mean())
+    if len(names) < LEAST:
+        return {"mean": mean, "lo": None, "hi": None, "n": int(data.size)}
     sums, counts = np.bincount(member, weights=data), np.bincount(member)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    tail = 50 * (1 - confidence)
+    tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(means, [tail, 100 - tail])
-    mean = float(data.mean())
     # Rounding in the sums must not put the mean of equal values outside its own interval.
     return {"mean": mean, "lo": min(float(low), mean), "hi": max(float(high), mean), "n": int(data.size)}
 
@@ -51,10 +55,9 @@ def difference(
     b: Sequence[float],
     *,
     groups: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """How much more `a` is than `b`, sample by sample: `interval` of a[i] - b[i].
 
     Paired, because modes share prompts and seeds: what makes a prompt hard for both cancels, and small differences show.
@@ -62,4 +65,4 @@ def difference(
     if len(a) != len(b):
         raise InputError("paired samples differ in number", got=f"{len(a)} and {len(b)}")
     pairs = [x - y for x, y in zip(a, b, strict=True)]
-    return interval(pairs, groups=groups, confidence=confidence, resamples=resamples, seed=seed)
+    return interval(pairs, groups=groups, resamples=resamples, seed=seed)
