@@ -247,7 +247,7 @@ def test_pipeline_command(monkeypatch, capsys, tmp_path):
     )
     assert code == 0 and "w4a8" in out
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [row["mode"] for row in rows] == ["bf16", "w4a8"] and rows[0]["ratio"] == 1
+    assert [row["mode"] for row in rows] == ["bf16", "w4a8", pipeline.AGAIN] and rows[0]["ratio"] == 1
     assert all(row["linear"] > 0 and row["attention"] > 0 and row["times"]["rounds"] == 2 for row in rows)
 
 
