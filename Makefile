@@ -12,7 +12,7 @@ PEERS_STAMP := $(PEERS)/.installed
 
 $(STAMP): pyproject.toml models/pyproject.toml constraints.txt $(wildcard csrc/cpu/*.*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[diffusers,video,eval,train,dev]' -e ./models
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[diffusers,video,eval,train,triton,dev]' -e ./models
 	touch $@
 
 demo: $(STAMP)

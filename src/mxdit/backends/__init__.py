@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mxdit.backends import ascend, cpu
+from mxdit.backends import ascend, cpu, cuda
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ ASCEND = Backend(
     about=ascend.about,
     layouts={"mxfp4_dualscale": Layout("nz", ascend.pack_nz, ascend.unpack_nz)},
 )
+CUDA = Backend(name="cuda (triton)", device="cuda", why_not=cuda.why_not, about=cuda.about)
 REFERENCE = Backend(name="reference (torch)", device="any", why_not=lambda: None)
 
 
 def backends() -> tuple[Backend, ...]:
     """Every backend that this installation knows, usable or not, the reference last."""
-    return (CPU, ASCEND, REFERENCE)
+    return (CPU, CUDA, ASCEND, REFERENCE)
 
 
 def layout_for(device: torch.device, fmt: str) -> Layout | None:

@@ -1,0 +1,266 @@
+"""NVIDIA GPUs: the ops of mxdit as Triton kernels (triton_codec.py, triton_matmul.py), registered on torch's CUDA device.
+
+docs/cuda.md says which way a product takes and why it is exact. The environment variable MXDIT_CUDA_ROUTE forces one. Nothing
+here waits for the device, so that CUDA graphs capture the ops.
+
+Triton is imported by the functions of this file, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxdit import ops
+from mxdit.codec import Packed
+from mxdit.errors import BackendError
+from mxdit.formats import FORMATS, SCHEMES
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "MXDIT_CUDA_ROUTE"
+ROUTES = {
+    "int8": "four-bit products by int8 tensor cores, others and far-apart scales by bf16",
+    "bf16": "all products by bf16 tensor cores",
+    "fp4": "four-bit products by FP4 tensor cores, others by bf16",
+    "reference": "the reference",
+}
+OLDEST = (8, 0)  # compute capability: the first with bf16
+OLDEST_FP4 = (10, 0)
+_DUAL = "mxfp4_dualscale"
+
+
+# -- whether it can run ------------------------------------------------------------------------------------------------
+
+
+def why_not() -> str | None:
+    """None where the kernels answer on the first GPU, else the reason in words."""
+    try:
+        if route() == "reference":
+            return f"the reference was chosen ({VARIABLE})"
+        if find_spec("triton") is None:
+            return "triton is not installed; torch's builds for CUDA bring it, and so does `pip install triton`"
+        if torch.version.cuda is None and torch.version.hip is None:
+            return f"torch {torch.__version__} is built without CUDA; install a build with it"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device; nvidia-smi must list one, and CUDA_VISIBLE_DEVICES must not hide it"
+        return _unfit(0)
+    except BackendError as error:  # what the environment asks for is not to be had: an op raises it
+        return str(error)
+
+
+@cache
+def _unfit(index: int) -> str | None:
+    """Why the reference has to answer on this GPU."""
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        return f"{name}: nobody has run the kernels on ROCm"
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) < OLDEST:
+        return f"{name} is sm_{major}{minor}; the kernels take sm_{OLDEST[0]}{OLDEST[1]} or newer"
+    if route() == "fp4" and (major, minor) < OLDEST_FP4:
+        raise BackendError(
+            "no FP4 tensor cores",
+            where=f"{VARIABLE}=fp4",
+            got=f"{name}, sm_{major}{minor}",
+            expected="sm_100 or newer",
+            hint=f"Unset {VARIABLE}: int8 is exact on every GPU since sm_80.",
+        )
+    return None
+
+
+def about() -> str:
+    """Device and version, and which way products go."""
+    major, minor = torch.cuda.get_device_capability(0)
+    triton = import_module("triton")
+    return f"{torch.cuda.get_device_name(0)}, sm_{major}{minor}, triton {triton.__version__}; {ROUTES[route()]}"
+
+
+def route() -> str:
+    """The way that products go: of `ROUTES`.
+
+    Raises:
+        BackendError: where the environment names another.
+    """
+    chosen = os.environ.get(VARIABLE) or "int8"
+    if chosen not in ROUTES:
+        raise BackendError("no such route", where=VARIABLE, got=repr(chosen), expected=" or ".join(ROUTES))
+    return chosen
+
+
+# -- the ops -----------------------------------------------------------------------------------------------------------
+
+
+def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
+    """`mxdit.ops.quantize`."""
+    if _referred(x):
+        return ops.quantize(x, fmt, rule, round_mode)
+    codes, scale = ops.fake_quantize(x, fmt, rule, round_mode)
+    _encode(x, None, codes, scale, None, fmt, rule, round_mode)
+    return codes, scale
+
+
+def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`mxdit.ops.quantize_dual`."""
+    if _referred(x):
+        return ops.quantize_dual(x, mul_scale, round_mode)
+    codes, l0, l1 = ops.fake_quantize_dual(x, mul_scale, round_mode)
+    _encode(x, mul_scale, codes, l1, l0, _DUAL, "ocp", round_mode)
+    return codes, l0, l1
+
+
+def dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
+    """`mxdit.ops.dequantize`."""
+    if _referred(codes):
+        return ops.dequantize(codes, scale, outer, fmt, dtype)
+    out = ops.fake_dequantize(codes, scale, outer, fmt, dtype)
+    if out.numel():
+        with _on(codes):
+            parts = [_flat(part) for part in (codes, scale, outer if FORMATS[fmt].outer else None)]
+            _kernels("codec").decode(*parts, _flat(out), FORMATS[fmt])
+    return out
+
+
+def matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    a_fmt: str,
+    w_fmt: str,
+    out: torch.dtype,
+) -> Tensor:
+    """`mxdit.ops.matmul`."""
+    if _referred(a):
+        return ops.matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+    result = ops.fake_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+    _multiply(Packed(a, a_scale, None, a_fmt), Packed(w, w_scale, None, w_fmt), bias, result)
+    return result
+
+
+def matmul_dual(
+    a: Tensor, w: Tensor, a_l0: Tensor, w_l0: Tensor, a_l1: Tensor, w_l1: Tensor, bias: Tensor | None, out: torch.dtype
+) -> Tensor:
+    """`mxdit.ops.matmul_dual`."""
+    if _referred(a):
+        return ops.matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+    result = ops.fake_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+    _multiply(Packed(a, a_l1, a_l0, _DUAL), Packed(w, w_l1, w_l0, _DUAL), bias, result)
+    return result
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    w_dual: Tensor | None,
+    mul_scale: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    rule: str,
+    layout: str,
+) -> Tensor:
+    """`mxdit.ops.linear`."""
+    if _referred(x):
+        return ops.linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
+    result = ops.fake_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
+    weight = Packed(w, w_scale, w_dual, ops.weight_format(w_dual, scheme).name)
+    activation = SCHEMES[scheme].weights[weight.fmt]
+    a: Packed | Tensor = x
+    if activation == _DUAL:
+        codes, l0, l1 = quantize_dual(x, mul_scale, "rint")
+        a = Packed(codes, l1, l0, _DUAL)
+    else:
+        if mul_scale is not None:
+            x = x * mul_scale.to(x.dtype)
+        a = x if activation is None else Packed(*quantize(x, activation, rule, "rint"), None, activation)
+    _multiply(a, weight, bias, result)
+    return result
+
+
+def _encode(
+    x: Tensor,
+    mul_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    outer: Tensor | None,
+    fmt: str,
+    rule: str,
+    round_mode: str,
+) -> None:
+    if not x.numel():
+        return
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    mul = None if mul_scale is None else mul_scale.to(x.dtype).contiguous()
+    with _on(x):
+        _kernels("codec").encode(rows, mul, codes, scale, outer, FORMATS[fmt], rule, round_mode)
+
+
+def _multiply(a: Packed | Tensor, w: Packed, bias: Tensor | None, result: Tensor) -> None:
+    if not result.numel():
+        return
+    left = Packed(_flat(a.codes), _flat(a.scale), _flat(a.outer), a.fmt) if isinstance(a, Packed) else _flat(a)
+    right = Packed(w.codes.contiguous(), w.scale.contiguous(), _flat(w.outer), w.fmt)
+    with _on(result):
+        _kernels("matmul").multiply(left, right, None if bias is None else bias.contiguous(), _flat(result), route())
+
+
+# -- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _kernels(name: str) -> Any:
+    return import_module(f"mxdit.backends.triton_{name}")
+
+
+def _referred(x: Tensor) -> bool:
+    """Whether the reference answers on that tensor's GPU, which is said once for each."""
+    if route() == "reference":
+        return True
+    reason = _unfit(x.device.index)
+    if reason:
+        _warn(reason)
+    return reason is not None
+
+
+@cache
+def _warn(reason: str) -> None:
+    logger.warning("the reference computes mxdit's ops, in plain torch and slowly: %s", reason)
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which may be another."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def _flat(x: Tensor | None) -> Any:
+    """(..., K) as contiguous (rows, K); None as None."""
+    return None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def register() -> None:
+    """Let these kernels answer on CUDA tensors."""
+    kernels: dict[str, Callable[..., object]] = {
+        "quantize": quantize,
+        "quantize_dual": quantize_dual,
+        "dequantize": dequantize,
+        "matmul": matmul,
+        "matmul_dual": matmul_dual,
+        "linear": linear,
+    }
+    for name, kernel in kernels.items():
+        ops.LIBRARY.impl(name, kernel, "CUDA")
+
+
+if find_spec("triton") is not None:
+    register()

@@ -1,0 +1,58 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors, with `mxdit.backends.cuda` around them as on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from mxdit.backends import cuda
+
+OPS = ("quantize", "quantize_dual", "dequantize", "matmul", "matmul_dual", "linear")
+
+
+class ByTriton(TorchFunctionMode):
+    """While it is on, the CUDA backend answers ``torch.ops.mxdit``, whatever device the tensors are on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for name in OPS:
+            packet = getattr(torch.ops.mxdit, name)
+            if func in (packet, packet.default):
+                return getattr(cuda, name)(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Inside, the CUDA backend answers on every tensor, as if it were one of a GPU."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from mxdit.backends import triton_codec
+
+    before = InterpreterBuilder.create_dot, cuda._unfit, triton_codec.ROWS
+    InterpreterBuilder.create_dot, cuda._unfit = _dot, lambda index: None
+    triton_codec.ROWS = 64  # the interpreter's time goes by programs
+    try:
+        with ByTriton():
+            yield
+    finally:
+        InterpreterBuilder.create_dot, cuda._unfit, triton_codec.ROWS = before
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """What a device's dot is. The interpreter's own multiplies the bit patterns of bf16, and integers very slowly: products of
+    int8 are added in fp32 here, which has room for 512 of them."""
+    from triton.runtime.interpreter import TensorHandle
+
+    def numbers(handle: Any) -> np.ndarray:
+        if str(handle.dtype.scalar) == "bf16":
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data.astype(np.float32)
+
+    left, right = numbers(a), numbers(b)
+    assert left.shape[-1] <= 512
+    return TensorHandle(np.matmul(left, right).astype(d.data.dtype) + d.data, d.dtype.scalar)
