@@ -5,12 +5,14 @@ result, bias included) by each route, and the parts of the int8 route. Times are
 call. Ratios are of the medians. Activations are gaussian, or "outliers": channels log-normal with sigma 1 and 0.5 % of them
 times 50, so that fewer rows can be folded; "folds" is the share of (tile, tile) pairs that go by int8.
 
-Results are checked in the same run: sampled rows and columns, bit for bit against the reference on the CPU.
+Results are checked in the same run: sampled rows and columns against the reference on the CPU, four-bit products bit for bit, the
+others within docs/numerics.md section 8.1.
 
     python benchmarks/gpu_linear.py [--device cuda] [--quick] [--tiles] [--rounds 20] [--json FILE]
 
     --quick   the seed benchmark's product only (M=19800, K=5120, N=15360)
-    --tiles   that product by the int8 kernel in several tilings, warps and stages, to choose `triton_matmul.TILE` by
+    --tiles   that product, whole, by the int8 route in several tilings, warps and stages, to choose `triton_matmul.INTEGERS`
+              by; ratios are to the first one
 
 Prints Markdown. Exits with 1 when a ratio misses what is required or a result is wrong.
 """
@@ -111,9 +113,9 @@ def measure(m: int, k: int, n: int, kind: str, required: float | None, device: t
     codes, scale = torch.ops.mxdit.quantize(x, "mxfp4", "uos", "rint")
     weight, weight_scale = single.weight, single.weight_scale
     a_base, w_base = triton_codec.fold(codes, scale, k)[1], triton_codec.fold(weight, weight_scale, k)[1]
-    folds = share_that_folds(a_base, w_base, triton_matmul.TILE["tile_m"], triton_matmul.TILE["tile_n"])
+    folds = share_that_folds(a_base, w_base, triton_matmul.INTEGERS["tile_m"], triton_matmul.INTEGERS["tile_n"])
     routes = ["int8", "bf16"]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= cuda.OLDEST_FP4:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= cuda.BLACKWELL:
         routes.append("fp4")
     calls: dict[str, Call] = {"torch bf16": partial(F.linear, x, plain.weight, plain.bias)}
     for route in routes:
@@ -161,12 +163,10 @@ def tilings(m: int, k: int, n: int, device: torch.device, rounds: int) -> list[R
     from mxdit.backends import triton_matmul
 
     layer, x = Linear(k, n, device).mode("mxfp4")[0], activations(m, k, GAUSSIAN, device)
-    before, launch = dict(triton_matmul.TILE), dict(triton_matmul.LAUNCH)
-    step, rows = triton_matmul.STEP_INTEGERS, []
+    before, rows = dict(triton_matmul.INTEGERS), []
     for tile_m, tile_n, width, warps, stages in TILINGS:
-        triton_matmul.TILE.update(tile_m=tile_m, tile_n=tile_n)
-        triton_matmul.LAUNCH.update(num_warps=warps, num_stages=stages)
-        triton_matmul.STEP_INTEGERS = width
+        triton_matmul.INTEGERS.update(tile_m=tile_m, tile_n=tile_n, step=width, num_warps=warps, num_stages=stages)
+        triton_matmul.FLOATS.update(tile_m=min(128, tile_m), tile_n=min(128, tile_n))
         name = f"{tile_m} x {tile_n} x {width}, {warps} warps, {stages} stages"
         try:
             right = is_right(layer, routed("int8", layer, x), x)
@@ -174,9 +174,8 @@ def tilings(m: int, k: int, n: int, device: torch.device, rounds: int) -> list[R
             rows.append(Row(f"M={m} K={k} N={n}", GAUSSIAN, name, times, 2 * m * n * k, 1.0, None, right))
         except Exception as error:  # of Triton's compiler and of the driver, in many kinds
             print(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-    triton_matmul.TILE.update(before)
-    triton_matmul.LAUNCH.update(launch)
-    triton_matmul.STEP_INTEGERS = step
+    triton_matmul.INTEGERS.update(before)
+    triton_matmul.FLOATS.update(tile_m=before["tile_m"], tile_n=before["tile_n"])
     for row in rows:
         row.ratio = rows[0].times.median / row.times.median
     return rows
@@ -212,12 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    reason = cuda.why_not()
+    device = torch.device(args.device)
+    reason = cuda.why_not(device.index or 0)
     if reason:
         print(f"error: the CUDA backend does not answer here: {reason}", file=sys.stderr)
         return 2
-    device = torch.device(args.device)
-    print(f"{cuda.about()}\n")
+    print(f"{cuda.about(device.index or 0)}\n")
     rows: list[Row] = []
     if args.tiles:
         rows = tilings(*SEED, device, args.rounds)

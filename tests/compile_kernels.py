@@ -31,63 +31,51 @@ E2M1 = {"a_element": "e2m1", "w_element": "e2m1", "operands": tl.bfloat16, "prec
 
 
 def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
-    """By name: the kernel, the types of its arguments, and its constants; arguments in neither are None."""
-    rows, tile = {"rows": triton_codec.ROWS}, {**triton_matmul.TILE, "wide": 16}
-    floats = {"step": triton_matmul.STEP_FLOATS, **tile}
-    integers = {"step": triton_matmul.STEP_INTEGERS, **tile}
-    encode, product = triton_codec._encode, triton_matmul._floats
-    folded = {"a_ptr": "*i8", "w_ptr": "*i8", **BASES, **RESULT, "width": "i32"}
+    """By name: the kernel, the types of its arguments, and its constants and launch options; arguments in neither are None."""
+    rows = {"rows": triton_codec.ROWS}
+    integers = {"wide": 16, **triton_matmul.INTEGERS}
+    floats = {"wide": 16, "fit_m": integers["tile_m"], "fit_n": integers["tile_n"], **triton_matmul.FLOATS}
     found: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {}
-    for dtype in ("bf16", "fp16", "fp32"):
+
+    def encode(name: str, dtype: str, element: str, rule: str, dual: bool = False) -> None:
         types = {"x_ptr": f"*{dtype}", **CODES, "stride": "i32"}
-        found[f"encode mxfp4 {dtype}"] = (
-            encode,
-            types,
-            {"element": "e2m1", "rule": "uos", "mode": "rint", "dual": False, **rows},
-        )
-    types = {"x_ptr": "*bf16", **CODES, "stride": "i32"}
-    found["encode mxfp8"] = (
-        encode,
-        types,
-        {"element": "e4m3", "rule": "cublas", "mode": "rint", "dual": False, **rows},
-    )
-    types |= {"mul_ptr": "*bf16", "outer_ptr": "*fp32"}
-    found["encode mxfp4_dualscale"] = (
-        encode,
-        types,
-        {"element": "e2m1", "rule": "ocp", "mode": "rint", "dual": True, **rows},
-    )
+        types |= {"mul_ptr": f"*{dtype}", "outer_ptr": "*fp32"} if dual else {}
+        constants = {"element": element, "rule": rule, "mode": "rint", "dual": dual, **rows}
+        found[f"encode {name}"] = (triton_codec._encode, types, constants)
+
+    def floating(name: str, types: dict[str, str], **constants: Any) -> None:
+        found[name] = (triton_matmul._floats, PACKED | RESULT | {"k": "i32"} | types, E2M1 | floats | constants)
+
+    for dtype in ("bf16", "fp16", "fp32"):
+        encode(f"mxfp4 {dtype}", dtype, "e2m1", "uos")
+    encode("mxfp8", "bf16", "e4m3", "cublas")
+    encode("mxfp4_dualscale", "bf16", "e2m1", "ocp", dual=True)
     for element in ("e2m1", "e4m3"):
         types = {**CODES, "outer_ptr": "*fp32", "out_ptr": "*bf16"}
         found[f"decode {element}"] = (triton_codec._decode, types, {"element": element, **rows})
     found["fold"] = (triton_codec._fold, {**CODES, "out_ptr": "*i8", "base_ptr": "*u8", "stride": "i32"}, rows)
     for name, outer in (("", {}), (", dual", OUTER)):
-        found[f"int8 product{name}"] = (triton_matmul._integers, folded | outer, integers)
-        found[f"bf16 product{name}"] = (product, PACKED | BASES | RESULT | {"k": "i32"} | outer, E2M1 | floats)
+        types = {"a_ptr": "*i8", "w_ptr": "*i8", **BASES, **RESULT, "width": "i32", **outer}
+        found[f"int8 product{name}"] = (triton_matmul._integers, types, integers)
+        floating(f"bf16 product{name}", BASES | outer)
         if arch >= 100:
-            native = E2M1 | floats | {"operands": None, "step": triton_matmul.STEP_NATIVE}
-            found[f"fp4 product{name}"] = (product, PACKED | RESULT | {"k": "i32"} | outer, native)
-    mixed = PACKED | RESULT | {"k": "i32"}
-    found["w4a8 product"] = (product, mixed, E2M1 | floats | {"a_element": "e4m3"})
-    found["mxfp8 product"] = (product, mixed, E2M1 | floats | {"a_element": "e4m3", "w_element": "e4m3"})
-    for dtype, operands, precision in (
-        ("bf16", tl.bfloat16, "ieee"),
-        ("fp16", tl.float32, "tf32"),
-        ("fp32", tl.float32, "ieee"),
-    ):
-        types = {name: kind for name, kind in mixed.items() if name != "a_scale_ptr"} | {
-            "a_ptr": f"*{dtype}",
-            "out_ptr": f"*{dtype}",
-        }
-        constants = {**E2M1, **floats, "a_element": None, "operands": operands, "precision": precision}
-        found[f"w4a16 product {dtype}"] = (product, types, constants)
+            floating(f"fp4 product{name}", outer, operands=None, step=128)
+    floating("mxfp8 product", {}, a_element="e4m3", w_element="e4m3")
+    for name, own in (("", {}), (", dual", {"w_outer_ptr": "*fp32"})):  # the weight's outer scales alone
+        floating(f"w4a8 product{name}", own, a_element="e4m3")
+        for dtype, precision in (("bf16", "ieee"), ("fp16", "tf32"), ("fp32", "ieee")):
+            wide = {} if dtype == "bf16" else {"operands": tl.float32, "step": 32, "num_stages": 2}
+            types = {"a_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **own}
+            floating(f"w4a16 product{name} {dtype}", types, a_element=None, precision=precision, **wide)
+            del found[f"w4a16 product{name} {dtype}"][1]["a_scale_ptr"]
     return found
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> dict[str, Any]:
     """What the compiler made of it: counts of instructions, the tensor cores' ones by name, bytes of memory."""
+    launch = triton_codec.LAUNCH | {name: value for name, value in constants.items() if name not in kernel.arg_names}
     constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
-    # As at run time, where torch's memory is aligned and Wan's sizes are multiples of 16.
+    # As at run time, where torch's memory is aligned, for sizes that are multiples of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
@@ -99,7 +87,6 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={place: how for place, how in aligned.items() if kernel.arg_names[place[0]] in types},
     )
-    launch = triton_matmul.LAUNCH if "tile_m" in constants else triton_codec.LAUNCH
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
     ptx = result.asm["ptx"]
     return {

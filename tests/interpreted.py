@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mxdit.backends import cuda
+from mxdit.conformance.calls import one_thread
 
 OPS = ("quantize", "quantize_dual", "dequantize", "matmul", "matmul_dual", "linear")
 
@@ -33,14 +34,18 @@ def interpreted() -> Iterator[None]:
 
     from mxdit.backends import triton_codec
 
-    before = InterpreterBuilder.create_dot, cuda._unfit, triton_codec.ROWS
-    InterpreterBuilder.create_dot, cuda._unfit = _dot, lambda index: None
+    before = InterpreterBuilder.create_dot, cuda._unfit, cuda.route, triton_codec.ROWS
+    InterpreterBuilder.create_dot, cuda._unfit, cuda.route = (
+        _dot,
+        lambda index: None,
+        lambda index: cuda._asked() or "int8",
+    )
     triton_codec.ROWS = 64  # the interpreter's time goes by programs
     try:
-        with ByTriton():
+        with one_thread(), ByTriton():
             yield
     finally:
-        InterpreterBuilder.create_dot, cuda._unfit, triton_codec.ROWS = before
+        InterpreterBuilder.create_dot, cuda._unfit, cuda.route, triton_codec.ROWS = before
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
@@ -55,4 +60,5 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
 
     left, right = numbers(a), numbers(b)
     assert left.shape[-1] <= 512
-    return TensorHandle(np.matmul(left, right).astype(d.data.dtype) + d.data, d.dtype.scalar)
+    product = torch.matmul(torch.from_numpy(left), torch.from_numpy(right)).numpy()  # numpy's has threads of its own
+    return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)

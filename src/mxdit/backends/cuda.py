@@ -30,22 +30,22 @@ logger = logging.getLogger(__name__)
 VARIABLE = "MXDIT_CUDA_ROUTE"
 ROUTES = {
     "int8": "four-bit products by int8 tensor cores, others and far-apart scales by bf16",
-    "bf16": "all products by bf16 tensor cores",
+    "bf16": "products by bf16 tensor cores",
     "fp4": "four-bit products by FP4 tensor cores, others by bf16",
     "reference": "the reference",
 }
 OLDEST = (8, 0)  # compute capability: the first with bf16
-OLDEST_FP4 = (10, 0)
+BLACKWELL = (10, 0)  # the first with FP4; its int8 is slow, or gone, and was never the default of ours
 _DUAL = "mxfp4_dualscale"
 
 
-# -- whether it can run ------------------------------------------------------------------------------------------------
+# -- whether it can run, and how ---------------------------------------------------------------------------------------
 
 
-def why_not() -> str | None:
-    """None where the kernels answer on the first GPU, else the reason in words."""
+def why_not(index: int = 0) -> str | None:
+    """None where the kernels answer on that GPU, else the reason in words."""
     try:
-        if route() == "reference":
+        if _asked() == "reference":
             return f"the reference was chosen ({VARIABLE})"
         if find_spec("triton") is None:
             return "triton is not installed; torch's builds for CUDA bring it, and so does `pip install triton`"
@@ -53,7 +53,10 @@ def why_not() -> str | None:
             return f"torch {torch.__version__} is built without CUDA; install a build with it"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device; nvidia-smi must list one, and CUDA_VISIBLE_DEVICES must not hide it"
-        return _unfit(0)
+        reason = _unfit(index)
+        if reason is None:
+            route(index)
+        return reason
     except BackendError as error:  # what the environment asks for is not to be had: an op raises it
         return str(error)
 
@@ -67,34 +70,47 @@ def _unfit(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < OLDEST:
         return f"{name} is sm_{major}{minor}; the kernels take sm_{OLDEST[0]}{OLDEST[1]} or newer"
-    if route() == "fp4" and (major, minor) < OLDEST_FP4:
-        raise BackendError(
-            "no FP4 tensor cores",
-            where=f"{VARIABLE}=fp4",
-            got=f"{name}, sm_{major}{minor}",
-            expected="sm_100 or newer",
-            hint=f"Unset {VARIABLE}: int8 is exact on every GPU since sm_80.",
-        )
+    try:
+        import_module("triton").runtime.driver.active.get_current_target()
+    except Exception as error:  # it compiles its launcher when it is first asked, and fails in many ways
+        said = str(error).strip().partition("\n")[0]
+        return f"{name}: triton does not start ({said}); it takes a C compiler and Python's headers"
     return None
 
 
-def about() -> str:
+def about(index: int = 0) -> str:
     """Device and version, and which way products go."""
-    major, minor = torch.cuda.get_device_capability(0)
+    major, minor = torch.cuda.get_device_capability(index)
     triton = import_module("triton")
-    return f"{torch.cuda.get_device_name(0)}, sm_{major}{minor}, triton {triton.__version__}; {ROUTES[route()]}"
+    return (
+        f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, triton {triton.__version__}; {ROUTES[route(index)]}"
+    )
 
 
-def route() -> str:
-    """The way that products go: of `ROUTES`.
+def route(index: int) -> str:
+    """The way that four-bit products go on that GPU: what the environment names, or int8, and bf16 from Blackwell on.
 
     Raises:
-        BackendError: where the environment names another.
+        BackendError: where the environment names what is not to be had.
     """
-    chosen = os.environ.get(VARIABLE) or "int8"
-    if chosen not in ROUTES:
-        raise BackendError("no such route", where=VARIABLE, got=repr(chosen), expected=" or ".join(ROUTES))
-    return chosen
+    asked, capability = _asked(), torch.cuda.get_device_capability(index)
+    if asked == "fp4" and capability < BLACKWELL:
+        raise BackendError(
+            "no FP4 tensor cores",
+            where=f"{VARIABLE}=fp4",
+            got=f"{torch.cuda.get_device_name(index)}, sm_{capability[0]}{capability[1]}",
+            expected="sm_100 or newer",
+            hint=f"Unset {VARIABLE}.",
+        )
+    return asked or ("int8" if capability < BLACKWELL else "bf16")
+
+
+def _asked() -> str | None:
+    """What the environment names, if anything."""
+    asked = os.environ.get(VARIABLE)
+    if asked and asked not in ROUTES:
+        raise BackendError("no such route", where=VARIABLE, got=repr(asked), expected=" or ".join(ROUTES))
+    return asked or None
 
 
 # -- the ops -----------------------------------------------------------------------------------------------------------
@@ -125,7 +141,7 @@ def dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dty
     out = ops.fake_dequantize(codes, scale, outer, fmt, dtype)
     if out.numel():
         with _on(codes):
-            parts = [_flat(part) for part in (codes, scale, outer if FORMATS[fmt].outer else None)]
+            parts = [_flat(part) for part in (codes, scale, outer)]
             _kernels("codec").decode(*parts, _flat(out), FORMATS[fmt])
     return out
 
@@ -212,8 +228,18 @@ def _multiply(a: Packed | Tensor, w: Packed, bias: Tensor | None, result: Tensor
         return
     left = Packed(_flat(a.codes), _flat(a.scale), _flat(a.outer), a.fmt) if isinstance(a, Packed) else _flat(a)
     right = Packed(w.codes.contiguous(), w.scale.contiguous(), _flat(w.outer), w.fmt)
+    bias = None if bias is None else bias.contiguous()
+    here = {
+        tensor.device
+        for tensor in (left.codes if isinstance(left, Packed) else left, right.codes, result, bias)
+        if tensor is not None
+    }
+    if len(here) > 1:  # a kernel would follow another GPU's pointers
+        raise BackendError(
+            "operands on several devices", where="mxdit on cuda", got=" and ".join(sorted(map(str, here)))
+        )
     with _on(result):
-        _kernels("matmul").multiply(left, right, None if bias is None else bias.contiguous(), _flat(result), route())
+        _kernels("matmul").multiply(left, right, bias, _flat(result), route(result.device.index or 0))
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------
@@ -225,9 +251,9 @@ def _kernels(name: str) -> Any:
 
 def _referred(x: Tensor) -> bool:
     """Whether the reference answers on that tensor's GPU, which is said once for each."""
-    if route() == "reference":
+    if _asked() == "reference":
         return True
-    reason = _unfit(x.device.index)
+    reason = _unfit(x.device.index or 0)
     if reason:
         _warn(reason)
     return reason is not None

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxdit.formats import FORMATS, BlockFormat
+from mxdit.formats import BlockFormat
 
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 GROUP = 512  # of K, in one program: what an outer scale covers
@@ -68,6 +68,13 @@ def narrow(x, dtype: tl.constexpr):
         rounded = tl.where(x != x, pattern | 0x00400000, rounded)  # a NaN stays one whatever its payload
         return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def cut(x):
+    """fp32 to bf16 of what has at most 8 significant bits, so that nothing is rounded: all decoded values, but E4M3's under the
+    two lowest scales."""
+    return (bits(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -250,31 +257,33 @@ def load_codes(ptr, at, column, inside_rows, k, rows: tl.constexpr, width: tl.co
 
 
 @triton.jit
+def load_scales(ptr, at, column, inside_rows, k, width: tl.constexpr):
+    """(rows, width / 32) scale bytes of rows that are ``at`` (rows, 1) int64, from ``column`` on; 127, which is 1, outside."""
+    count = tl.cdiv(k, 32)
+    block = column // 32 + tl.arange(0, width // 32)
+    return tl.load(ptr + at * count + block[None, :], mask=inside_rows & (block[None, :] < count), other=127)
+
+
+@triton.jit
 def load_values(
     codes_ptr, scale_ptr, row, column, m, k, rows: tl.constexpr, width: tl.constexpr, element: tl.constexpr
-):  # fmt: skip
+):
     """(rows, width) fp32, decoded without an outer scale; 0 outside of (m, k)."""
     at = row.to(tl.int64)[:, None]
     inside = row[:, None] < m
     v = values(load_codes(codes_ptr, at * k, column, inside, k, rows, width, element), element)
-    count = tl.cdiv(k, 32)
-    block = column // 32 + tl.arange(0, width // 32)
-    byte = tl.load(scale_ptr + at * count + block[None, :], mask=inside & (block[None, :] < count), other=127).to(
-        tl.int32
-    )
-    return tl.reshape(tl.reshape(v, (rows, width // 32, 32)) * factors(byte)[:, :, None], (rows, width))
+    factor = factors(load_scales(scale_ptr, at, column, inside, k, width).to(tl.int32))
+    return tl.reshape(tl.reshape(v, (rows, width // 32, 32)) * factor[:, :, None], (rows, width))
 
 
 @triton.jit
-def load_packed(codes_ptr, scale_ptr, row, column, m, k, rows: tl.constexpr, width: tl.constexpr):
+def load_packed(codes_ptr, scale_ptr, row, column, m, k, width: tl.constexpr):
     """(rows, width / 2) bytes of E2M1 codes and their (rows, width / 32) scale bytes, as `tl.dot_scaled` takes them."""
     at = row.to(tl.int64)[:, None]
     inside = row[:, None] < m
     pair = column // 2 + tl.arange(0, width // 2)
     codes = tl.load(codes_ptr + at * (k // 2) + pair[None, :], mask=inside & (pair[None, :] < k // 2), other=0)
-    count = tl.cdiv(k, 32)
-    block = column // 32 + tl.arange(0, width // 32)
-    return codes, tl.load(scale_ptr + at * count + block[None, :], mask=inside & (block[None, :] < count), other=127)
+    return codes, load_scales(scale_ptr, at, column, inside, k, width)
 
 
 @triton.jit
@@ -311,11 +320,7 @@ def _fold(codes_ptr, scale_ptr, out_ptr, base_ptr, m, k, stride, rows: tl.conste
     code = load_codes(codes_ptr, at * k, column, inside, k, rows, _GROUP, "e2m1")
     doubled = (values(code, "e2m1") * 2.0).to(tl.int32)
     doubled = tl.reshape(doubled, (rows, _GROUP // 32, 32))
-    count = tl.cdiv(k, 32)
-    block = column // 32 + tl.arange(0, _GROUP // 32)
-    byte = tl.load(scale_ptr + at * count + block[None, :], mask=inside & (block[None, :] < count), other=127).to(
-        tl.int32
-    )
+    byte = load_scales(scale_ptr, at, column, inside, k, _GROUP).to(tl.int32)
     live = (tl.max(tl.abs(doubled), axis=2) > 0) | (byte == _FIELD)
     high = tl.max(tl.where(live, byte, -1), axis=1)
     low = tl.min(tl.where(live, byte, 512), axis=1)
@@ -338,7 +343,7 @@ def fold(codes: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
         int8 (M, K to a multiple of `PADDED`) and uint8 (M, ceil(K/512)), a base b where the values are int8 * 2**(b - 128), and
         0 where a row's group does not fit: its integers mean nothing.
     """
-    m, groups = len(codes), FORMATS["mxfp4_dualscale"].groups(k)
+    m, groups = len(codes), triton.cdiv(k, GROUP)
     out = torch.empty((m, -(-k // PADDED) * PADDED), dtype=torch.int8, device=codes.device)
     base = torch.empty((m, groups), dtype=torch.uint8, device=codes.device)
     _fold[(triton.cdiv(m, ROWS), groups)](codes, scale, out, base, m, k, out.stride(0), ROWS, **LAUNCH)

@@ -17,6 +17,7 @@ exact, and an FMA where there are two.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,31 +25,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxdit.backends.triton_codec import GROUP, PADDED, fold, load_packed, load_values, narrow, power, widen
+from mxdit.backends.triton_codec import GROUP, PADDED, cut, fold, load_packed, load_values, narrow, power, widen
 from mxdit.codec import Packed
-from mxdit.formats import FORMATS
 
-TILE = {"tile_m": 128, "tile_n": 128}
 LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
-FOLDED = 1 << 27  # int8 activations at once: what a product needs beside its operands is bounded
-STEP_INTEGERS, STEP_FLOATS, STEP_NATIVE = PADDED, 64, 128  # of K, at once; folded rows are read without a mask
+INTEGERS: dict[str, Any] = {
+    "tile_m": 128,
+    "tile_n": 128,
+    "step": PADDED,
+    **LAUNCH,
+}  # ``step`` of K at once divides PADDED
+FLOATS: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "step": 64, **LAUNCH}  # its tiles divide those of INTEGERS
+FOLDED = 1 << 27  # bytes of int8 activations at once: what a product needs beside its operands is bounded
 _GROUP = tl.constexpr(GROUP)
 _SWIZZLE = tl.constexpr(8)  # tiles of M that share a tile of N while it is in cache
 
 
 @triton.jit
 def _tile(m, n, tile_m: tl.constexpr, tile_n: tl.constexpr):
-    """Rows and columns of this program's tile."""
+    """The first row and the first column of this program's tile."""
     across = tl.cdiv(n, tile_n)
     first = tl.program_id(0) // (_SWIZZLE * across) * _SWIZZLE
     height = tl.minimum(tl.cdiv(m, tile_m) - first, _SWIZZLE)
     within = tl.program_id(0) % (_SWIZZLE * across)
-    return (first + within % height) * tile_m + tl.arange(0, tile_m), within // height * tile_n + tl.arange(0, tile_n)
+    return (first + within % height) * tile_m, within // height * tile_n
 
 
 @triton.jit
-def _all_fit(base_ptr, row, count, groups, wide: tl.constexpr):
-    """Whether every row of a tile could be folded, in every group."""
+def _all_fit(base_ptr, first, count, groups, rows: tl.constexpr, wide: tl.constexpr):
+    """Whether every one of these rows could be folded, in every group."""
+    row = first + tl.arange(0, rows)
     group = tl.arange(0, wide)
     inside = (row[:, None] < count) & (group[None, :] < groups)
     base = tl.load(base_ptr + row.to(tl.int64)[:, None] * groups + group[None, :], mask=inside, other=1).to(tl.int32)
@@ -67,10 +73,10 @@ def _start(bias_ptr, column, n, tile_m: tl.constexpr, tile_n: tl.constexpr, dual
 @triton.jit
 def _outer(a_outer_ptr, w_outer_ptr, row, column, group, groups, m, n):
     """The product of the outer scales, (tile_m, tile_n) or (1, tile_n)."""
-    w = tl.load(w_outer_ptr + column.to(tl.int64) * groups + group, mask=column < n, other=0.0)[None, :]
-    if a_outer_ptr is None:
-        return w
-    return tl.load(a_outer_ptr + row.to(tl.int64) * groups + group, mask=row < m, other=0.0)[:, None] * w
+    scale = tl.load(w_outer_ptr + column.to(tl.int64) * groups + group, mask=column < n, other=0.0)[None, :]
+    if a_outer_ptr is not None:  # not an early return: Triton compiles what comes after one
+        scale = tl.load(a_outer_ptr + row.to(tl.int64) * groups + group, mask=row < m, other=0.0)[:, None] * scale
+    return scale
 
 
 @triton.jit
@@ -92,8 +98,9 @@ def _integers(
     tile_m: tl.constexpr, tile_n: tl.constexpr, step: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     dual: tl.constexpr = w_outer_ptr is not None
-    row, column = _tile(m, n, tile_m, tile_n)
-    if _all_fit(a_base_ptr, row, m, groups, wide) & _all_fit(w_base_ptr, column, n, groups, wide):
+    top, left = _tile(m, n, tile_m, tile_n)
+    row, column = top + tl.arange(0, tile_m), left + tl.arange(0, tile_n)
+    if _all_fit(a_base_ptr, top, m, groups, tile_m, wide) & _all_fit(w_base_ptr, left, n, groups, tile_n, wide):
         acc = _start(bias_ptr, column, n, tile_m, tile_n, dual)
         k = tl.arange(0, step)
         rows = tl.minimum(row, m - 1).to(tl.int64)  # what lies outside is computed from the last row, and not written
@@ -122,41 +129,47 @@ def _integers(
 def _floats(
     a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, a_base_ptr, w_base_ptr, a_outer_ptr, w_outer_ptr, bias_ptr, out_ptr,
     m, n, k, groups, limit, a_element: tl.constexpr, w_element: tl.constexpr, operands: tl.constexpr,
-    precision: tl.constexpr, tile_m: tl.constexpr, tile_n: tl.constexpr, step: tl.constexpr, wide: tl.constexpr,
+    precision: tl.constexpr, fit_m: tl.constexpr, fit_n: tl.constexpr, tile_m: tl.constexpr, tile_n: tl.constexpr,
+    step: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """``a_element`` None: a_ptr holds floats. ``operands``: the dtype in which they are multiplied; None: packed E2M1 goes to the
-    tensor cores as it is. Where bases are given, only the tiles that `_integers` left."""
+    tensor cores as it is. Where bases are given, only what lies in the (fit_m, fit_n) tiles that `_integers` left."""
     dual: tl.constexpr = w_outer_ptr is not None
-    row, column = _tile(m, n, tile_m, tile_n)
+    top, left = _tile(m, n, tile_m, tile_n)
+    row, column = top + tl.arange(0, tile_m), left + tl.arange(0, tile_n)
     wanted = True
     if a_base_ptr is not None:
-        fit = _all_fit(a_base_ptr, row, m, groups, wide) & _all_fit(w_base_ptr, column, n, groups, wide)
-        wanted = fit == 0
+        rows_fit = _all_fit(a_base_ptr, top // fit_m * fit_m, m, groups, fit_m, wide)
+        wanted = (rows_fit & _all_fit(w_base_ptr, left // fit_n * fit_n, n, groups, fit_n, wide)) == 0
     if wanted:
         acc = _start(bias_ptr, column, n, tile_m, tile_n, dual)
         for group in range(groups):
-            part = tl.zeros((tile_m, tile_n), tl.float32) if dual else acc
+            # In each group from zero: a tensor core's accumulator cuts what is added to it, an addition in fp32 rounds.
+            part = tl.zeros((tile_m, tile_n), tl.float32)
             for first in range(group * _GROUP, tl.minimum(group * _GROUP + _GROUP, k), step):
                 if operands is None:
-                    a, a_byte = load_packed(a_ptr, a_scale_ptr, row, first, m, k, tile_m, step)
-                    w, w_byte = load_packed(w_ptr, w_scale_ptr, column, first, n, k, tile_n, step)
+                    a, a_byte = load_packed(a_ptr, a_scale_ptr, row, first, m, k, step)
+                    w, w_byte = load_packed(w_ptr, w_scale_ptr, column, first, n, k, step)
                     part = tl.dot_scaled(a, a_byte, "e2m1", tl.trans(w), w_byte, "e2m1", part)
                 else:
+                    w = load_values(w_ptr, w_scale_ptr, column, first, n, k, tile_n, step, w_element)
+                    w = cut(w) if operands == tl.bfloat16 else w
                     if a_element is None:
                         at = first + tl.arange(0, step)
                         inside = (row[:, None] < m) & (at[None, :] < k)
-                        a = widen(tl.load(a_ptr + row.to(tl.int64)[:, None] * k + at[None, :], mask=inside, other=0.0))
+                        a = tl.load(a_ptr + row.to(tl.int64)[:, None] * k + at[None, :], mask=inside, other=0.0).to(
+                            operands
+                        )
                     else:
-                        a = load_values(a_ptr, a_scale_ptr, row, first, m, k, tile_m, step, a_element)
-                    w = load_values(w_ptr, w_scale_ptr, column, first, n, k, tile_n, step, w_element)
-                    part = tl.dot(narrow(a, operands), tl.trans(narrow(w, operands)), part, input_precision=precision)
+                        a = cut(load_values(a_ptr, a_scale_ptr, row, first, m, k, tile_m, step, a_element))
+                    part = tl.dot(a, tl.trans(w), part, input_precision=precision)
             if dual:
                 scale = tl.broadcast_to(
                     _outer(a_outer_ptr, w_outer_ptr, row, column, group, groups, m, n), (tile_m, tile_n)
                 )
                 acc = tl.fma(part, scale, acc)
             else:
-                acc = part
+                acc += part
         _finish(acc, bias_ptr, out_ptr, row, column, m, n, limit, dual)
 
 
@@ -171,7 +184,7 @@ def multiply(a: Packed | Tensor, w: Packed, bias: Tensor | None, out: Tensor, ro
         route: how E2M1 operands are multiplied: "int8", "fp4" (as they are) or "bf16". All others are as floats.
     """
     (m, n), k = out.shape, w.shape[1]
-    groups = FORMATS["mxfp4_dualscale"].groups(k)
+    groups = triton.cdiv(k, GROUP)
     limit = torch.finfo(out.dtype).max
     if isinstance(a, Packed):
         a_codes, a_scale, a_outer, a_element = a.codes, a.scale, a.outer, a.format.element.name
@@ -182,26 +195,33 @@ def multiply(a: Packed | Tensor, w: Packed, bias: Tensor | None, out: Tensor, ro
     operands = tl.bfloat16 if a_element or a_codes.dtype is torch.bfloat16 else tl.float32
     precision = "tf32" if a_codes.dtype is torch.float16 else "ieee"
     four_bit = a_element == w_element == "e2m1"
+    settings = FLOATS
+    if operands is tl.float32:  # twice the bytes: sm_86's shared memory has room for two buffers
+        settings = FLOATS | {"step": FLOATS["step"] // 2, "num_stages": 2}
     if four_bit and route == "fp4":
-        operands = None
+        operands, settings = None, FLOATS | {"step": 128}
     integers = four_bit and route == "int8"
     w_folded, w_base = fold(w.codes, w.scale, k) if integers else (None, None)
-    step = max(1, FOLDED // k) if integers else m
+    tile_m, tile_n, wide = INTEGERS["tile_m"], INTEGERS["tile_n"], triton.next_power_of_2(groups)
+    step = max(tile_m, FOLDED // k // tile_m * tile_m) if integers else m
     for first in range(0, m, step):
         rows = slice(first, first + step)
         part, scale, outer = (None if t is None else t[rows] for t in (a_codes, a_scale, a_outer))
         result = out[rows]
-        grid = (triton.cdiv(len(result), TILE["tile_m"]) * triton.cdiv(n, TILE["tile_n"]),)
-        rest = {"wide": triton.next_power_of_2(groups), **TILE, **LAUNCH}
-        a_base = None
+        folded = a_base = None
         if integers:
             assert part is not None and scale is not None and w_folded is not None
             folded, a_base = fold(part, scale, k)
-            _integers[grid](
+            _integers[_grid(result, INTEGERS)](
                 folded, w_folded, a_base, w_base, outer, w.outer, bias, result, len(result), n, folded.shape[1], groups, limit,
-                step=STEP_INTEGERS, **rest,
+                wide=wide, **INTEGERS,
             )  # fmt: skip
-        _floats[grid](
+        _floats[_grid(result, settings)](
             part, scale, w.codes, w.scale, a_base, w_base, outer, w.outer, bias, result, len(result), n, k, groups, limit,
-            a_element, w_element, operands, precision, step=STEP_NATIVE if operands is None else STEP_FLOATS, **rest,
+            a_element, w_element, operands, precision, tile_m, tile_n, wide=wide, **settings,
         )  # fmt: skip
+        del folded, a_base  # before the next rows' are made
+
+
+def _grid(out: Tensor, settings: Mapping[str, Any]) -> tuple[int]:
+    return (triton.cdiv(out.shape[0], settings["tile_m"]) * triton.cdiv(out.shape[1], settings["tile_n"]),)
