@@ -406,15 +406,8 @@ def _ieee_fp32() -> Iterator[None]:
 
 def register() -> None:
     """Let these kernels answer on NPU tensors, whose device torch calls PrivateUse1 until torch_npu names it."""
-    kernels: dict[str, Callable[..., object]] = {
-        "quantize": quantize,
-        "quantize_dual": quantize_dual,
-        "matmul": matmul,
-        "matmul_dual": matmul_dual,
-        "linear": linear,
-    }
-    for name, kernel in kernels.items():
-        ops.LIBRARY.impl(name, kernel, "PrivateUse1")
+    for kernel in (quantize, quantize_dual, matmul, matmul_dual, linear):
+        ops.LIBRARY.impl(kernel.__name__, kernel, "PrivateUse1")
 
 
 if find_spec("torch_npu") is not None:  # another vendor's device may be PrivateUse1 where it is not

@@ -343,16 +343,8 @@ def _register() -> None:
     choose()
     if _library() is None and _refused is None:
         return
-    kernels: dict[str, Callable[..., object]] = {
-        "quantize": quantize,
-        "quantize_dual": quantize_dual,
-        "dequantize": dequantize,
-        "matmul": matmul,
-        "matmul_dual": matmul_dual,
-        "linear": linear,
-    }
-    for name, kernel in kernels.items():
-        ops.LIBRARY.impl(name, kernel, "CPU")
+    for kernel in (quantize, quantize_dual, dequantize, matmul, matmul_dual, linear):
+        ops.LIBRARY.impl(kernel.__name__, kernel, "CPU")
 
 
 _register()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -276,16 +275,8 @@ def _flat(x: Tensor | None) -> Any:
 
 def register() -> None:
     """Let these kernels answer on CUDA tensors."""
-    kernels: dict[str, Callable[..., object]] = {
-        "quantize": quantize,
-        "quantize_dual": quantize_dual,
-        "dequantize": dequantize,
-        "matmul": matmul,
-        "matmul_dual": matmul_dual,
-        "linear": linear,
-    }
-    for name, kernel in kernels.items():
-        ops.LIBRARY.impl(name, kernel, "CUDA")
+    for kernel in (quantize, quantize_dual, dequantize, matmul, matmul_dual, linear):
+        ops.LIBRARY.impl(kernel.__name__, kernel, "CUDA")
 
 
 if find_spec("triton") is not None:

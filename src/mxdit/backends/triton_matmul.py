@@ -29,12 +29,8 @@ from mxdit.backends.triton_codec import GROUP, PADDED, cut, fold, load_packed, l
 from mxdit.codec import Packed
 
 LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
-INTEGERS: dict[str, Any] = {
-    "tile_m": 128,
-    "tile_n": 128,
-    "step": PADDED,
-    **LAUNCH,
-}  # ``step`` of K at once divides PADDED
+# ``step`` of K at once; for integers it divides PADDED.
+INTEGERS: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "step": PADDED, **LAUNCH}
 FLOATS: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "step": 64, **LAUNCH}  # its tiles divide those of INTEGERS
 FOLDED = 1 << 27  # bytes of int8 activations at once: what a product needs beside its operands is bounded
 _GROUP = tl.constexpr(GROUP)
@@ -71,12 +67,16 @@ def _start(bias_ptr, column, n, tile_m: tl.constexpr, tile_n: tl.constexpr, dual
 
 
 @triton.jit
-def _outer(a_outer_ptr, w_outer_ptr, row, column, group, groups, m, n):
-    """The product of the outer scales, (tile_m, tile_n) or (1, tile_n)."""
-    scale = tl.load(w_outer_ptr + column.to(tl.int64) * groups + group, mask=column < n, other=0.0)[None, :]
-    if a_outer_ptr is not None:  # not an early return: Triton compiles what comes after one
-        scale = tl.load(a_outer_ptr + row.to(tl.int64) * groups + group, mask=row < m, other=0.0)[:, None] * scale
-    return scale
+def _added(acc, part, a_outer_ptr, w_outer_ptr, row, column, group, groups, m, n):
+    """The accumulator with a group's sum: added, or multiplied with the outer scales' product and added, with one rounding."""
+    if w_outer_ptr is None:
+        acc += part
+    else:
+        scale = tl.load(w_outer_ptr + column.to(tl.int64) * groups + group, mask=column < n, other=0.0)[None, :]
+        if a_outer_ptr is not None:
+            scale = tl.load(a_outer_ptr + row.to(tl.int64) * groups + group, mask=row < m, other=0.0)[:, None] * scale
+        acc = tl.fma(part, tl.broadcast_to(scale, part.shape), acc)
+    return acc  # the only return: Triton compiles what comes after one
 
 
 @triton.jit
@@ -115,13 +115,7 @@ def _integers(
             w_base = tl.load(w_base_ptr + columns * groups + group).to(tl.int32)
             # |total| <= 96 * 96 * 512 < 2**23, and both powers and all products are normal numbers (LOWEST, HIGHEST): exact.
             part = total.to(tl.float32) * power(a_base - 1)[:, None] * power(w_base - 1)[None, :]
-            if dual:
-                scale = tl.broadcast_to(
-                    _outer(a_outer_ptr, w_outer_ptr, row, column, group, groups, m, n), (tile_m, tile_n)
-                )
-                acc = tl.fma(part, scale, acc)
-            else:
-                acc += part
+            acc = _added(acc, part, a_outer_ptr, w_outer_ptr, row, column, group, groups, m, n)
         _finish(acc, bias_ptr, out_ptr, row, column, m, n, limit, dual)
 
 
@@ -157,19 +151,12 @@ def _floats(
                     if a_element is None:
                         at = first + tl.arange(0, step)
                         inside = (row[:, None] < m) & (at[None, :] < k)
-                        a = tl.load(a_ptr + row.to(tl.int64)[:, None] * k + at[None, :], mask=inside, other=0.0).to(
-                            operands
-                        )
+                        a = tl.load(a_ptr + row.to(tl.int64)[:, None] * k + at[None, :], mask=inside, other=0.0)
+                        a = a.to(operands)
                     else:
                         a = cut(load_values(a_ptr, a_scale_ptr, row, first, m, k, tile_m, step, a_element))
                     part = tl.dot(a, tl.trans(w), part, input_precision=precision)
-            if dual:
-                scale = tl.broadcast_to(
-                    _outer(a_outer_ptr, w_outer_ptr, row, column, group, groups, m, n), (tile_m, tile_n)
-                )
-                acc = tl.fma(part, scale, acc)
-            else:
-                acc += part
+            acc = _added(acc, part, a_outer_ptr, w_outer_ptr, row, column, group, groups, m, n)
         _finish(acc, bias_ptr, out_ptr, row, column, m, n, limit, dual)
 
 
