@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import safetensors.torch as library
 import torch
 from torch import Tensor
 
 import original
 import tiny
-from mxdit import cli
+from command import mxdit_command
 from mxdit.checkpoint import convert_checkpoint, quantize_checkpoint
 
 Tensors = dict[str, Tensor]
@@ -66,8 +64,4 @@ def change_json(file: Path, edit: Callable[[Config], Any]) -> None:
 
 def inspect(monkeypatch: Any, capsys: Any, *args: object) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `mxdit inspect ARGS`."""
-    monkeypatch.setattr(sys, "argv", ["mxdit", "inspect", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return mxdit_command(monkeypatch, capsys, "inspect", *args)

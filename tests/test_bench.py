@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import mxdit
 import tiny
+from command import mxdit_command
 from mxdit.bench import gemm, memory, pipeline, timing, totals
 from mxdit.bench.ceilings import Ceilings
 from mxdit.bench.modes import MODES, variants
@@ -29,7 +30,6 @@ from mxdit.bench.timing import Times, alternate
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import BackendError, InputError
 from mxdit.models.shapes import A14B, MINI, PUBLISHED, SEED, TI2V_5B
-from test_cli import mxdit_command
 
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parent.parent / "docs"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import safetensors.torch as library
 import torch
 
 import tiny
-from mxdit import cli
+from command import mxdit_command
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.checkpoint.files import CODES, DTYPES, TensorInfo, open_tensors, read_header
 from mxdit.checkpoint.writer import Part, Shard, new_directory, shards_of
@@ -146,17 +145,11 @@ def test_what_is_planned_is_what_is_written(source, tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(source, tmp_path, monkeypatch, capsys):
-    args = ["mxdit", "quantize", str(source), str(tmp_path / "out"), "--method", "mxfp4", "--dry-run"]
-    monkeypatch.setattr(sys, "argv", [*args, "--json"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    printed = json.loads(capsys.readouterr().out)
+    args = ["quantize", source, tmp_path / "out", "--method", "mxfp4", "--dry-run"]
+    code, out, _ = mxdit_command(monkeypatch, capsys, *args, "--json")
     expected = quantize_checkpoint(source, tmp_path / "out", "mxfp4").to_dict()
-    assert not stop.value.code and printed == {**expected, "written": False}
-    monkeypatch.setattr(sys, "argv", args)
-    with pytest.raises(SystemExit):
-        cli.main()
-    text = capsys.readouterr().out
+    assert code == 0 and json.loads(out) == {**expected, "written": False}
+    _, text, _ = mxdit_command(monkeypatch, capsys, *args)
     assert "blocks.0.attn1.to_q.weight_scale" in text and "(64, 2) uint8" in text and "would be written" in text
     assert not list(tmp_path.iterdir())
 

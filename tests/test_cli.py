@@ -14,7 +14,8 @@ from PIL import Image
 
 import mxdit
 import tiny
-from mxdit import cli, pipelines
+from command import mxdit_command
+from mxdit import pipelines
 
 SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4"]
 
@@ -35,20 +36,6 @@ def image(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "first.png")
     return tmp_path / "first.png"
-
-
-def mxdit_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object
-) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `mxdit ARGS`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["mxdit", *map(str, args)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def read_mp4(path: Path) -> tuple[np.ndarray, int]:

@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxdit
-from mxdit import cli, conformance
+from command import mxdit_command
+from mxdit import conformance
 from mxdit.backends import cpu
 from mxdit.codec import _codes, _level_one_scale, _pack, decode_blocks, encode
 from mxdit.conformance.acceptance import acceptance
@@ -452,15 +453,7 @@ def test_the_table_in_the_docs_is_the_table_in_the_code():
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `mxdit conformance ARGS`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["mxdit", "conformance", *map(str, args)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return mxdit_command(monkeypatch, capsys, "conformance", *args)
 
 
 def test_a_table_a_file_and_code_0(monkeypatch, capsys, tmp_path):

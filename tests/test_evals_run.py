@@ -16,6 +16,7 @@ from PIL import Image
 
 import mxdit
 import tiny
+from command import mxdit_command
 from mxdit import cli, pipelines
 from mxdit.errors import InputError
 from mxdit.evals import modes
@@ -40,15 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `mxdit eval ARGS`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["mxdit", "eval", *map(str, args)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return mxdit_command(monkeypatch, capsys, "eval", *args)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from diffusers import WanPipeline
 import mxdit
 import original
 import tiny
-from mxdit import cli
+from command import mxdit_command
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
 from mxdit.checkpoint.files import open_tensors
 from mxdit.errors import CheckpointError, MXDiTError
@@ -192,11 +191,7 @@ def test_infs_and_nans_are_refused_by_name(sources, tmp_path, method, name, valu
 
 
 def command(monkeypatch: Any, capsys: Any, *args: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["mxdit", "quantize", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return mxdit_command(monkeypatch, capsys, "quantize", *args)
 
 
 def test_the_command_says_and_does_what_the_function_does(monkeypatch, capsys, source, tmp_path):

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -71,7 +72,12 @@ def _unfit(index: int) -> str | None:
         return f"{name} is sm_{major}{minor}; the kernels take sm_{OLDEST[0]}{OLDEST[1]} or newer"
     try:
         import_module("triton").runtime.driver.active.get_current_target()
-    except Exception as error:  # it compiles its launcher when it is first asked, and fails in many ways
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        SubprocessError,
+    ) as error:  # it compiles its launcher when it is first asked
         said = str(error).strip().partition("\n")[0]
         return f"{name}: triton does not start ({said}); it takes a C compiler and Python's headers"
     return None

@@ -138,8 +138,15 @@ def evaluate(
 
     if prompts is None and judge is None:
         tell("without digit, color and direction: the judge knows clips of the model's own size only")
-    for name, reason in missing.items() if metrics is None else ():
-        tell(f"without {name}: {reason}")
+    if metrics is None:
+        brought = set() if weights_dir else set(ADAPTERS)
+        for name, reason in missing.items():
+            if name not in brought:
+                tell(f"without {name}: {reason}")
+        if brought:
+            tell(
+                f"without {', '.join(ADAPTERS)}: no --weights-dir is given; `--metrics lpips` and so on say what it would hold"
+            )
     request = videos[0].request
     clips = f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps"
     tell(f"{directory.preset(task).name} from {path}: {len(videos)} videos ({clips}) in {len(chosen)} modes")
