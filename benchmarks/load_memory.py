@@ -24,7 +24,7 @@ import torch
 
 from mxdit.bench.memory import load_transformer
 from mxdit.bench.modes import variants
-from mxdit.bench.processes import alone
+from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.standins import make_checkpoint
 from mxdit.models.shapes import A14B
 
@@ -59,7 +59,7 @@ def run(root: Path, args: argparse.Namespace) -> list[dict]:
     make_checkpoint(source, shape, args.blocks, dtype=getattr(torch, args.source), shard=args.shard)
     rows = []
     for variant in variants(source, False, args.methods, root, lambda _: None):
-        row = asdict(alone(load_transformer, variant))
+        row = asdict(alone(load_transformer, variant, environment=TIDY))
         limit = int((row["model"] + row["largest"]) * SLACK)
         rows.append({**row, "limit": limit, "ok": row["peak"] <= limit})
     return rows
