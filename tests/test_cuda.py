@@ -178,6 +178,13 @@ def test_nan_stays_and_what_is_too_large_saturates():
         assert (got[2].abs() == torch.finfo(out).max).all()
 
 
+def test_a_block_of_nan_is_not_taken_for_one_of_zeros():
+    a, w = packed(3, 64, "mxfp4"), packed(4, 64, "mxfp4")
+    a.scale[1, 0], a.codes[1, :16] = 0xFF, 0  # as it is encoded
+    got = multiply(a, w, None, torch.bfloat16)
+    assert got[1].isnan().all() and not got[::2].isnan().any()
+
+
 def test_rows_are_folded_a_part_at_a_time(monkeypatch):
     a, w, bias = packed(300, 96, "mxfp4", 1), packed(9, 96, "mxfp4"), torch.randn(9)
     whole = multiply(a, w, bias, torch.bfloat16)
