@@ -35,7 +35,7 @@ ROUTES = {
     "reference": "the reference",
 }
 OLDEST = (8, 0)  # compute capability: the first with bf16
-BLACKWELL = (10, 0)  # the first with FP4; its int8 is slow, or gone, and was never the default of ours
+BLACKWELL = (10, 0)  # the first with FP4; Triton has int8 of sm_100 but not of sm_103
 _DUAL = "mxfp4_dualscale"
 
 
