@@ -92,28 +92,28 @@ Outcome multiply(const MxLinear& job, const Product& product, int threads) {
   const int64_t groups = (job.k + kGroup - 1) / kGroup;
   int64_t held = std::clamp<int64_t>(product.held_bytes / (groups * product.a_row_bytes), std::min<int64_t>(job.m, 64), job.m);
   if (held > product.rows) held -= held % product.rows;  // whole tasks
-  static thread_local Buffer a_buffer, scratch_buffer;
+  static thread_local Buffer a_buffer, scratch;  // of this thread, and each thread of the team has scratch of its own
   uint8_t* const a = a_buffer.get(groups * held * product.a_row_bytes);
-  const int64_t scratch_bytes = (std::max(product.prepare_bytes, product.multiply_bytes) + 127) / 64 * 64;
-  uint8_t* const scratch = scratch_buffer.get(scratch_bytes * threads);
-  if (!a || !scratch) return Outcome::no_memory;
+  const int64_t scratch_bytes = std::max(product.prepare_bytes, product.multiply_bytes);
+  if (!a || !scratch.get(scratch_bytes)) return Outcome::no_memory;
   std::atomic<bool> declined{false};
   const int64_t column_tasks = (job.n + product.columns - 1) / product.columns;
   for (int64_t base = 0; base < job.m && !declined; base += held) {
     const int64_t rows = std::min(held, job.m - base);
     std::atomic<int64_t> next{0};
-    std::atomic<int> workers{0};
     const int64_t step = std::clamp<int64_t>(rows / (threads * 4), 1, 64);
     parallel(threads, [&] {
-      uint8_t* own = scratch + scratch_bytes * workers++;
+      uint8_t* const own = scratch.get(scratch_bytes);
+      if (!own) return;  // what this one leaves, the others do: the calling thread has its scratch
       for (int64_t m = next.fetch_add(step); m < rows && !declined; m = next.fetch_add(step))
         if (!product.prepare(job, base, rows, m, std::min(m + step, rows), a, own)) declined = true;
     });
     const int64_t row_tasks = (rows + product.rows - 1) / product.rows, tasks = row_tasks * column_tasks;
     const int64_t run = std::clamp<int64_t>(tasks / (threads * 8), 1, 16);  // neighbours, so that one prefetches for the next
-    next = 0, workers = 0;
+    next = 0;
     parallel(threads, [&] {
-      uint8_t* own = scratch + scratch_bytes * workers++;
+      uint8_t* const own = scratch.get(scratch_bytes);
+      if (!own) return;  // what this one leaves, the others do: the calling thread has its scratch
       for (int64_t first = next.fetch_add(run); first < tasks; first = next.fetch_add(run))
         for (int64_t task = first; task < std::min(first + run, tasks) && !declined; task++) {
           const int64_t n = task / row_tasks * product.columns, m = task % row_tasks * product.rows;
