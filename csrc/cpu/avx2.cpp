@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "float_product.h"
-#include "unpack_x86.h"
+#include "int_product.h"
 
 namespace mxdit {
 namespace {
@@ -31,7 +31,17 @@ struct Avx2 {
     return _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(start));
   }
 
-  static constexpr auto unpack_row = unpack_row_x86;
+  static constexpr auto prepare_group = int_prepare_group<Avx2>;
+
+  // A block's 16 bytes of codes to 32 bytes of activations, as IntGroup has them.
+  static void unpack_row(const uint8_t* codes, int shift, int8_t* q) {
+    const __m128i doubled = _mm_load_si128(reinterpret_cast<const __m128i*>(kDoubled[shift]));
+    const __m128i two = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), low = _mm_set1_epi8(15);
+    const __m128i even = _mm_shuffle_epi8(doubled, _mm_and_si128(two, low));
+    const __m128i odd = _mm_shuffle_epi8(doubled, _mm_and_si128(_mm_srli_epi16(two, 4), low));
+    _mm_store_si128(reinterpret_cast<__m128i*>(q), _mm_unpacklo_epi32(even, odd));
+    _mm_store_si128(reinterpret_cast<__m128i*>(q + 16), _mm_unpackhi_epi32(even, odd));
+  }
 
   static bool unpack_scales(const WeightPanel& panel, int64_t group, int blocks, float* out) {
     for (int n = 0; n < kWidth; n++)

@@ -3,8 +3,8 @@
 
 #include "encode_avx512.h"
 #include "float_product.h"
+#include "int_product.h"
 #include "transpose_avx512.h"
-#include "unpack_x86.h"
 
 namespace mxdit {
 namespace {
@@ -29,7 +29,71 @@ struct Vnni {
   }
   static __m512i finish(Sum sum, int32_t) { return sum; }
 
-  static constexpr auto unpack_row = unpack_row_x86;
+  // As int_prepare_group, with four blocks to a register, one a lane.
+  static bool prepare_group(const uint8_t* codes, int64_t bytes, const uint8_t* scale, int blocks, IntGroup& group,
+                            IntWindow& window) {
+    const __m512i low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(8), ones = _mm512_set1_epi8(1);
+    __m512i packed[4], magnitudes[4];
+    for (int j = 0; j < 4; j++) {
+      const int64_t left = bytes - j * 64;
+      packed[j] = _mm512_maskz_loadu_epi8(left >= 64 ? ~0ull : left > 0 ? (1ull << left) - 1 : 0, codes + j * 64);
+      magnitudes[j] = _mm512_and_si512(packed[j], _mm512_set1_epi8(0x77));
+    }
+    const __mmask16 valid = static_cast<__mmask16>((1u << blocks) - 1u);
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(valid, scale));
+    const __m512i some = by_block(magnitudes, [](__m512i x, __m512i y) { return _mm512_or_si512(x, y); });
+    const __mmask16 any = _mm512_test_epi32_mask(some, some);  // a block of zeros goes into every window
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(byte, _mm512_set1_epi32(0xFF));
+    const int least = any ? static_cast<int>(_mm512_mask_reduce_min_epu32(any, byte)) : 0;
+    const int most = static_cast<int>(_mm512_mask_reduce_max_epu32(any, byte));
+    const bool fits = !nan && most - least <= kWindow;
+    const __m512i shift = _mm512_maskz_sub_epi32(fits ? any : 0, byte, _mm512_set1_epi32(least));
+
+    __m512i sums[4] = {};
+    for (int j = 0; j * 4 < blocks; j++) {
+      const __m512i of_lane = _mm512_add_epi32(_mm512_set1_epi32(j * 4),
+                                               _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
+      const __m512i shifts = _mm512_permutexvar_epi32(of_lane, shift);
+      const auto value = [&](__m512i nibbles) {
+        const __m512i code = _mm512_and_si512(nibbles, low);
+        const __m512i magnitude = _mm512_sllv_epi32(_mm512_shuffle_epi8(doubled_magnitudes(), code), shifts);
+        return _mm512_mask_sub_epi8(magnitude, _mm512_test_epi8_mask(code, sign), _mm512_setzero_si512(), magnitude);
+      };
+      const __m512i even = value(packed[j]), odd = value(_mm512_srli_epi16(packed[j], 4));
+      const __m512i first = _mm512_unpacklo_epi32(even, odd), second = _mm512_unpackhi_epi32(even, odd);
+      sums[j] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sums[j], ones, first), ones, second);
+      int8_t* q = group.q + j * 4 * kBlock;  // of each block the first half, then the second
+      _mm512_store_si512(q, _mm512_permutex2var_epi64(first, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second));
+      _mm512_store_si512(q + 64, _mm512_permutex2var_epi64(first, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), second));
+    }
+    const __m512i sum = by_block(sums, [](__m512i x, __m512i y) { return _mm512_add_epi32(x, y); });
+    const __m512i start = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-kOffset));
+    _mm512_store_si512(group.start, start);
+    window = {fits ? power_of_two(least - 129) : 0.0f, _mm512_reduce_add_epi32(start) * 8};
+
+    // 2^(byte-129); the first three bytes give subnormal numbers.
+    const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(byte, _mm512_set1_epi32(2)), 23);
+    const __m512i subnormal = _mm512_sllv_epi32(_mm512_set1_epi32(1 << 20), byte);
+    __m512i scales = _mm512_mask_mov_epi32(normal, _mm512_cmplt_epi32_mask(byte, _mm512_set1_epi32(3)), subnormal);
+    scales = _mm512_mask_mov_epi32(scales, nan, _mm512_set1_epi32(0x7FC00000));
+    if (fits) scales = _mm512_castps_si512(_mm512_set1_ps(window.scale));
+    _mm512_store_si512(group.scale, scales);
+    return !(_mm512_cmpgt_epi32_mask(byte, _mm512_set1_epi32(kTopByte)) & ~nan);
+  }
+
+  // Four registers have four blocks each, one a lane: what `combine` makes of a block's four dwords, in the blocks' order.
+  template <class Combine>
+  static __m512i by_block(const __m512i of[4], Combine combine) {
+    const __m512i two = combine(_mm512_unpacklo_epi32(of[0], of[1]), _mm512_unpackhi_epi32(of[0], of[1]));
+    const __m512i more = combine(_mm512_unpacklo_epi32(of[2], of[3]), _mm512_unpackhi_epi32(of[2], of[3]));
+    const __m512i all = combine(_mm512_unpacklo_epi64(two, more), _mm512_unpackhi_epi64(two, more));
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), all);
+  }
+
+  // A look-up by code: twice the magnitude of an E2M1 value.
+  static __m512i doubled_magnitudes() {
+    return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, 1, 2, 3, 4, 6, 8, 12));
+  }
 
   static bool unpack_scales(const WeightPanel& panel, int64_t group, int blocks, float* out) {
     __m512i top = _mm512_setzero_si512();
@@ -132,7 +196,7 @@ struct Vnni {
       _mm512_store_si512(scales + half * 16, _mm512_slli_epi32(low, 23));
     }
     if (wide) return false;
-    const __m512i magnitudes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, 1, 2, 3, 4, 6, 8, 12));
+    const __m512i magnitudes = doubled_magnitudes();
     const __m512i low = _mm512_set1_epi8(15), middle = _mm512_set1_epi8(8 * kOffset), sign = _mm512_set1_epi8(8);
     for (int b = 0; b < blocks; b++, q += kBlock * kVectors * 16) {
       prefetch(b);

@@ -8,7 +8,9 @@
 //   kOffset           what is added to plain weights, for instructions that want one operand unsigned
 //   kWindows          whether Sum has room for windows, and unpack_window exists; weights then have 8 * kOffset added
 //   kFewRows          for how many rows few_rows() multiplies with weights on their way from memory, without a panel
-//   encode            of this path; unpack_row, unpack_scales, unpack_weights, which turn the canonical layout into operands
+//   encode            of this path
+//   prepare_group     a row's group of activations as operands; int_prepare_group where the path has an unpack_row only
+//   unpack_scales, unpack_weights   of a panel, likewise
 // In an unnamed namespace on purpose, see kernels.h.
 #pragma once
 #include "panel.h"
@@ -52,6 +54,8 @@ alignas(16) constexpr int8_t kDoubled[kWindow + 1][16] = {
     {0, 8, 16, 24, 32, 48, 64, 96, 0, -8, -16, -24, -32, -48, -64, -96},
 };
 
+// Fills in a row's group from its `bytes` of codes and the scales of its blocks. False where those are outside what a
+// product in integers can multiply.
 template <class V>
 bool int_prepare_group(const uint8_t* codes, int64_t bytes, const uint8_t* scale, int blocks, IntGroup& group,
                        IntWindow& window) {
@@ -95,8 +99,8 @@ bool int_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first,
     const PackedRow row = packed_row(job, base + m, V::encode, scratch);
     for (int64_t g = 0; g < groups_of(job.k); g++) {
       const int length = group_length(job, g);
-      if (!int_prepare_group<V>(row.codes + g * kGroup / 2, length / 2, row.scale + g * kGroupBlocks,
-                                static_cast<int>(blocks_of(length)), out.groups[g * held + m], out.windows[g * held + m]))
+      if (!V::prepare_group(row.codes + g * kGroup / 2, length / 2, row.scale + g * kGroupBlocks,
+                            static_cast<int>(blocks_of(length)), out.groups[g * held + m], out.windows[g * held + m]))
         return false;
       if (job.w_outer) out.outer[g * held + m] = outer_of(row, g);
     }

@@ -59,6 +59,8 @@ struct Neon {
     *odd = vqtbl1q_s8(doubled, vshrq_n_u8(two, 4));
   }
 
+  static constexpr auto prepare_group = int_prepare_group<Neon>;
+
   static void unpack_row(const uint8_t* codes, int shift, int8_t* q) {
     int8x16_t even, odd;
     unpack_nibbles(vld1q_u8(codes), shift, &even, &odd);
