@@ -16,6 +16,10 @@ namespace {
 
 constexpr int64_t kThreadProducts = 1 << 20;  // that are worth waking a thread for
 constexpr int64_t kThreadNumbers = 1 << 15;   // to encode or decode, likewise
+// When threads do not share the activations, see multiply_rows_apart:
+constexpr int64_t kApartColumns = 1024;       // of the weights, at most
+constexpr int64_t kApartRows = 64;            // of the activations for each thread, at least
+constexpr int64_t kApartBytes = 1 << 20;      // that they take when prepared, at most: of second level cache
 
 const std::vector<Path>& paths() {
   static const std::vector<Path> usable = [] {
@@ -88,6 +92,7 @@ void over_ranges(int threads, int64_t count, F body) {
 
 enum class Outcome { done, declined, no_memory };
 
+// Threads prepare the activations together, then take a range of columns each.
 Outcome multiply(const MxLinear& job, const Product& product, int threads) {
   const int64_t groups = (job.k + kGroup - 1) / kGroup;
   int64_t held = std::clamp<int64_t>(product.held_bytes / (groups * product.a_row_bytes), std::min<int64_t>(job.m, 64), job.m);
@@ -124,6 +129,34 @@ Outcome multiply(const MxLinear& job, const Product& product, int threads) {
     });
   }
   return declined ? Outcome::declined : Outcome::done;
+}
+
+// Each thread prepares and multiplies rows of its own. That unpacks the weights once a thread; but prepared activations stay
+// in their core's cache, where fetching another core's takes as long as multiplying them with some hundred columns.
+Outcome multiply_rows_apart(const MxLinear& job, const Product& product, int threads) {
+  const auto bytes = [](int dtype) { return dtype == MX_FP32 ? 4 : 2; };
+  std::atomic<int> next{0};
+  std::atomic<Outcome> outcome{Outcome::done};
+  parallel(threads, [&] {
+    for (int part = next.fetch_add(1); part < threads; part = next.fetch_add(1)) {
+      const int64_t first = job.m * part / threads;
+      MxLinear own = job;
+      own.m = job.m * (part + 1) / threads - first;
+      own.x = static_cast<const uint8_t*>(job.x) + first * job.x_stride * bytes(job.x_dtype);
+      own.out = static_cast<uint8_t*>(job.out) + first * job.n * bytes(job.out_dtype);
+      const Outcome of_part = multiply(own, product, 1);
+      if (of_part != Outcome::done) outcome = of_part;
+    }
+  });
+  return outcome;
+}
+
+Outcome multiply_by(Product (*way)(const MxLinear&), const MxLinear& job, int threads) {
+  const Product product = way(job);
+  const int64_t rows = job.m / threads, groups = (job.k + kGroup - 1) / kGroup;
+  const bool apart = threads > 1 && job.x && job.n <= kApartColumns && rows >= kApartRows &&
+                     rows * groups * product.a_row_bytes <= kApartBytes;
+  return apart ? multiply_rows_apart(job, product, threads) : multiply(job, product, threads);
 }
 
 }  // namespace
@@ -170,7 +203,7 @@ void mx_decode(const MxDecode* job, int threads) {
 int mx_linear(const MxLinear* job, int threads) {
   if (job->m == 0 || job->n == 0) return 0;
   const int workers = useful_threads(threads, job->m * job->n * job->k, kThreadProducts);
-  Outcome outcome = multiply(*job, path().fast(*job), workers);
-  if (outcome == Outcome::declined) outcome = multiply(*job, path().general(*job), workers);
+  Outcome outcome = multiply_by(path().fast, *job, workers);
+  if (outcome == Outcome::declined) outcome = multiply_by(path().general, *job, workers);
   return outcome == Outcome::done ? 0 : -1;
 }
