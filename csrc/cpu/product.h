@@ -55,32 +55,29 @@ inline void start_sums(const MxLinear& job, float* sums, int64_t rows, int colum
     for (int64_t m = 0; m < rows; m++) memcpy(sums + m * columns, job.bias + n0, static_cast<size_t>(n1 - n0) * sizeof(float));
 }
 
-// n sums to results, with the bias and the saturation that single-level products still lack.
+// n sums to results, with the bias and the limit that single-level products still lack.
 template <class T>
-inline void store_row(const float* sum, const float* bias, bool saturate, int n, T* out) {
-  float v[kMostColumns];
-  memcpy(v, sum, static_cast<size_t>(n) * sizeof(float));
-  if (bias)
-    for (int i = 0; i < n; i++) v[i] += bias[i];
-  if (saturate) {
-    const float limit = largest(out);
-    for (int i = 0; i < n; i++) v[i] = v[i] > limit ? limit : v[i];  // comparisons leave a NaN alone
-    for (int i = 0; i < n; i++) v[i] = v[i] < -limit ? -limit : v[i];
+inline void store_row(const float* sum, const float* bias, float limit, int n, T* out) {
+  for (int i = 0; i < n; i++) {
+    float v = sum[i] + bias[i];
+    v = limit < v ? limit : v;  // comparisons leave a NaN alone
+    v = -limit > v ? -limit : v;
+    narrow(v, out + i);
   }
-  for (int i = 0; i < n; i++) narrow(v[i], out + i);
 }
 
 // Sums (rows, columns) to rows [m0, m1) and columns [n0, n1) of the result.
 inline void store_sums(const MxLinear& job, const float* sums, int columns, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-  const float* bias = job.bias && !job.w_outer ? job.bias + n0 : nullptr;
-  const bool saturate = !job.w_outer && job.out_dtype != MX_FP32;
-  with_dtype(job.out_dtype, [&]<class T>(const T*) {
+  float bias[kMostColumns];
+  for (int64_t n = n0; n < n1; n++) bias[n - n0] = job.bias && !job.w_outer ? job.bias[n] : -0.0f;  // which changes nothing
+  with_dtype(job.out_dtype, [&]<class T>(const T* dtype) {
+    const float limit = job.w_outer || job.out_dtype == MX_FP32 ? float_of(kInf) : largest(dtype);
     T* out = static_cast<T*>(job.out) + m0 * job.n + n0;
     for (int64_t m = m0; m < m1; m++, sums += columns, out += job.n) {
       if (n1 - n0 == kMostColumns)  // the length a compiler sees
-        store_row(sums, bias, saturate, kMostColumns, out);
+        store_row(sums, bias, limit, kMostColumns, out);
       else
-        store_row(sums, bias, saturate, static_cast<int>(n1 - n0), out);
+        store_row(sums, bias, limit, static_cast<int>(n1 - n0), out);
     }
   });
 }
