@@ -125,39 +125,53 @@ inline void encode_dual_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* 
   }
 }
 
-// E4M3 codes of sixteen scaled numbers; as nearest_code<3, -6>.
-inline __m128i nearest_e4m3(__m512 v) {
-  const __m512i u = _mm512_castps_si512(v);
-  const __m512i magnitude = _mm512_min_epu32(_mm512_and_si512(u, _mm512_set1_epi32(0x7FFFFFFF)), _mm512_set1_epi32(0x43E00000));
-  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(magnitude, 20), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(magnitude, _mm512_set1_epi32(0x7FFFF)), lsb);
-  const __m512i normal = _mm512_sub_epi32(_mm512_srli_epi32(sum, 20), _mm512_set1_epi32(120 << 3));
-  const __m512 round = _mm512_set1_ps(0x1p14f);
-  const __m512i subnormal = _mm512_sub_epi32(
-      _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(magnitude), round)), _mm512_castps_si512(round));
-  const __mmask16 small = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x3C800000));
-  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(u, 24), _mm512_set1_epi32(0x80));
-  return _mm512_cvtepi32_epi8(_mm512_or_si512(_mm512_mask_mov_epi32(normal, small, subnormal), sign));
+// E4M3 codes of 32 bf16 numbers divided by 2^(byte-127), for bytes from kLeastE4m3 on: what is subnormal in bf16 then is far
+// below the smallest code.
+constexpr int kLeastE4m3 = 16;
+
+inline __m256i nearest_e4m3(__m512i x, int byte) {
+  const __m512i one = _mm512_set1_epi16(1);
+  const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7FFF));
+  // To seven bits of fraction under a code's exponent, 0 where that is below the least normal one's, 1.
+  const __m512i w = _mm512_sub_epi16(magnitude, _mm512_set1_epi16(static_cast<int16_t>((byte - 7) * 128)));
+  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi16(w, 4), one);
+  const __m512i rounded = _mm512_srli_epi16(_mm512_add_epi16(_mm512_add_epi16(w, _mm512_set1_epi16(7)), lsb), 4);
+  const __m512i normal = _mm512_min_epi16(rounded, _mm512_set1_epi16(0x7E));
+  // Subnormal codes: the significand shifted to multiples of 2^-9, to the nearest even. Nine places leave nothing of it.
+  const __m512i field = _mm512_srai_epi16(w, 7);
+  const __m512i shift = _mm512_min_epu16(_mm512_sub_epi16(_mm512_set1_epi16(5), field), _mm512_set1_epi16(9));
+  const __m512i significand = _mm512_or_si512(_mm512_and_si512(x, _mm512_set1_epi16(0x7F)), _mm512_set1_epi16(0x80));
+  const __m512i odd = _mm512_and_si512(_mm512_srlv_epi16(significand, shift), one);
+  const __m512i half = _mm512_sllv_epi16(one, _mm512_sub_epi16(shift, one));
+  const __m512i sum = _mm512_add_epi16(_mm512_sub_epi16(_mm512_add_epi16(significand, half), one), odd);
+  const __mmask32 small = _mm512_cmplt_epi16_mask(w, _mm512_set1_epi16(1 << 7));
+  const __m512i code = _mm512_mask_mov_epi16(normal, small, _mm512_srlv_epi16(sum, shift));
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(x, 8), _mm512_set1_epi16(0x80));
+  return _mm512_cvtepi16_epi8(_mm512_or_si512(code, sign));
+}
+
+// 32 bf16 numbers, times those of `mul`, if any.
+inline __m512i thirty_two(const Bf16* x, const float* mul) {
+  if (!mul) return _mm512_loadu_si512(x);
+  const auto bits = [](__m512 v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)); };
+  return _mm512_inserti64x4(_mm512_castsi256_si512(bits(sixteen(x, mul))), bits(sixteen(x + 16, mul + 16)), 1);
 }
 
 inline void encode_fp8_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale) {
-  int64_t k = 0;
-  for (; k + kBlock <= job.k; k += kBlock) {
+  for (int64_t k = 0; k < job.k; k += kBlock) {
     const float* mul = job.mul_scale ? job.mul_scale + k : nullptr;
-    const __m512 low = sixteen(x + k, mul), high = sixteen(x + k + 16, mul ? mul + 16 : nullptr);
-    const __m512i amax = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low), _mm512_set1_epi32(0x7FFFFFFF)),
-                                          _mm512_and_si512(_mm512_castps_si512(high), _mm512_set1_epi32(0x7FFFFFFF)));
-    const Scale s = single_scale(_mm512_reduce_max_epu32(amax), MX_FP8, job.rule, false);
-    const __m512 reciprocal = _mm512_set1_ps(s.reciprocal);
-    __m128i* out = reinterpret_cast<__m128i*>(codes + k);
-    const __m128i keep = _mm_set1_epi8(s.byte == 0xFF ? 0 : -1);
-    _mm_storeu_si128(out, _mm_and_si128(nearest_e4m3(_mm512_mul_ps(low, reciprocal)), keep));
-    _mm_storeu_si128(out + 1, _mm_and_si128(nearest_e4m3(_mm512_mul_ps(high, reciprocal)), keep));
-    scale[k / kBlock] = s.byte;
+    if (k + kBlock <= job.k) {
+      const __m512i v = thirty_two(x + k, mul);
+      const Scale s = single_scale(largest_magnitude_bf16(v) << 16, MX_FP8, job.rule, false);
+      if (s.byte >= kLeastE4m3 && s.byte != 0xFF) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + k), nearest_e4m3(v, s.byte));
+        scale[k / kBlock] = s.byte;
+        continue;
+      }
+    }
+    encode_block(x + k, mul, static_cast<int>(min_of<int64_t>(kBlock, job.k - k)), MX_FP8, job.rule, MX_RINT, codes + k,
+                 scale + k / kBlock);
   }
-  if (k < job.k)
-    encode_block(x + k, job.mul_scale ? job.mul_scale + k : nullptr, static_cast<int>(job.k - k), MX_FP8, job.rule, MX_RINT,
-                 codes + k, scale + k / kBlock);
 }
 
 inline void encode_avx512(const MxEncode& job, int64_t first, int64_t last) {
