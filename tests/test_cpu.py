@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -253,20 +254,56 @@ def test_four_bit_results_depend_on_no_order(fmt):
     """Neither on the path, the number of threads, nor, within a group of 512, on a permutation of K's blocks."""
     x, w = spread(70, 2048, 6), weights(fmt, 96, 2048)
     results = []
-    threads = torch.get_num_threads()
     for _ in every_path():
-        try:
-            for count in (1, 2, 3, 5):
-                torch.set_num_threads(count)
+        for count in (1, 2, 3, 5):
+            with threads(count):
                 results.append(linear(x, w, "w4a4", smooth=False))
-        finally:
-            torch.set_num_threads(threads)
         order = torch.cat([g * 16 + torch.randperm(16) for g in range(4)])
         codes = w.codes.view(96, 64, 16)[:, order].reshape(96, 1024)
         shuffled = mxdit.Packed(codes, w.scale[:, order].contiguous(), w.outer, fmt)
         results.append(linear(x.view(70, 64, 32)[:, order].reshape(70, 2048), shuffled, "w4a4", smooth=False))
     assert len(results) == 5 * len(cpu.paths())
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("scheme", "fmt"), LINEARS, ids=str)
+@pytest.mark.parametrize("m", [127, 128, 200], ids="M={}".format)
+@pytest.mark.parametrize("extreme", [False, True], ids=["plain", "extreme"])
+def test_rows_of_a_threads_own(scheme, fmt, m, extreme):
+    """Two threads take 64 rows or more apart, also where one of them meets what the quick kernels decline."""
+    x, w = spread(m, 2 * 600, 4)[:, 3:1059], weights(fmt, 70, 1056)
+    if extreme:
+        x[m - 1] *= 2.0**112 if scheme == "w4a4" else 2.0**-100
+    bias = torch.randn(70)
+    for _ in every_path():
+        with threads(1):
+            alone = linear(x, w, scheme, bias)
+        with threads(2):
+            assert_same_values(linear(x, w, scheme, bias), alone)
+        if scheme == "w4a4":
+            with cpu.using("reference"):
+                assert_same_values(linear(x, w, scheme, bias), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fmt", ["mxfp4", "mxfp4_dualscale"])
+def test_a_bias_of_any_dtype(fmt, dtype):
+    x, w, bias = torch.randn(3, 64).bfloat16(), weights(fmt, 40, 64), torch.randn(80)[::2].to(dtype)
+    with cpu.using("reference"):
+        expected = linear(x, w, "w4a4", bias)
+    for _ in every_path():
+        assert torch.equal(linear(x, w, "w4a4", bias), expected)
+        assert torch.equal(linear(x, w, "w4a4", None), linear(x, w, "w4a4", torch.zeros(40, dtype=dtype)))
 
 
 def test_views_are_read_as_they_are():

@@ -48,9 +48,9 @@ typedef struct {
   const float* a_outer;
   const uint8_t *w_codes, *w_scale;
   const float* w_outer;  // not NULL: the sum runs over groups of 512, each with its outer scales
-  const float* bias;     // (n) or NULL
+  const void* bias;      // (n) of bias_dtype, or NULL
   void* out;
-  int32_t x_dtype, a_format, rule, w_format, out_dtype;
+  int32_t x_dtype, a_format, rule, w_format, bias_dtype, out_dtype;
   int32_t a_dual;  // x is encoded with two scale levels
 } MxLinear;
 

@@ -48,11 +48,18 @@ inline void float_activations(const MxLinear& job, int64_t row, int64_t k, int n
   });
 }
 
+// The bias of columns [n0, n1).
+inline void bias_columns(const MxLinear& job, int64_t n0, int64_t n1, float* out) {
+  with_dtype(job.bias_dtype, [&]<class T>(const T*) {
+    for (int64_t n = n0; n < n1; n++) out[n - n0] = widen(static_cast<const T*>(job.bias)[n]);
+  });
+}
+
 // Where the sums of columns [n0, n1) start: from the bias in a sum over scaled groups, else from zero; section 4.
 inline void start_sums(const MxLinear& job, float* sums, int64_t rows, int columns, int64_t n0, int64_t n1) {
-  memset(sums, 0, static_cast<size_t>(rows * columns) * sizeof(float));
-  if (job.w_outer && job.bias)
-    for (int64_t m = 0; m < rows; m++) memcpy(sums + m * columns, job.bias + n0, static_cast<size_t>(n1 - n0) * sizeof(float));
+  float row[kMostColumns] = {};
+  if (job.w_outer && job.bias) bias_columns(job, n0, n1, row);
+  for (int64_t m = 0; m < rows; m++) memcpy(sums + m * columns, row, static_cast<size_t>(columns) * sizeof(float));
 }
 
 // n sums to results, with the bias and the limit that single-level products still lack.
@@ -69,7 +76,8 @@ inline void store_row(const float* sum, const float* bias, float limit, int n, T
 // Sums (rows, columns) to rows [m0, m1) and columns [n0, n1) of the result.
 inline void store_sums(const MxLinear& job, const float* sums, int columns, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   float bias[kMostColumns];
-  for (int64_t n = n0; n < n1; n++) bias[n - n0] = job.bias && !job.w_outer ? job.bias[n] : -0.0f;  // which changes nothing
+  for (float& of_column : bias) of_column = -0.0f;  // which changes nothing
+  if (job.bias && !job.w_outer) bias_columns(job, n0, n1, bias);
   with_dtype(job.out_dtype, [&]<class T>(const T* dtype) {
     const float limit = job.w_outer || job.out_dtype == MX_FP32 ? float_of(kInf) : largest(dtype);
     T* out = static_cast<T*>(job.out) + m0 * job.n + n0;

@@ -232,10 +232,13 @@ Memory some_outer(Random& random, int64_t rows, int64_t k, bool special) {
   return memory;
 }
 
-Memory some_bias(Random& random, int64_t n, bool special) {
+Memory some_bias(Random& random, int64_t n, int dtype, bool special) {
   static const float specials[] = {0.0f, -0.0f, 1e-40f, 65504.0f, -65520.0f, 3e38f, -3e38f, kInfinity, kNan};
-  Memory memory(static_cast<size_t>(n) * 4);
-  for (int64_t i = 0; i < n; i++) memory.as<float>()[i] = special && random.one_in(5) ? random.of(specials) : random.bell();
+  Memory memory(static_cast<size_t>(n) * element_size(dtype));
+  with_dtype(dtype, [&]<class T>(const T*) {
+    for (int64_t i = 0; i < n; i++)
+      narrow(special && random.one_in(5) ? random.of(specials) : random.bell(), memory.as<T>() + i);
+  });
   return memory;
 }
 
@@ -251,7 +254,10 @@ Linear some_product(Random& random) {
   job.m = random.between(1, random.one_in(3) ? 40 : 9);
   job.n = random.between(1, random.one_in(4) ? 70 : 20);
   if (random.one_in(25)) {  // enough for several threads
-    job.m = random.between(40, 90), job.n = random.between(40, 110);
+    if (random.one_in(2))
+      job.m = random.between(40, 90), job.n = random.between(40, 110);
+    else  // and so many rows that each takes some of its own
+      job.m = random.between(192, 260), job.n = random.between(10, 40);
     job.k = (3 << 20) / (job.m * job.n) / 2 * 2 + 2;
   } else if (random.one_in(60)) {
     (random.one_in(2) ? job.m : job.n) = 0;
@@ -301,7 +307,8 @@ Linear some_product(Random& random) {
   linear.w_scale = some_scales(random, job.n, job.k, w);
   if (random.one_in(4)) empty_blocks(random, job.w_format, job.n, job.k, linear.w_codes, linear.w_scale);
   if (dual) linear.w_outer = some_outer(random, job.n, job.k, spread == kNear && random.one_in(4));
-  if (random.one_in(2)) linear.bias = some_bias(random, job.n, spread == kNear && random.one_in(3));
+  job.bias_dtype = random.between(MX_BF16, MX_FP32);
+  if (random.one_in(2)) linear.bias = some_bias(random, job.n, job.bias_dtype, spread == kNear && random.one_in(3));
   return linear;
 }
 
@@ -407,7 +414,7 @@ struct Expected {
 };
 
 Expected expect(const MxLinear& job, const Operand& a, const Operand& w, int64_t m, int64_t n) {
-  const double start = job.bias ? static_cast<double>(job.bias[n]) : 0.0;
+  const double start = job.bias ? static_cast<double>(element(job.bias, job.bias_dtype, n)) : 0.0;
   double total = start, magnitudes = fabs(start);
   bool exact = true, overflow = false;
   for (int64_t g = 0; g < a.steps; g++) {
@@ -462,7 +469,8 @@ Linear slice(const Linear& from, int64_t m, int64_t n, int64_t k) {
   to.w_codes = part(from.w_codes, n * code_bytes(whole.w_format, whole.k), code_bytes(whole.w_format, k));
   to.w_scale = part(from.w_scale, n * blocks, blocks_of(k));
   to.w_outer = part(from.w_outer, n * groups, groups_of(k) * 4);
-  to.bias = part(from.bias, n * 4, 4);
+  const int64_t of_bias = static_cast<int64_t>(element_size(whole.bias_dtype));
+  to.bias = part(from.bias, n * of_bias, of_bias);
   prepare(to, 0x5A);
   return to;
 }

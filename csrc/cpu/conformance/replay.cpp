@@ -121,6 +121,7 @@ void replay_linear(const Record& record, const Setting& setting, Group& group) {
   job.m = f[0], job.n = f[1], job.k = f[2], job.x_stride = f[3];
   job.x_dtype = static_cast<int32_t>(f[4]), job.a_format = static_cast<int32_t>(f[5]), job.rule = static_cast<int32_t>(f[6]);
   job.w_format = static_cast<int32_t>(f[7]), job.out_dtype = static_cast<int32_t>(f[8]);
+  job.bias_dtype = MX_FP32;
   job.a_dual = static_cast<int32_t>(f[9]);
   got.x = copy(b[0]), got.mul_scale = copy(b[1]);
   got.a_codes = copy(b[2]), got.a_scale = copy(b[3]), got.a_outer = copy(b[4]);

@@ -100,7 +100,7 @@ void prepare(Linear& linear, int fill) {
   job.w_codes = linear.w_codes.as();
   job.w_scale = linear.w_scale.as();
   job.w_outer = linear.w_outer.as<float>();
-  job.bias = linear.bias.as<float>();
+  job.bias = linear.bias.as();
   job.out = linear.out.as();
 }
 
@@ -323,7 +323,8 @@ void print_output(const Linear& linear, int64_t m, int64_t n) {
   print_hex("w codes", row(linear.w_codes, n, w_codes), w_codes, 1);
   print_hex("w scale", row(linear.w_scale, n, blocks), blocks, 1);
   print_hex("w outer", row(linear.w_outer, n, groups), groups, 4);
-  print_hex("bias", row(linear.bias, n, 4), 4, 4);
+  const size_t bias = element_size(job.bias_dtype);
+  print_hex("bias", row(linear.bias, n, bias), bias, bias);
 }
 
 }  // namespace conformance

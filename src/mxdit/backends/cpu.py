@@ -39,7 +39,7 @@ _FORMATS = {"mxfp4": _FP4, "mxfp4_dualscale": _FP4, "mxfp8": _FP8, None: _FLOAT}
 # MxEncode, MxDecode and MxLinear of csrc/cpu/mxdit_cpu.h. Packed by `struct`, in a quarter of the time of ctypes' own.
 _ENCODE = struct.Struct("@P3q4i4P")
 _DECODE = struct.Struct("@3P2q2iP")
-_LINEAR = struct.Struct("@4q10P6i")
+_LINEAR = struct.Struct("@4q10P7i")
 
 
 # -- which path ----------------------------------------------------------------------------------------------------------
@@ -241,15 +241,16 @@ def linear(
         dual = activation == "mxfp4_dualscale"
         scale_rule = 0 if activation is None or dual else _RULES[rule]
         dtype = _DTYPES[x.dtype]
-        formats = _checked[kind] = (dtype, _FORMATS[activation], scale_rule, _FORMATS[weight], dtype, dual)
+        formats = dtype, _FORMATS[activation], scale_rule, _FORMATS[weight], _bias_dtype(bias), dtype, dual
+        _checked[kind] = formats
     n, k = w.shape[0], x.shape[-1]
     result = x.new_empty((*x.shape[:-1], n))
     size = result.numel()
     if size:
         rows = x if x.is_contiguous() else _rows(x)
         stride = k if rows is x else rows.stride(0)
-        multipliers, bias = _multipliers(mul_scale, x.dtype), _fp32(bias)
-        w, w_scale, w_dual = w.contiguous(), w_scale.contiguous(), _dense(w_dual)
+        multipliers = _multipliers(mul_scale, x.dtype)
+        w, w_scale, w_dual, bias = w.contiguous(), w_scale.contiguous(), _dense(w_dual), _bias(bias)
         job = _LINEAR.pack(
             size // n, n, k, stride, rows.data_ptr(), _pointer(multipliers), 0, 0, 0,
             w.data_ptr(), w_scale.data_ptr(), _pointer(w_dual), _pointer(bias), result.data_ptr(), *formats,
@@ -276,10 +277,10 @@ def _multiply_packed(
     if not result.numel():
         return
     n, k = w.shape[0], w.shape[1] * FORMATS[w_fmt].per_byte
-    parts = [_dense(part) for part in (a, a_scale, a_outer, w, w_scale, w_outer, _fp32(bias))]
+    parts = [_dense(part) for part in (a, a_scale, a_outer, w, w_scale, w_outer, _bias(bias))]
     job = _LINEAR.pack(
         result.numel() // n, n, k, 0, 0, 0, *map(_pointer, parts), result.data_ptr(),
-        0, _FORMATS[a_fmt], 0, _FORMATS[w_fmt], _DTYPES[result.dtype], a_outer is not None,
+        0, _FORMATS[a_fmt], 0, _FORMATS[w_fmt], _bias_dtype(bias), _DTYPES[result.dtype], a_outer is not None,
     )  # fmt: skip
     _call("mx_linear", job)
 
@@ -327,8 +328,13 @@ def _multipliers(mul_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mul_scale is None else mul_scale.to(dtype).float().contiguous()
 
 
-def _fp32(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float().contiguous()
+def _bias(bias: Tensor | None) -> Tensor | None:
+    """The bias in a dtype that the kernels read."""
+    return None if bias is None else (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
+
+
+def _bias_dtype(bias: Tensor | None) -> int:
+    return _DTYPES[torch.float32] if bias is None else _DTYPES.get(bias.dtype, _DTYPES[torch.float32])
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
