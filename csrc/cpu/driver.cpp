@@ -75,6 +75,8 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+thread_local Buffer prepared, scratch;  // activations that the thread has called for, and what it works with in any call
+
 int useful_threads(int threads, int64_t work, int64_t worth) {
   return static_cast<int>(std::clamp<int64_t>(work / worth, 1, std::max(threads, 1)));
 }
@@ -97,8 +99,7 @@ Outcome multiply(const MxLinear& job, const Product& product, int threads) {
   const int64_t groups = (job.k + kGroup - 1) / kGroup;
   int64_t held = std::clamp<int64_t>(product.held_bytes / (groups * product.a_row_bytes), std::min<int64_t>(job.m, 64), job.m);
   if (held > product.rows) held -= held % product.rows;  // whole tasks
-  static thread_local Buffer a_buffer, scratch;  // of this thread, and each thread of the team has scratch of its own
-  uint8_t* const a = a_buffer.get(groups * held * product.a_row_bytes);
+  uint8_t* const a = prepared.get(groups * held * product.a_row_bytes);
   const int64_t scratch_bytes = std::max(product.prepare_bytes, product.multiply_bytes);
   if (!a || !scratch.get(scratch_bytes)) return Outcome::no_memory;
   std::atomic<bool> declined{false};

@@ -235,10 +235,10 @@ Memory some_outer(Random& random, int64_t rows, int64_t k, bool special) {
 Memory some_bias(Random& random, int64_t n, int dtype, bool special) {
   static const float specials[] = {0.0f, -0.0f, 1e-40f, 65504.0f, -65520.0f, 3e38f, -3e38f, kInfinity, kNan};
   Memory memory(static_cast<size_t>(n) * element_size(dtype));
-  with_dtype(dtype, [&]<class T>(const T*) {
-    for (int64_t i = 0; i < n; i++)
-      narrow(special && random.one_in(5) ? random.of(specials) : random.bell(), memory.as<T>() + i);
-  });
+  for (int64_t i = 0; i < n; i++) {
+    const float value = special && random.one_in(5) ? random.of(specials) : random.bell();
+    with_dtype(dtype, [&]<class T>(const T*) { narrow(value, memory.as<T>() + i); });
+  }
   return memory;
 }
 
@@ -307,7 +307,7 @@ Linear some_product(Random& random) {
   linear.w_scale = some_scales(random, job.n, job.k, w);
   if (random.one_in(4)) empty_blocks(random, job.w_format, job.n, job.k, linear.w_codes, linear.w_scale);
   if (dual) linear.w_outer = some_outer(random, job.n, job.k, spread == kNear && random.one_in(4));
-  job.bias_dtype = random.between(MX_BF16, MX_FP32);
+  job.bias_dtype = static_cast<int32_t>(random.between(MX_BF16, MX_FP32));
   if (random.one_in(2)) linear.bias = some_bias(random, job.n, job.bias_dtype, spread == kNear && random.one_in(3));
   return linear;
 }
