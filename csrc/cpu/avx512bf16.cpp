@@ -1,6 +1,7 @@
-// AVX-512 with bf16 dot products: Cooper Lake, Sapphire Rapids and newer, Zen 4 and newer. Four-bit products stay with
-// the byte dot products of avx512vnni.cpp, which do twice as many a cycle.
+// AVX-512 with bf16 dot products and VBMI: Sapphire Rapids and newer, Zen 4 and newer. Four-bit products stay with byte dot
+// products, which do twice as many a cycle.
 #include "bf16_product.h"
+#include "int_avx512.h"
 
 namespace mxdit {
 namespace {
@@ -52,16 +53,12 @@ struct Dot {
 };
 
 Product fast(const MxLinear& job) {
-  return four_bit(job) || !bf16_activations(job) ? avx512vnni_path().fast(job) : bf16_product<Dot>(job);
+  if (four_bit(job)) return int_product<Vnni>(job);
+  return bf16_activations(job) ? bf16_product<Dot>(job) : float_product<Vnni>(job);
 }
 
 }  // namespace
 
-Path avx512bf16_path() {
-  Path path = avx512vnni_path();
-  path.name = "avx512bf16";
-  path.fast = fast;
-  return path;
-}
+Path avx512bf16_path() { return {"avx512bf16", encode_avx512, decode_any, fast, float_product<Vnni>}; }
 
 }  // namespace mxdit

@@ -28,7 +28,9 @@ bool cpu_runs_avx512vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-bool cpu_runs_avx512bf16() { return cpu_runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool cpu_runs_avx512bf16() {
+  return cpu_runs_avx512vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 
 bool cpu_runs_amx() {
 #if defined(MXDIT_EMULATE_TILES)
