@@ -107,42 +107,46 @@ inline void bf16_block(const uint8_t* codes, int format, uint8_t byte, uint16_t*
   store_bf16(block, out);
 }
 
-template <class V>
-bool bf16_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first, int64_t last, uint8_t* a, uint8_t* scratch) {
+// One group of a row of the activations. False where the unit would flush too much of it.
+inline bool bf16_prepare_group(const MxLinear& job, int64_t m, const PackedRow& row, int64_t g, Bf16Group& group) {
+  uint16_t* v = group.v;
+  const int length = group_length(job, g);
+  if (!row.codes && !job.mul_scale) {
+    const Bf16* x = static_cast<const Bf16*>(job.x) + m * job.x_stride + g * kGroup;
+    memcpy(v, x, static_cast<size_t>(length) * 2);
+    memset(v + length, 0, static_cast<size_t>(-length & (kBlock - 1)) * 2);
+  } else {
+    for (int k = 0; k < length; k += kBlock) {
+      if (row.codes && length - k >= kBlock) {
+        const int64_t at = g * kGroup + k;
+        bf16_block(row.codes + code_bytes(job.a_format, at), job.a_format, row.scale[at / kBlock], v + k);
+        continue;
+      }
+      float block[kBlock] = {};
+      activations(job, m, row, g * kGroup + k, min_of(kBlock, length - k), block);
+      store_bf16(block, v + k);
+    }
+  }
+  __m512i magnitudes = _mm512_setzero_si512();
+  for (int k = 0; k < length; k += kBlock) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_load_si512(v + k), _mm512_set1_epi16(0x7FFF));
+    magnitudes = _mm512_max_epu16(magnitudes, magnitude);
+    if (!four_bit(job)) continue;
+    const uint32_t of_block = largest_magnitude_bf16(magnitude);
+    if (of_block != 0 && of_block < kLeastFourBit << 7) return false;
+  }
+  const uint32_t top = largest_magnitude_bf16(magnitudes);
+  return four_bit(job) || top == 0 || top >= kLeastByte << 7;
+}
+
+inline bool bf16_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first, int64_t last, uint8_t* a, uint8_t* scratch) {
   Bf16Group* out = reinterpret_cast<Bf16Group*>(a);
   float* outer = reinterpret_cast<float*>(out + groups_of(job.k) * held);
   for (int64_t m = first; m < last; m++) {
     PackedRow row = {};
     if (job.a_format != MX_FLOAT) row = packed_row(job, base + m, encode_avx512, scratch);
     for (int64_t g = 0; g < groups_of(job.k); g++) {
-      uint16_t* v = out[g * held + m].v;
-      const int length = group_length(job, g);
-      if (!row.codes && !job.mul_scale) {
-        const Bf16* x = static_cast<const Bf16*>(job.x) + (base + m) * job.x_stride + g * kGroup;
-        memcpy(v, x, static_cast<size_t>(length) * 2);
-        memset(v + length, 0, static_cast<size_t>(-length & (kBlock - 1)) * 2);
-      } else {
-        for (int k = 0; k < length; k += kBlock) {
-          if (row.codes && length - k >= kBlock) {
-            const int64_t at = g * kGroup + k;
-            bf16_block(row.codes + code_bytes(job.a_format, at), job.a_format, row.scale[at / kBlock], v + k);
-            continue;
-          }
-          float block[kBlock] = {};
-          activations(job, base + m, row, g * kGroup + k, min_of(kBlock, length - k), block);
-          store_bf16(block, v + k);
-        }
-      }
-      __m512i magnitudes = _mm512_setzero_si512();
-      for (int k = 0; k < length; k += kBlock) {
-        const __m512i magnitude = _mm512_and_si512(_mm512_load_si512(v + k), _mm512_set1_epi16(0x7FFF));
-        magnitudes = _mm512_max_epu16(magnitudes, magnitude);
-        if (!four_bit(job)) continue;
-        const uint32_t of_block = largest_magnitude_bf16(magnitude);
-        if (of_block != 0 && of_block < kLeastFourBit << 7) return false;
-      }
-      const uint32_t top = largest_magnitude_bf16(magnitudes);
-      if (!four_bit(job) && top != 0 && top < kLeastByte << 7) return false;
+      if (!bf16_prepare_group(job, base + m, row, g, out[g * held + m])) return false;
       if (job.w_outer) outer[g * held + m] = outer_of(row, g);
     }
   }
@@ -224,22 +228,54 @@ inline bool bf16_panel(const WeightPanel& panel, int64_t group, int blocks, uint
   }
 }
 
+// A panel's weights in one group of K.
+struct alignas(64) Bf16Panel {
+  uint16_t w[kGroup * kPanelColumns];
+  float outer[kPanelColumns];
+};
+
+// The operands of a product on V; see panels_multiply.
 template <class V>
-bool bf16_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_t* a, int64_t m0, int64_t m1, int64_t n0,
-                   int64_t n1, uint8_t* scratch) {
-  constexpr int64_t panel_size = kGroup * kPanelColumns;
+class Bf16Operands {
+ public:
+  using Panel = Bf16Panel;
+  static constexpr int kRows = V::kRows;
+
+  Bf16Operands(const MxLinear& job, int64_t held, const uint8_t* a) : groups_(reinterpret_cast<const Bf16Group*>(a)) {
+    outer_ = reinterpret_cast<const float*>(groups_ + groups_of(job.k) * held);
+  }
+
+  bool unpack(const WeightPanel& weights, int64_t g, int blocks, int64_t, int64_t, const NextPanel* next, Panel& panel) {
+    return bf16_panel(weights, g, blocks, panel.w, next);
+  }
+
+  template <bool kOuter>
+  void multiply(int64_t at, int rows, int blocks, const Panel& panel, float* sums) {
+    unit_.template group<kOuter>(groups_ + at, rows, blocks, panel.w, outer_ + at, panel.outer, sums);
+  }
+
+ private:
+  V unit_;
+  const Bf16Group* groups_;
+  const float* outer_;
+};
+
+// One task, panels times rows. `Operands`, one of which lives as long as the task, has
+//   Panel                what a panel's weights are unpacked to, with its outer scales in `outer`
+//   unpack               a group of K of a panel, for the prepared rows [first, first + rows); false to decline
+//   multiply<kOuter>     adds the products of up to kRows prepared rows, from `at` on, and one panel to their sums
+template <class Operands>
+bool panels_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_t* a, int64_t m0, int64_t m1, int64_t n0,
+                     int64_t n1, uint8_t* scratch) {
   const int64_t rows = m1 - m0, panels = (n1 - n0 + kPanelColumns - 1) / kPanelColumns;
-  uint16_t* w = reinterpret_cast<uint16_t*>(scratch);
-  float* w_outer = reinterpret_cast<float*>(w + panels * panel_size);
-  float* all_sums = w_outer + panels * kPanelColumns;
-  const Bf16Group* groups = reinterpret_cast<const Bf16Group*>(a);
-  const float* a_outer = reinterpret_cast<const float*>(groups + groups_of(job.k) * held);
+  const auto unpacked = reinterpret_cast<typename Operands::Panel*>(scratch);
+  float* all_sums = reinterpret_cast<float*>(unpacked + panels);
   const auto column = [&](int64_t p) { return min_of(n0 + p * kPanelColumns, n1); };
-  // Calls f for the rows [m, m + count) and the panel p that the unit multiplies at once, in the order of their sums.
+  // Calls f for the rows [m, m + count) and the panel p that are multiplied at once, in the order of their sums.
   const auto each = [&](auto f) {
-    for (int64_t m = 0; m < rows; m += V::kRows)
+    for (int64_t m = 0; m < rows; m += Operands::kRows)
       for (int64_t p = 0; p < panels; p++) {
-        const int count = static_cast<int>(min_of<int64_t>(V::kRows, rows - m));
+        const int count = static_cast<int>(min_of<int64_t>(Operands::kRows, rows - m));
         f(m, count, p, all_sums + (m * panels + p * count) * kPanelColumns);
       }
   };
@@ -247,20 +283,22 @@ bool bf16_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_
   each([&](int64_t, int count, int64_t p, float* sums) {
     start_sums(job, sums, count, kPanelColumns, column(p), column(p + 1));
   });
-  V unit;
+  Operands operands(job, held, a);
   const NextPanel next(job, n1, kPanelColumns);
   for (int64_t g = 0; g < groups_of(job.k); g++) {
     const int blocks = static_cast<int>(blocks_of(group_length(job, g)));
+    const int64_t at = g * held + m0, steps = (rows + Operands::kRows - 1) / Operands::kRows;
     for (int64_t p = 0; p < panels; p++) {
-      const WeightPanel panel(job, column(p), kPanelColumns);
-      if (!bf16_panel(panel, g, blocks, w + p * panel_size, panels == 1 ? &next : nullptr)) return false;
-      if (job.w_outer) outer_column(job, g, column(p), kPanelColumns, w_outer + p * kPanelColumns);
+      const WeightPanel weights(job, column(p), kPanelColumns);
+      if (!operands.unpack(weights, g, blocks, at, rows, panels == 1 ? &next : nullptr, unpacked[p])) return false;
+      if (job.w_outer) outer_column(job, g, column(p), kPanelColumns, unpacked[p].outer);
     }
-    const int64_t row = g * held + m0, steps = (rows + V::kRows - 1) / V::kRows;
     each([&](int64_t m, int count, int64_t p, float* sums) {
-      if (panels > 1 && g + 1 < groups_of(job.k)) fetch_codes(job, g + 1, column(p) + m / V::kRows, column(p + 1), steps);
-      const auto group = job.w_outer ? &V::template group<true> : &V::template group<false>;
-      (unit.*group)(groups + row + m, count, blocks, w + p * panel_size, a_outer + row + m, w_outer + p * kPanelColumns, sums);
+      if (panels > 1 && g + 1 < groups_of(job.k)) fetch_codes(job, g + 1, column(p) + m / Operands::kRows, column(p + 1), steps);
+      if (job.w_outer)
+        operands.template multiply<true>(at + m, count, blocks, unpacked[p], sums);
+      else
+        operands.template multiply<false>(at + m, count, blocks, unpacked[p], sums);
     });
   }
   each([&](int64_t m, int count, int64_t p, float* sums) {
@@ -269,23 +307,31 @@ bool bf16_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_
   return true;
 }
 
-template <class V>
-Product bf16_product(const MxLinear& job) {
-  const int64_t outer = job.w_outer ? 4 : 0;
+// A product whose tasks are panels_multiply's, but for how activations are prepared.
+template <class V, class Operands>
+Product panels_product(const MxLinear& job) {
   // Rows are cut evenly; columns so that a small job, too, has tasks for some threads, and so that weights which serve a
   // few rows only come in the order of memory.
   const int64_t row_tasks = (job.m + V::kTaskRows - 1) / V::kTaskRows;
   const int64_t rows = ((job.m + row_tasks - 1) / row_tasks + V::kRows - 1) / V::kRows * V::kRows;
   const int64_t fair = row_tasks * ((job.n + kPanelColumns - 1) / kPanelColumns) / kEnoughTasks;
-  const int64_t columns = kPanelColumns * (fair < 1 || rows <= V::kRows ? 1 : min_of<int64_t>(fair, V::kPanels));
-  return {V::kHeldBytes,
-          static_cast<int64_t>(sizeof(Bf16Group)) + outer,
-          columns,
-          rows,
-          job.a_format == MX_FLOAT ? 0 : packed_row_bytes(job),
-          columns * (kGroup * 2 + (1 + rows) * 4),
-          bf16_prepare<V>,
-          bf16_multiply<V>};
+  const int64_t panels = fair < 1 || rows <= V::kRows ? 1 : min_of<int64_t>(fair, V::kPanels);
+  Product product = {};
+  product.held_bytes = V::kHeldBytes;
+  product.columns = panels * kPanelColumns;
+  product.rows = rows;
+  product.multiply_bytes = panels * (static_cast<int64_t>(sizeof(typename Operands::Panel)) + rows * kPanelColumns * 4);
+  product.multiply = panels_multiply<Operands>;
+  return product;
+}
+
+template <class V>
+Product bf16_product(const MxLinear& job) {
+  Product product = panels_product<V, Bf16Operands<V>>(job);
+  product.a_row_bytes = static_cast<int64_t>(sizeof(Bf16Group)) + (job.w_outer ? 4 : 0);
+  product.prepare_bytes = job.a_format == MX_FLOAT ? 0 : packed_row_bytes(job);
+  product.prepare = bf16_prepare;
+  return product;
 }
 
 // Whether bf16 holds the activations of this job.
