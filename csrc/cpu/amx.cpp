@@ -1,127 +1,128 @@
-// AMX with BF16 tiles: Sapphire Rapids and newer. A tile is 16 rows of 64 bytes; two tiles of activations times two of
-// weights give 32 rows by a panel's 32 columns. With MXDIT_EMULATE_TILES the tile instructions are plain C++, so that other
-// CPUs can run this file.
-#ifdef MXDIT_EMULATE_TILES
-#include "conformance/amx_emulated.h"
-#endif
-#include "bf16_product.h"
+// AMX: Sapphire Rapids and newer. Tiles of bytes multiply four-bit numbers twice as fast as tiles of bf16, but need all blocks
+// of a row's group within one window. So strips of rows are prepared as one or the other, group by group of K.
+#include "int_avx512.h"
+#include "tiles.h"
 
 namespace mxdit {
 namespace {
 
-class Tiles {
- public:
-  // A task's sums (768 KB), a group of its weights (384 KB) and of its activations (544 KB) share 2 MB of L2 cache.
-  static constexpr int kRows = 32, kPanels = 12, kTaskRows = 512;
-  // Tiles outpace the unpacking of weights, which more rows have to pay for; CPUs that have them have large caches, too.
-  static constexpr int64_t kHeldBytes = 32 << 20;
+// Prepared activations of a four-bit product, each as [group of K][row]. A strip whose first window has no scale is in bf16.
+struct TileRows {
+  IntGroup* ints;
+  Bf16Group* floats;
+  IntWindow* windows;
+  float* outer;
 
-  Tiles() = default;
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() { _tile_release(); }
+  static int64_t row_bytes(const MxLinear& job) {
+    return static_cast<int64_t>(sizeof(IntGroup) + sizeof(Bf16Group) + sizeof(IntWindow)) + (job.w_outer ? 4 : 0);
+  }
+
+  TileRows(const MxLinear& job, int64_t held, const uint8_t* a) {
+    const int64_t count = groups_of(job.k) * held;
+    ints = reinterpret_cast<IntGroup*>(const_cast<uint8_t*>(a));
+    floats = reinterpret_cast<Bf16Group*>(ints + count);
+    windows = reinterpret_cast<IntWindow*>(floats + count);
+    outer = reinterpret_cast<float*>(windows + count);
+  }
+};
+
+// Of a row, in a strip's scratch: whole cache lines, so that its outer scales are aligned.
+int64_t strip_row_bytes(const MxLinear& job) { return (packed_row_bytes(job) + 63) / 64 * 64; }
+
+bool prepare_strip(const MxLinear& job, int64_t base, int64_t held, int64_t first, int count, const TileRows& out, uint8_t* scratch) {
+  PackedRow rows[Tiles::kRows];
+  for (int m = 0; m < count; m++)
+    rows[m] = packed_row(job, base + first + m, encode_avx512, scratch + m * strip_row_bytes(job));
+  for (int64_t g = 0; g < groups_of(job.k); g++) {
+    const int length = group_length(job, g), blocks = static_cast<int>(blocks_of(length));
+    const int64_t at = g * held + first;
+    bool fits = true;
+    for (int m = 0; m < count; m++) {
+      if (!Vnni::prepare_group(rows[m].codes + g * kGroup / 2, length / 2, rows[m].scale + g * kGroupBlocks, blocks,
+                               out.ints[at + m], out.windows[at + m]))
+        return false;
+      fits &= out.windows[at + m].scale != 0.0f;
+      if (job.w_outer) out.outer[at + m] = outer_of(rows[m], g);
+    }
+    if (fits) continue;
+    for (int m = 0; m < count; m++) {
+      out.windows[at + m].scale = 0.0f;
+      if (!bf16_prepare_group(job, base + first + m, rows[m], g, out.floats[at + m])) return false;
+    }
+  }
+  return true;
+}
+
+bool prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first, int64_t last, uint8_t* a, uint8_t* scratch) {
+  const TileRows out(job, held, a);
+  for (int64_t m = first; m < last; m += Tiles::kRows)
+    if (!prepare_strip(job, base, held, m, static_cast<int>(min_of<int64_t>(Tiles::kRows, last - m)), out, scratch)) return false;
+  return true;
+}
+
+// For panels_multiply.
+class TileOperands {
+ public:
+  static constexpr int kRows = Tiles::kRows;
+
+  struct alignas(64) Panel {
+    uint8_t q[kGroup * kPanelColumns];
+    float scale[kGroupBlocks * kPanelColumns];  // as IntWeights has it
+    uint16_t w[kGroup * kPanelColumns];
+    float outer[kPanelColumns];
+    bool window;  // whether q is in windows
+  };
+
+  TileOperands(const MxLinear& job, int64_t held, const uint8_t* a) : rows_(job, held, a) {}
+
+  // To bytes, to bf16, or to both, as the strips need it.
+  bool unpack(const WeightPanel& weights, int64_t g, int blocks, int64_t first, int64_t rows, const NextPanel* next, Panel& panel) {
+    bool ints = false, floats = false;
+    for (int64_t m = first; m < first + rows; m += kRows) (in_bytes(m) ? ints : floats) = true;
+    if (ints) {
+      const auto prefetch = [&](int block) __attribute__((always_inline)) {
+        if (next) next->prefetch(g * kGroupBlocks + block);
+      };
+      panel.window = Vnni::unpack_window(weights, g, blocks, panel.q, panel.scale, prefetch);
+      if (!panel.window) {
+        if (!Vnni::unpack_scales(weights, g, blocks, panel.scale)) return false;
+        for (int b = 0; b < blocks; b++)
+          Vnni::unpack_weights(weights, g * kGroupBlocks + b, panel.q + b * kBlock * kPanelColumns);
+      }
+    }
+    return !floats || bf16_panel(weights, g, blocks, panel.w, ints ? nullptr : next);
+  }
 
   template <bool kOuter>
-  void group(const Bf16Group* a, int rows, int blocks, const uint16_t* w, const float* a_outer, const float* w_outer,
-             float* sums) {
-    if (rows != rows_) configure(rows);
-    if (a != a_) a_ = a, ahead_ = reinterpret_cast<const char*>(a + rows);
-    alignas(64) float product[kRows * kPanelColumns];  // where it has to be scaled before it is added
-    fence();
-    if (rows > 16)
-      multiply<true, kOuter>(a, blocks, w, kOuter ? product : sums);
-    else
-      multiply<false, kOuter>(a, blocks, w, kOuter ? product : sums);
-    fence();
-    if (kOuter)
-      for (int m = 0; m < rows; m++)
-        for (int n = 0; n < kPanelColumns; n += 16) {
-          float* at = sums + m * kPanelColumns + n;
-          const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a_outer[m]), _mm512_loadu_ps(w_outer + n));
-          const __m512 p = _mm512_load_ps(product + m * kPanelColumns + n);
-          _mm512_storeu_ps(at, _mm512_fmadd_ps(p, scale, _mm512_loadu_ps(at)));
-        }
+  void multiply(int64_t at, int rows, int blocks, const Panel& panel, float* sums) {
+    const float* outer = rows_.outer + at;
+    if (!in_bytes(at))
+      tiles_.group<kOuter>(rows_.floats + at, rows, blocks, panel.w, outer, panel.outer, sums);
+    else if (panel.window)
+      tiles_.group<kOuter>(rows_.ints + at, rows_.windows + at, rows, blocks, panel.q, panel.scale, outer, panel.outer, sums);
+    else  // weights far apart, which is rare
+      int_panel<Vnni, kOuter>(rows_.ints + at, rows_.windows + at, outer, rows, {panel.q, panel.scale, panel.outer, blocks}, false,
+                              sums);
   }
 
  private:
-  struct alignas(64) Config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
-  static_assert(sizeof(Config) == 64);
+  bool in_bytes(int64_t at) const { return rows_.windows[at].scale != 0.0f; }
 
-  // Tile instructions do not tell the compiler which memory they read; no store may pass this.
-  static void fence() { asm volatile("" : : : "memory"); }
-
-  // Tiles 0 and 1 hold the sums of up to 16 rows, 2 and 3 those of the rows behind them; 4 and 5 the activations of both;
-  // 6 and 7 weights of 16 columns. Tiles have as many rows as there are, so that nothing behind the last one is read.
-  void configure(int rows) {
-    const int upper = min_of(rows, 16), lower = rows - upper;
-    const int tile_rows[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
-    config_ = {};
-    config_.palette = 1;
-    for (int t = 0; t < 8; t++) {
-      config_.rows[t] = static_cast<uint8_t>(tile_rows[t]);
-      config_.row_bytes[t] = tile_rows[t] ? 64 : 0;
-    }
-    asm volatile("" : : "r"(&config_) : "memory");  // all of it: the next line names 8 bytes only
-    _tile_loadconfig(&config_);
-    rows_ = rows;
-  }
-
-  // What `sums` holds, or zero if kFresh, and the products of a group of K. kLower: there are more than 16 rows.
-  template <bool kLower, bool kFresh>
-  void multiply(const Bf16Group* a, int blocks, const uint16_t* w, float* sums) {
-    constexpr int64_t a_stride = sizeof(Bf16Group), stride = kPanelColumns * 4;  // bytes from row to row
-    float* lower = sums + 16 * kPanelColumns;
-    if (kFresh) {
-      _tile_zero(0);
-      _tile_zero(1);
-      if (kLower) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-    } else {
-      _tile_loadd(0, sums, stride);
-      _tile_loadd(1, sums + 16, stride);
-      if (kLower) {
-        _tile_loadd(2, lower, stride);
-        _tile_loadd(3, lower + 16, stride);
-      }
-    }
-    const char* ahead = ahead_;
-    for (int b = 0; b < blocks; b++, w += kBlock * kPanelColumns) {
-      for (int i = 0; i < 4; i++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
-      _tile_loadd(4, a->v + b * kBlock, a_stride);
-      if (kLower) _tile_loadd(5, a[16].v + b * kBlock, a_stride);
-      _tile_stream_loadd(6, w, stride);
-      _tile_dpbf16ps(0, 4, 6);
-      if (kLower) _tile_dpbf16ps(2, 5, 6);
-      _tile_stream_loadd(7, w + 32, stride);
-      _tile_dpbf16ps(1, 4, 7);
-      if (kLower) _tile_dpbf16ps(3, 5, 7);
-    }
-    ahead_ = ahead;
-    _tile_stored(0, sums, stride);
-    _tile_stored(1, sums + 16, stride);
-    if (kLower) {
-      _tile_stored(2, lower, stride);
-      _tile_stored(3, lower + 16, stride);
-    }
-  }
-
-  int rows_ = 0;  // that the tiles are configured for
-  // The rows that one panel after the other is multiplied by, and, of those that come next, the ones to ask for.
-  const Bf16Group* a_ = nullptr;
-  const char* ahead_ = nullptr;
-  Config config_;
+  TileRows rows_;
+  Tiles tiles_;
 };
 
 Product fast(const MxLinear& job) {
   // A few rows leave the tiles mostly empty: then vectors are quicker, of bytes above all.
   const bool few = job.m < (four_bit(job) ? 8 : 2);
-  return few || !bf16_activations(job) ? avx512bf16_path().fast(job) : bf16_product<Tiles>(job);
+  if (few || !bf16_activations(job)) return avx512bf16_path().fast(job);
+  if (!four_bit(job)) return bf16_product<Tiles>(job);
+  Product product = panels_product<Tiles, TileOperands>(job);
+  product.a_row_bytes = TileRows::row_bytes(job);
+  product.prepare_bytes = strip_row_bytes(job) * Tiles::kRows;
+  product.prepare = prepare;
+  product.strip = Tiles::kRows;
+  return product;
 }
 
 }  // namespace

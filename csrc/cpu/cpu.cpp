@@ -38,8 +38,8 @@ bool cpu_runs_amx() {
 #elif defined(__linux__)
   unsigned a, b, c, d;
   if (!cpu_runs_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = d & (1u << 24), bf16 = d & (1u << 22);
-  if (!tiles || !bf16) return false;
+  const bool tiles = d & (1u << 24), bf16 = d & (1u << 22), int8 = d & (1u << 25);
+  if (!tiles || !bf16 || !int8) return false;
   // Linux hands out the 8 KB of tile state on request only, once per process (Documentation/arch/x86/xstate.rst).
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;

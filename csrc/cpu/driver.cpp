@@ -107,7 +107,7 @@ Outcome multiply(const MxLinear& job, const Product& product, int threads) {
   for (int64_t base = 0; base < job.m && !declined; base += held) {
     const int64_t rows = std::min(held, job.m - base);
     std::atomic<int64_t> next{0};
-    const int64_t step = std::clamp<int64_t>(rows / (threads * 4), 1, 64);
+    const int64_t step = (std::clamp<int64_t>(rows / (threads * 4), 1, 64) + product.strip - 1) / product.strip * product.strip;
     parallel(threads, [&] {
       uint8_t* const own = scratch.get(scratch_bytes);
       if (!own) return;  // what this one leaves, the others do: the calling thread has its scratch

@@ -23,6 +23,7 @@ struct Product {
   bool (*prepare)(const MxLinear&, int64_t base, int64_t held, int64_t first, int64_t last, uint8_t* a, uint8_t* scratch);
   bool (*multiply)(const MxLinear&, int64_t base, int64_t held, const uint8_t* a, int64_t m0, int64_t m1, int64_t n0,
                    int64_t n1, uint8_t* scratch);
+  int64_t strip = 1;  // of rows that `prepare` has to get at once: `first` is a multiple, and so is `last`, or the end
 };
 
 struct Path {

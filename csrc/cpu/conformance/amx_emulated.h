@@ -1,5 +1,5 @@
-// The tile instructions that amx.cpp uses, in plain C++, for CPUs that lack them: AMX-TILE and AMX-BF16 as Intel's Software
-// Developer's Manual describes them. What a CPU answers with a fault ends the program, and so does what would go unnoticed
+// The tile instructions that tiles.h uses, in plain C++, for CPUs that lack them: AMX-TILE, AMX-BF16 and AMX-INT8 as Intel's
+// Software Developer's Manual describes them. What a CPU answers with a fault ends the program, and so does what would go unnoticed
 // on one: tiles that hold nothing yet, and memory that a tile may not reach.
 #pragma once
 #include <immintrin.h>
@@ -56,13 +56,8 @@ class EmulatedTiles {
 
   // TDPBF16PS. Of each pair in K the first and the second products are summed apart, then added up, then added to the tile.
   void dot_bf16(int c, int a, int b) {
-    usable(c, "TDPBF16PS"), usable(a, "TDPBF16PS"), usable(b, "TDPBF16PS");
+    operands(c, a, b, "TDPBF16PS");
     Tile &sum = tiles_[c], &left = tiles_[a], &right = tiles_[b];
-    check(c != a && c != b && a != b, "TDPBF16PS: the same tile twice");
-    check(sum.row_bytes % 4 == 0 && left.row_bytes % 4 == 0 && right.row_bytes % 4 == 0, "TDPBF16PS: half an element");
-    check(sum.rows == left.rows && sum.row_bytes == right.row_bytes && left.row_bytes / 4 == right.rows,
-          "TDPBF16PS: shapes do not fit");
-    check(sum.holds && left.holds && right.holds, "TDPBF16PS: a tile holds nothing");
     for (int m = 0; m < sum.rows; m++) {
       float apart[kRowBytes / 2] = {};
       for (int k = 0; k < right.rows; k++)
@@ -75,6 +70,21 @@ class EmulatedTiles {
         memcpy(sum.bytes[m] + 4 * n, &next, 4);
       }
     }
+  }
+
+  // TDPBSUD: signed bytes of the first operand times unsigned ones of the second, four a sum of 32 bits.
+  void dot_bytes(int c, int a, int b) {
+    operands(c, a, b, "TDPBSUD");
+    Tile &sum = tiles_[c], &left = tiles_[a], &right = tiles_[b];
+    for (int m = 0; m < sum.rows; m++)
+      for (int n = 0; n < sum.row_bytes / 4; n++) {
+        uint32_t total;  // wraps around, as the instruction does
+        memcpy(&total, sum.bytes[m] + 4 * n, 4);
+        for (int k = 0; k < right.rows; k++)
+          for (int i = 0; i < 4; i++)
+            total += static_cast<uint32_t>(static_cast<int8_t>(left.bytes[m][4 * k + i]) * right.bytes[k][4 * n + i]);
+        memcpy(sum.bytes[m] + 4 * n, &total, 4);
+      }
   }
 
  private:
@@ -90,6 +100,16 @@ class EmulatedTiles {
     if (fine) return;
     fprintf(stderr, "emulated tiles: %s\n", otherwise);
     abort();
+  }
+
+  void operands(int c, int a, int b, const char* instruction) const {
+    usable(c, instruction), usable(a, instruction), usable(b, instruction);
+    const Tile &sum = tiles_[c], &left = tiles_[a], &right = tiles_[b];
+    check(c != a && c != b && a != b, "a dot product of the same tile twice");
+    check(sum.row_bytes % 4 == 0 && left.row_bytes % 4 == 0 && right.row_bytes % 4 == 0, "a dot product of half an element");
+    check(sum.rows == left.rows && sum.row_bytes == right.row_bytes && left.row_bytes / 4 == right.rows,
+          "a dot product whose shapes do not fit");
+    check(sum.holds && left.holds && right.holds, "a dot product of a tile that holds nothing");
   }
 
   void usable(int t, const char* instruction) const {
@@ -133,6 +153,7 @@ inline EmulatedTiles& emulated_tiles() {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#undef _tile_dpbsud
 #define _tile_loadconfig(from) emulated_tiles().load_config(from)
 #define _tile_release() emulated_tiles().release()
 #define _tile_zero(t) emulated_tiles().zero(t)
@@ -140,3 +161,4 @@ inline EmulatedTiles& emulated_tiles() {
 #define _tile_stream_loadd(t, from, stride) emulated_tiles().load(t, from, stride)
 #define _tile_stored(t, to, stride) emulated_tiles().store(t, to, stride)
 #define _tile_dpbf16ps(c, a, b) emulated_tiles().dot_bf16(c, a, b)
+#define _tile_dpbsud(c, a, b) emulated_tiles().dot_bytes(c, a, b)

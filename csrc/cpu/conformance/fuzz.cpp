@@ -279,7 +279,7 @@ Linear some_product(Random& random) {
   if (spread == kLowScales) {
     const bool first = random.one_in(2);
     const int64_t other = random.between(100, 160);
-    (first ? a : w) = {0, random.between(0, 4), -1};
+    (first ? a : w) = {0, random.between(0, 9), -1};  // in one window or not
     (first ? w : a) = {other, other + 1, -1};
   }
   if (spread == kHighScales) {
