@@ -1,10 +1,6 @@
 // AMX, of bf16 numbers and of bytes. A tile is 16 rows of 64 bytes; two tiles of activations times two of weights give 32 rows
-// by a panel's 32 columns. With MXDIT_EMULATE_TILES the tile instructions are plain C++, so that other CPUs can run this.
-// In an unnamed namespace on purpose, see kernels.h.
+// by a panel's 32 columns. In an unnamed namespace on purpose, see kernels.h.
 #pragma once
-#ifdef MXDIT_EMULATE_TILES
-#include "conformance/amx_emulated.h"
-#endif
 #include "bf16_product.h"
 #include "int_product.h"
 

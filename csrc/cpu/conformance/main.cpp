@@ -40,6 +40,9 @@ int main(int argc, char** argv) {
     return 2;
   }
   conformance::report_crashes();
+#ifdef MXDIT_EMULATE_TILES
+  conformance::emulate_tiles();
+#endif
   printf("paths: %s; each with 1 and 3 threads\n", path.empty() ? mx_paths() : path.c_str());
   bool passed = true;
   if (!cases.empty()) passed &= conformance::replay(cases, path);

@@ -63,6 +63,9 @@ bool same_element(const void* a, const void* b, int dtype, int64_t i);  // bit f
 // What runs now, for the message of a crash.
 void now_running(const std::string& what);
 void report_crashes();
+#ifdef MXDIT_EMULATE_TILES
+void emulate_tiles();  // from now on; after report_crashes
+#endif
 
 // One run on a path, with `threads`. With three, the calling thread flushes subnormals and rounds toward zero, which
 // must neither matter nor change.

@@ -1,14 +1,18 @@
-// The tile instructions that tiles.h uses, in plain C++, for CPUs that lack them: AMX-TILE, AMX-BF16 and AMX-INT8 as Intel's
-// Software Developer's Manual describes them. What a CPU answers with a fault ends the program, and so does what would go unnoticed
-// on one: tiles that hold nothing yet, and memory that a tile may not reach.
-#pragma once
-#include <immintrin.h>
+// Executes the tile instructions of AMX-TILE, AMX-BF16 and AMX-INT8 for a CPU that lacks them: it raises SIGILL at each, and
+// the handler does what Intel's Software Developer's Manual says. So amx.cpp runs as it was compiled. What a CPU answers with
+// a fault ends the program, and so does what would go unnoticed on one: tiles that hold nothing yet, and memory that a tile
+// may not reach.
+#ifdef MXDIT_EMULATE_TILES
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <ucontext.h>
 
-namespace mxdit {
+#include "support.h"
+
+namespace conformance {
 namespace {
 
 class EmulatedTiles {
@@ -140,25 +144,108 @@ class EmulatedTiles {
   Tile tiles_[kTiles];
 };
 
-inline EmulatedTiles& emulated_tiles() {
-  static thread_local EmulatedTiles tiles;  // of this thread, like the registers
-  return tiles;
+thread_local EmulatedTiles tiles;  // of this thread, like the registers
+
+// One instruction with a VEX prefix of three bytes in opcode map 0F38, as all of AMX's are.
+class Instruction {
+ public:
+  enum Prefix { kNone, k66, kF3, kF2 };
+
+  Instruction(const uint8_t* code, const greg_t* registers) : registers_(registers) {
+    if (code[0] != 0xC4 || (code[1] & 0x1F) != 2 || code[2] & 0x84) return;  // of another map, W or L set
+    wide_reg_ = code[1] & 0x80 ? 0 : 8, wide_index_ = code[1] & 0x40 ? 0 : 8, wide_rm_ = code[1] & 0x20 ? 0 : 8;
+    third = ~code[2] >> 3 & 15, prefix = static_cast<Prefix>(code[2] & 3), opcode = code[3];
+    reg = (code[4] >> 3 & 7) | wide_reg_, rm = (code[4] & 7) | wide_rm_;
+    end = code + 5;
+    in_memory = code[4] < 0xC0;
+    if (in_memory) address_of(code[4] >> 6, code[4] & 7);
+  }
+
+  int opcode = -1;  // of none that is known here
+  Prefix prefix = kNone;
+  int reg = 0, rm = 0, third = 0;  // registers, where there are so many
+  bool in_memory = false;
+  uint8_t* memory = nullptr;
+  int64_t stride = 0;  // the index register, scaled
+  const uint8_t* end = nullptr;
+
+ private:
+  void address_of(int mode, int base) {
+    int64_t address = 0;
+    if (base == 4) {
+      const int sib = *end++, index = (sib >> 3 & 7) | wide_index_;
+      base = sib & 7;
+      if (index != 4) stride = value(index) << (sib >> 6);
+      address = base == 5 && mode == 0 ? displacement() : value(base | wide_rm_);
+    } else if (base == 5 && mode == 0) {
+      address = displacement();
+      address += reinterpret_cast<int64_t>(end);
+    } else {
+      address = value(base | wide_rm_);
+    }
+    if (mode == 1) address += static_cast<int8_t>(*end++);
+    if (mode == 2) address += displacement();
+    memory = reinterpret_cast<uint8_t*>(address);
+  }
+
+  int32_t displacement() {
+    int32_t bytes;
+    memcpy(&bytes, end, 4);
+    end += 4;
+    return bytes;
+  }
+
+  int64_t value(int number) const {
+    static constexpr int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
+                                      REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+    return registers_[order[number]];
+  }
+
+  const greg_t* registers_;
+  int wide_reg_ = 0, wide_index_ = 0, wide_rm_ = 0;
+};
+
+// False for an instruction that is not AMX's.
+bool execute(const Instruction& it) {
+  const bool load = it.prefix == Instruction::kF2 || it.prefix == Instruction::k66;
+  if (it.opcode == 0x49 && it.in_memory && it.prefix == Instruction::kNone)
+    tiles.load_config(it.memory);
+  else if (it.opcode == 0x49 && !it.in_memory && it.prefix == Instruction::kNone)
+    tiles.release();
+  else if (it.opcode == 0x49 && !it.in_memory && it.prefix == Instruction::kF2)
+    tiles.zero(it.reg);
+  else if (it.opcode == 0x4B && it.in_memory && load)
+    tiles.load(it.reg, it.memory, it.stride);
+  else if (it.opcode == 0x4B && it.in_memory && it.prefix == Instruction::kF3)
+    tiles.store(it.reg, it.memory, it.stride);
+  else if (it.opcode == 0x5C && !it.in_memory && it.prefix == Instruction::kF3)
+    tiles.dot_bf16(it.reg, it.rm, it.third);
+  else if (it.opcode == 0x5E && !it.in_memory && it.prefix == Instruction::kF3)
+    tiles.dot_bytes(it.reg, it.rm, it.third);
+  else
+    return false;
+  return true;
+}
+
+struct sigaction otherwise;
+
+void on_illegal_instruction(int, siginfo_t*, void* context) {
+  greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+  const Instruction it(reinterpret_cast<const uint8_t*>(registers[REG_RIP]), registers);
+  if (execute(it))
+    registers[REG_RIP] = reinterpret_cast<greg_t>(it.end);
+  else
+    sigaction(SIGILL, &otherwise, nullptr);  // which gets the next, the same
 }
 
 }  // namespace
-}  // namespace mxdit
 
-#undef _tile_loadd
-#undef _tile_stream_loadd
-#undef _tile_stored
-#undef _tile_zero
-#undef _tile_dpbf16ps
-#undef _tile_dpbsud
-#define _tile_loadconfig(from) emulated_tiles().load_config(from)
-#define _tile_release() emulated_tiles().release()
-#define _tile_zero(t) emulated_tiles().zero(t)
-#define _tile_loadd(t, from, stride) emulated_tiles().load(t, from, stride)
-#define _tile_stream_loadd(t, from, stride) emulated_tiles().load(t, from, stride)
-#define _tile_stored(t, to, stride) emulated_tiles().store(t, to, stride)
-#define _tile_dpbf16ps(c, a, b) emulated_tiles().dot_bf16(c, a, b)
-#define _tile_dpbsud(c, a, b) emulated_tiles().dot_bytes(c, a, b)
+void emulate_tiles() {
+  struct sigaction action = {};
+  action.sa_sigaction = on_illegal_instruction;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;
+  sigaction(SIGILL, &action, &otherwise);
+}
+
+}  // namespace conformance
+#endif
