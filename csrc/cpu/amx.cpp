@@ -6,25 +6,28 @@
 namespace mxdit {
 namespace {
 
-// Prepared activations of a four-bit product, each as [group of K][row]. A strip whose first window has no scale is in bf16.
+// Prepared activations of a four-bit product, each as [group of K][row]. A strip whose first window has no scale is in bf16;
+// the others' bytes take the first part of the same place.
 struct TileRows {
-  IntGroup* ints;
-  Bf16Group* floats;
+  Bf16Group* groups;
   IntWindow* windows;
   float* outer;
 
   static int64_t row_bytes(const MxLinear& job) {
-    return static_cast<int64_t>(sizeof(IntGroup) + sizeof(Bf16Group) + sizeof(IntWindow)) + (job.w_outer ? 4 : 0);
+    return static_cast<int64_t>(sizeof(Bf16Group) + sizeof(IntWindow)) + (job.w_outer ? 4 : 0);
   }
 
   TileRows(const MxLinear& job, int64_t held, const uint8_t* a) {
-    const int64_t count = groups_of(job.k) * held;
-    ints = reinterpret_cast<IntGroup*>(const_cast<uint8_t*>(a));
-    floats = reinterpret_cast<Bf16Group*>(ints + count);
-    windows = reinterpret_cast<IntWindow*>(floats + count);
-    outer = reinterpret_cast<float*>(windows + count);
+    groups = reinterpret_cast<Bf16Group*>(const_cast<uint8_t*>(a));
+    windows = reinterpret_cast<IntWindow*>(groups + groups_of(job.k) * held);
+    outer = reinterpret_cast<float*>(windows + groups_of(job.k) * held);
   }
+
+  // Of the strip whose first row that is.
+  Bf16Group* floats(int64_t at) const { return groups + at; }
+  IntGroup* ints(int64_t at) const { return reinterpret_cast<IntGroup*>(groups + at); }
 };
+static_assert(sizeof(IntGroup) <= sizeof(Bf16Group));
 
 // Of a row, in a strip's scratch: whole cache lines, so that its outer scales are aligned.
 int64_t strip_row_bytes(const MxLinear& job) { return (packed_row_bytes(job) + 63) / 64 * 64; }
@@ -39,7 +42,7 @@ bool prepare_strip(const MxLinear& job, int64_t base, int64_t held, int64_t firs
     bool fits = true;
     for (int m = 0; m < count; m++) {
       if (!Vnni::prepare_group(rows[m].codes + g * kGroup / 2, length / 2, rows[m].scale + g * kGroupBlocks, blocks,
-                               out.ints[at + m], out.windows[at + m]))
+                               out.ints(at)[m], out.windows[at + m]))
         return false;
       fits &= out.windows[at + m].scale != 0.0f;
       if (job.w_outer) out.outer[at + m] = outer_of(rows[m], g);
@@ -47,7 +50,7 @@ bool prepare_strip(const MxLinear& job, int64_t base, int64_t held, int64_t firs
     if (fits) continue;
     for (int m = 0; m < count; m++) {
       out.windows[at + m].scale = 0.0f;
-      if (!bf16_prepare_group(job, base + first + m, rows[m], g, out.floats[at + m])) return false;
+      if (!bf16_prepare_group(job, base + first + m, rows[m], g, out.floats(at)[m])) return false;
     }
   }
   return true;
@@ -97,11 +100,11 @@ class TileOperands {
   void multiply(int64_t at, int rows, int blocks, const Panel& panel, float* sums) {
     const float* outer = rows_.outer + at;
     if (!in_bytes(at))
-      tiles_.group<kOuter>(rows_.floats + at, rows, blocks, panel.w, outer, panel.outer, sums);
+      tiles_.group<kOuter>(rows_.floats(at), rows, blocks, panel.w, outer, panel.outer, sums);
     else if (panel.window)
-      tiles_.group<kOuter>(rows_.ints + at, rows_.windows + at, rows, blocks, panel.q, panel.scale, outer, panel.outer, sums);
+      tiles_.group<kOuter>(rows_.ints(at), rows_.windows + at, rows, blocks, panel.q, panel.scale, outer, panel.outer, sums);
     else  // weights far apart, which is rare
-      int_panel<Vnni, kOuter>(rows_.ints + at, rows_.windows + at, outer, rows, {panel.q, panel.scale, panel.outer, blocks}, false,
+      int_panel<Vnni, kOuter>(rows_.ints(at), rows_.windows + at, outer, rows, {panel.q, panel.scale, panel.outer, blocks}, false,
                               sums);
   }
 

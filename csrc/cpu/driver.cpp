@@ -75,7 +75,7 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-thread_local Buffer prepared, scratch;  // activations that the thread has called for, and what it works with in any call
+thread_local Buffer prepared, scratch;  // activations, where the thread called or has rows of its own; and what it works with
 
 int useful_threads(int threads, int64_t work, int64_t worth) {
   return static_cast<int>(std::clamp<int64_t>(work / worth, 1, std::max(threads, 1)));
@@ -139,7 +139,7 @@ Outcome multiply_rows_apart(const MxLinear& job, const Product& product, int thr
   std::atomic<int> next{0};
   std::atomic<Outcome> outcome{Outcome::done};
   parallel(threads, [&] {
-    for (int part = next.fetch_add(1); part < threads; part = next.fetch_add(1)) {
+    for (int part = next.fetch_add(1); part < threads && outcome == Outcome::done; part = next.fetch_add(1)) {
       const int64_t first = job.m * part / threads;
       MxLinear own = job;
       own.m = job.m * (part + 1) / threads - first;

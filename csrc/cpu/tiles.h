@@ -9,7 +9,8 @@ namespace {
 
 class Tiles {
  public:
-  // A task's sums (768 KB), a group of its weights (384 KB) and of its activations (544 KB) share 2 MB of L2 cache.
+  // A task's sums (768 KB), a group of its weights (384 KB, half for bytes) and of its activations (544 KB) share 2 MB of L2
+  // cache.
   static constexpr int kRows = 32, kPanels = 12, kTaskRows = 512;
   // Tiles outpace the unpacking of weights, which more rows have to pay for; CPUs that have them have large caches, too.
   static constexpr int64_t kHeldBytes = 32 << 20;
@@ -23,7 +24,7 @@ class Tiles {
   template <bool kOuter>
   void group(const Bf16Group* a, int rows, int blocks, const uint16_t* w, const float* a_outer, const float* w_outer,
              float* sums) {
-    begin(a, rows, sizeof *a);
+    begin(a, rows);
     alignas(64) float product[kRows * kPanelColumns];  // where it has to be scaled before it is added
     fence();
     if (rows > 16)
@@ -45,7 +46,7 @@ class Tiles {
   template <bool kOuter>
   void group(const IntGroup* a, const IntWindow* windows, int rows, int blocks, const uint8_t* w, const float* w_scale,
              const float* a_outer, const float* w_outer, float* sums) {
-    begin(a, rows, sizeof *a);
+    begin(a, rows);
     alignas(64) int32_t product[kRows * kPanelColumns];
     fence();
     if (rows > 16)
@@ -81,9 +82,10 @@ class Tiles {
   // Tile instructions do not tell the compiler which memory they read; no store may pass this.
   static void fence() { asm volatile("" : : : "memory"); }
 
-  void begin(const void* a, int rows, size_t row_bytes) {
+  // Rows of either kind lie as far apart as bf16 ones, strip by strip.
+  void begin(const void* a, int rows) {
     if (rows != rows_) configure(rows);
-    if (a != a_) a_ = a, ahead_ = static_cast<const char*>(a) + static_cast<size_t>(rows) * row_bytes;
+    if (a != a_) a_ = a, ahead_ = static_cast<const char*>(a) + static_cast<size_t>(rows) * sizeof(Bf16Group);
   }
 
   // Tiles 0 and 1 hold the sums of up to 16 rows, 2 and 3 those of the rows behind them; 4 and 5 the activations of both;

@@ -566,7 +566,8 @@ bool fuzz(int64_t count, uint64_t seed, const std::string& only_path) {
 }
 
 // Products that are cut into pieces. Tall ones: activations that are more than the driver holds at once, and rows that are
-// more than one task. Wide ones: columns that are enough for tasks of several panels.
+// more than one task. Wide ones: columns that are enough for tasks of several panels, and rows of which some, the first or
+// the others, have scales too far apart for windows.
 bool large(bool tall, bool wide, const std::string& only_path) {
   Group group("large products");
   Random random(1);
@@ -574,10 +575,12 @@ bool large(bool tall, bool wide, const std::string& only_path) {
     int format;
     int64_t m, n, k;
     bool dual;
+    int64_t apart_from = 0, apart_to = 0;  // those rows
   };
   std::vector<Size> sizes;
   if (tall) sizes.insert(sizes.end(), {{MX_FP4, 3300, 3, 8704, false}, {MX_FP8, 1200, 2, 8192, false}});
-  if (wide) sizes.insert(sizes.end(), {{MX_FP4, 43, 2117, 1058, true}, {MX_FP8, 43, 2117, 545, false}});
+  if (wide) sizes.insert(sizes.end(), {{MX_FP4, 43, 2117, 1058, true}, {MX_FP8, 43, 2117, 545, false},
+                                        {MX_FP4, 75, 70, 1058, false, 0, 32}, {MX_FP4, 75, 70, 1058, true, 32, 75}});
   for (const Size& size : sizes) {
     Linear linear;
     MxLinear& job = linear.job;
@@ -586,13 +589,15 @@ bool large(bool tall, bool wide, const std::string& only_path) {
     job.a_dual = size.dual;
     linear.a_codes = some_codes(random, size.format, job.m, job.k, false);
     linear.a_scale = some_scales(random, job.m, job.k, {126, 127, -1});
+    for (int64_t i = size.apart_from * blocks_of(job.k); i < size.apart_to * blocks_of(job.k); i++)
+      linear.a_scale.as()[i] = static_cast<uint8_t>(random.between(122, 132));
     linear.w_codes = some_codes(random, size.format, job.n, job.k, false);
     linear.w_scale = some_scales(random, job.n, job.k, {126, 127, -1});
     if (size.dual) {
       linear.a_outer = some_outer(random, job.m, job.k, false);
       linear.w_outer = some_outer(random, job.n, job.k, false);
     }
-    check_product(linear, settings(only_path), group, size.m > size.n ? "--tall" : "--wide");
+    check_product(linear, settings(only_path), group, size.m > 1000 ? "--tall" : "--wide");
   }
   group.print();
   return group.failures() == 0;

@@ -312,7 +312,7 @@ def _call(function: str, job: bytes) -> None:
             "no memory for a product",
             where="mxdit.backends.cpu",
             got=f"M={m}, N={n}, K={k} on {torch.get_num_threads()} threads",
-            expected="about 10 MB, and 1 MB for each thread",
+            expected="about 10 MB, with AMX 35, and 2 MB for each thread",
             hint="Free memory, or lower torch.set_num_threads.",
         )
 
