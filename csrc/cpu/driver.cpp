@@ -18,7 +18,7 @@ constexpr int64_t kThreadProducts = 1 << 20;  // that are worth waking a thread 
 constexpr int64_t kThreadNumbers = 1 << 15;   // to encode or decode, likewise
 // When threads do not share the activations, see multiply_rows_apart:
 constexpr int64_t kApartColumns = 1024;       // of the weights, at most
-constexpr int64_t kApartRows = 64;            // of the activations for each thread, at least
+constexpr int64_t kApartRows = 32;            // of the activations for each thread, at least
 constexpr int64_t kApartBytes = 1 << 20;      // that they take when prepared, at most: of second level cache
 
 const std::vector<Path>& paths() {
