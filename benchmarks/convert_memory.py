@@ -24,8 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mxdit.bench.processes import Sampler, status
+from mxdit.bench.shapes import A14B, Wan
 from mxdit.bench.standins import make_checkpoint
-from mxdit.models.shapes import A14B, Wan
 
 MIB = 2**20
 

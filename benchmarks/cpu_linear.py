@@ -47,10 +47,10 @@ from torch import Tensor, nn
 import mxdit
 from mxdit.backends import cpu
 from mxdit.bench.modes import MODES
+from mxdit.bench.shapes import A14B, MINI, Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
 from mxdit.bench.timing import alternate, caches, rotated
 from mxdit.layers import MXLinear
-from mxdit.models.shapes import A14B, MINI, Wan
 
 W4A4 = ("mxfp4", "mxfp4_dualscale")
 GAUSSIAN, OUTLIERS = KINDS = ("gaussian", "outliers")

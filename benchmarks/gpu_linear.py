@@ -37,10 +37,10 @@ from torch import Tensor
 from mxdit.backends import cuda
 from mxdit.bench.gemm import Linear, is_right
 from mxdit.bench.record import report
+from mxdit.bench.shapes import A14B, SEED
 from mxdit.bench.timing import Call, Times, alternate, timer
 from mxdit.errors import MXDiTError
 from mxdit.layers import MXLinear
-from mxdit.models.shapes import A14B, SEED
 
 REQUIRED_SEED, REQUIRED = 1.4, 1.3  # times cuBLAS's bf16, by the default route
 GAUSSIAN, OUTLIERS = "gaussian", "outliers"

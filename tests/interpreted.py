@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mxdit.backends import cuda
-from mxdit.conformance.calls import one_thread
+from mxdit.backends.environment import one_thread
 
 OPS = ("quantize", "quantize_dual", "dequantize", "matmul", "matmul_dual", "linear")
 

@@ -1,6 +1,7 @@
 """Cases for csrc/cpu/conformance: inputs, and what the reference in torch makes of them. Usage: native_cases.py FILE
 
-The reference is called directly (`mxdit.codec`, `mxdit.reference`), not through the ops, which may run native kernels.
+The reference is called directly (`mxdit.numerics`), not through the ops, which may run
+native kernels.
 
 The file, little-endian: b"mxcases1"; u32 count of blobs, each u64 length and bytes; u32 count of records, each a name
 (u32 length and bytes), u32 kind, its fields (u32 count, i64 each) and its blobs (u32 count, i32 indices, -1 for none).
@@ -21,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mxdit import reference
-from mxdit.codec import Packed, decode, decode_blocks, element_values, encode
-from mxdit.formats import E2M1, FORMATS, SCHEMES, Scheme
+from mxdit.numerics import reference
+from mxdit.numerics.codec import Packed, decode, decode_blocks, element_values, encode
+from mxdit.numerics.formats import E2M1, FORMATS, SCHEMES, Scheme
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

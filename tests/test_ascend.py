@@ -20,9 +20,9 @@ import mxdit
 import tiny
 from mxdit import conformance, ops
 from mxdit.backends import ascend, backends, cpu, layout_for
-from mxdit.checkpoint import numeric
-from mxdit.formats import FORMATS, SCHEMES
+from mxdit.checkpoint.layouts import numeric
 from mxdit.layers import MXLinear
+from mxdit.numerics.formats import FORMATS, SCHEMES
 
 OPS = torch.ops.mxdit
 LINEARS = [(scheme, fmt) for scheme, row in SCHEMES.items() for fmt in row.weights]

@@ -16,8 +16,8 @@ import torch
 
 import mxdit
 from mxdit.backends import ascend, cpu
-from mxdit.checkpoint import numeric
-from mxdit.formats import FORMATS, SCHEMES
+from mxdit.checkpoint.layouts import numeric
+from mxdit.numerics.formats import FORMATS, SCHEMES
 
 # What is wrong, the text, what it is replaced by, and what catches it: the operator's refusal, or the numbers.
 MUTANTS = [

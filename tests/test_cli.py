@@ -15,7 +15,7 @@ from PIL import Image
 import mxdit
 import tiny
 from command import mxdit_command
-from mxdit import pipelines
+from mxdit.generation import directory, loading
 
 SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4"]
 
@@ -79,10 +79,8 @@ def test_what_each_expert_runs_is_said(monkeypatch, capsys, tmp_path, models):
 
 
 def test_a_quantized_directory_runs_as_it_is_stored_and_says_so(monkeypatch, capsys, tmp_path, models):
-    model = pipelines.open_model(models["t2v"])
-    pipelines.load(model, "t2v", mxdit.pipeline_config("mxfp4", transformer_2=None)).save_pretrained(
-        tmp_path / "packed"
-    )
+    model = directory.open_model(models["t2v"])
+    loading.load(model, "t2v", mxdit.pipeline_config("mxfp4", transformer_2=None)).save_pretrained(tmp_path / "packed")
     args = ["--prompt", "x", *SMALL]
     first, second = tmp_path / "online.mp4", tmp_path / "offline.mp4"
     config = json.dumps({"transformer_2": None})
@@ -180,7 +178,7 @@ def test_prompts_may_hold_brackets(monkeypatch, capsys, tmp_path, models):
 
 def test_experts_of_different_methods(monkeypatch, capsys, tmp_path, models):
     config = mxdit.pipeline_config("mxfp4", transformer_2={"quant_method": "mxfp8", "ignored_layers": ["blocks.0.*"]})
-    pipelines.load(pipelines.open_model(models["t2v"]), "t2v", config).save_pretrained(tmp_path / "packed")
+    loading.load(directory.open_model(models["t2v"]), "t2v", config).save_pretrained(tmp_path / "packed")
     args = ["--prompt", "x", *SMALL, "-o", tmp_path / "clip.mp4", "--activation", "mxfp8"]
     code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args)
     assert code == 0

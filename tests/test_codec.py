@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mxdit
 from agreement import KINDS, assert_as_dual_oracle, assert_as_oracle
-from mxdit.formats import FORMATS
+from mxdit.numerics.formats import FORMATS
 
 # -- worked examples, as literals --------------------------------------------------------------------------------------
 

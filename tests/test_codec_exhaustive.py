@@ -12,7 +12,7 @@ import torch
 import mxdit
 import oracle
 from agreement import assert_as_dual_oracle, assert_as_oracle, every_pattern, single_codes
-from mxdit.formats import E2M1, E4M3, FORMATS
+from mxdit.numerics.formats import E2M1, E4M3, FORMATS
 
 SETTINGS = [
     (fmt, rule, mode)

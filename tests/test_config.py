@@ -7,7 +7,7 @@ import pytest
 
 from mxdit.config import ACTIVATIONS, Method, MXConfig
 from mxdit.errors import ConfigError
-from mxdit.formats import FORMATS
+from mxdit.numerics.formats import FORMATS
 
 EXAMPLES = [
     MXConfig("mxfp4"),

@@ -16,12 +16,12 @@ import mxdit
 from command import mxdit_command
 from mxdit import conformance
 from mxdit.backends import cpu
-from mxdit.codec import _codes, _level_one_scale, _pack, decode_blocks, encode
 from mxdit.conformance.acceptance import acceptance
 from mxdit.conformance.calls import Call
 from mxdit.conformance.case import Case, generator
 from mxdit.conformance.compare import Finding, compare
-from mxdit.formats import FORMATS
+from mxdit.numerics.codec import _codes, _level_one_scale, _pack, decode_blocks, encode
+from mxdit.numerics.formats import FORMATS
 from native_cases import product_bounds
 
 CASES = {case.name: case for case in conformance.cases()}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import mxdit
 from agreement import every_pattern
 from mxdit.backends import backends, cpu
-from mxdit.formats import FORMATS, SCHEMES
+from mxdit.numerics.formats import FORMATS, SCHEMES
 
 OPS = torch.ops.mxdit
 HALF = [torch.bfloat16, torch.float16]

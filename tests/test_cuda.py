@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxdit.backends import CUDA, backends, cuda
-from mxdit.codec import Packed, decode, encode
 from mxdit.conformance import cases
 from mxdit.conformance.calls import ByReference
 from mxdit.errors import BackendError
-from mxdit.formats import FORMATS, SCHEMES
+from mxdit.numerics.codec import Packed, decode, encode
+from mxdit.numerics.formats import FORMATS, SCHEMES
 
 pytest.importorskip("triton", minversion="3.9")  # whose interpreter has FMA and dot_scaled
 

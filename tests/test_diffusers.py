@@ -16,7 +16,7 @@ from torch import nn
 import mxdit
 import tiny
 from mxdit import MXConfig, MXLinear
-from mxdit.formats import FORMATS
+from mxdit.numerics.formats import FORMATS
 
 LAYER = "blocks.1.ffn.net.2"
 

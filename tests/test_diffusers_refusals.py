@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import mxdit
 import tiny
 from mxdit import CheckpointError, ConfigError, ModelError, MXConfig, MXLinear
-from mxdit.formats import FORMATS
+from mxdit.numerics.formats import FORMATS
 
 LAYER = "blocks.1.ffn.net.2"
 QKV = [f"blocks.0.attn1.to_{name}" for name in "qkv"]

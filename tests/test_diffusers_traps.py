@@ -9,7 +9,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 import mxdit
 import tiny
 from mxdit import MXConfig, MXLinear
-from mxdit.formats import FORMATS
+from mxdit.numerics.formats import FORMATS
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 
 import tiny
-from mxdit import pipelines
 from mxdit.errors import InputError
-from mxdit.evals import adapters, video_metrics
-from mxdit.evals.definitions import DEFINITIONS, PSNR_CEILING
-from mxdit.evals.judge import ASKED, judge_for
-from mxdit.evals.statistics import difference, interval
-from mxdit.evals.video_metrics import VIDEO_METRICS, psnr_db, unavailable
-from mxdit.evals.video_metrics import video_metrics as measure
+from mxdit.evals.metrics import networks as adapters
+from mxdit.evals.metrics import video_metrics
+from mxdit.evals.metrics.definitions import DEFINITIONS, PSNR_CEILING
+from mxdit.evals.metrics.judge import ASKED, judge_for
+from mxdit.evals.metrics.statistics import difference, interval
+from mxdit.evals.metrics.video_metrics import VIDEO_METRICS, psnr_db, unavailable
+from mxdit.evals.metrics.video_metrics import video_metrics as measure
+from mxdit.generation import directory
 
 rng = np.random.default_rng(0)
 REFERENCE = rng.integers(40, 200, (5, 64, 64, 3)).astype(np.uint8)
@@ -164,7 +165,7 @@ def test_a_paired_difference_sees_what_unpaired_means_do_not():
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_the_judge_asks_for_held_out_captions_and_reads_their_clips(task):
     digits = pytest.importorskip("mxdit_models.digits")
-    judge = judge_for(pipelines.open_model(pipelines.bundled(task)), task)
+    judge = judge_for(directory.open_model(directory.bundled(task)), task)
     assert judge is not None
     samples = judge.samples(6)
     assert [sample.prompt for sample in samples] == [spec.caption for spec in digits.heldout_specs()[:6]]
@@ -176,7 +177,7 @@ def test_the_judge_asks_for_held_out_captions_and_reads_their_clips(task):
 
 def test_the_judge_reads_real_clips_and_notices_a_wrong_one():
     digits = pytest.importorskip("mxdit_models.digits")
-    judge = judge_for(pipelines.open_model(pipelines.bundled("i2v")), "i2v")
+    judge = judge_for(directory.open_model(directory.bundled("i2v")), "i2v")
     assert judge is not None
     samples = judge.samples(8)
     clips = digits.render(list(digits.heldout_specs()[:8]), np.random.default_rng(1), "test", spread=digits.NEAR)
@@ -194,7 +195,7 @@ def test_the_judge_reads_real_clips_and_notices_a_wrong_one():
 
 
 def test_other_models_have_no_judge(tmp_path):
-    assert judge_for(pipelines.open_model(tiny.save(tmp_path)), "t2v") is None
+    assert judge_for(directory.open_model(tiny.save(tmp_path)), "t2v") is None
 
 
 @pytest.mark.parametrize("name", list(adapters.ADAPTERS))

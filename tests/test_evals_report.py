@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mxdit.evals import figures, sheets
-from mxdit.evals.definitions import DEFINITIONS
-from mxdit.evals.reading import best, number, reading, rows_of
-from mxdit.evals.report import write_report
-from mxdit.evals.statistics import interval
+from mxdit.evals.metrics.definitions import DEFINITIONS
+from mxdit.evals.metrics.statistics import interval
+from mxdit.evals.pages import figures, sheets
+from mxdit.evals.pages.reading import best, number, reading, rows_of
+from mxdit.evals.pages.report import write_report
 
 STEPS, BLOCKS, FRAMES, SIDE = 8, 4, 9, 64
 # name, method, activation, rule, how, same_as, MiB, PSNR, velocity error, SQNR

@@ -17,12 +17,13 @@ from PIL import Image
 import mxdit
 import tiny
 from command import mxdit_command
-from mxdit import cli, pipelines
+from mxdit import cli
 from mxdit.errors import InputError
 from mxdit.evals import modes
 from mxdit.evals import run as evaluations
-from mxdit.evals.adapters import ADAPTERS
-from mxdit.evals.definitions import DEFINITIONS
+from mxdit.evals.metrics.definitions import DEFINITIONS
+from mxdit.evals.metrics.networks import ADAPTERS
+from mxdit.generation import directory, loading
 
 SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4", "--metrics", "psnr_db,flicker"]
 PROMPTS = "a red seven moving left\n\na blue three moving right\n"
@@ -209,10 +210,8 @@ def test_parts_that_are_not_quantized_are_seen_when_they_change(monkeypatch, cap
 
 
 def test_image_to_video_and_a_converted_directory(monkeypatch, capsys, models, tmp_path):
-    model = pipelines.open_model(models["i2v"])
-    pipelines.load(model, "i2v", mxdit.pipeline_config("mxfp4", transformer_2=None)).save_pretrained(
-        tmp_path / "packed"
-    )
+    model = directory.open_model(models["i2v"])
+    loading.load(model, "i2v", mxdit.pipeline_config("mxfp4", transformer_2=None)).save_pretrained(tmp_path / "packed")
     code, _, _ = command(
         monkeypatch, capsys, models["i2v"], *SMALL, "--prompts", models["i2v"].parent / "i2v.txt", "--modes", "mxfp4 uos*",
         "--mode", f"mine={tmp_path / 'packed'}", "--mode",
@@ -239,7 +238,7 @@ def test_metrics_of_networks_that_users_bring(monkeypatch, capsys, models, tmp_p
         return {"fvd": [2.5]} if weights == tmp_path else {}
 
     there = replace(ADAPTERS["fvd"], files={}, measure=measure)
-    monkeypatch.setattr("mxdit.evals.adapters.ADAPTERS", {"fvd": there, "vbench": there})
+    monkeypatch.setattr("mxdit.evals.metrics.networks.ADAPTERS", {"fvd": there, "vbench": there})
     monkeypatch.setattr(evaluations, "ADAPTERS", {"fvd": there, "vbench": there})
     args = [
         models["t2v"],
@@ -343,7 +342,7 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, models,
 
 
 def test_a_quantized_model_is_no_reference(monkeypatch, capsys, tmp_path, models):
-    pipelines.load(pipelines.open_model(models["t2v"]), "t2v", mxdit.pipeline_config("mxfp4")).save_pretrained(
+    loading.load(directory.open_model(models["t2v"]), "t2v", mxdit.pipeline_config("mxfp4")).save_pretrained(
         tmp_path / "packed"
     )
     code, _, err = command(

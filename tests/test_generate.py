@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 import tiny
-from mxdit import pipelines, video
 from mxdit.errors import InputError, ModelError
-from mxdit.generate import Request, generate, make_request
+from mxdit.generation import media
+from mxdit.generation.directory import open_model
+from mxdit.generation.request import Request, make_request
+from mxdit.generation.run import generate
 from mxdit.models.presets import PRESETS, preset_for
 
 
@@ -47,7 +49,7 @@ def directory(root: Path, task: str, *, layers: int, heads: int, boundary: float
 
 
 def test_t2v_a14b(tmp_path):
-    model = pipelines.open_model(directory(tmp_path, "t2v", layers=40, heads=40, boundary=0.875))
+    model = open_model(directory(tmp_path, "t2v", layers=40, heads=40, boundary=0.875))
     request = make_request(model, "t2v", prompt="x")
     assert (request.height, request.width, request.frames, request.steps) == (480, 832, 81, 40)
     # Wan's own tuple is (low, high) = (3, 4); diffusers' first scale is the high-noise one.
@@ -59,7 +61,7 @@ def test_t2v_a14b(tmp_path):
 
 
 def test_i2v_a14b_takes_the_aspect_of_the_image(tmp_path):
-    model = pipelines.open_model(directory(tmp_path, "i2v", layers=40, heads=40, boundary=0.9))
+    model = open_model(directory(tmp_path, "i2v", layers=40, heads=40, boundary=0.9))
     request = make_request(model, "i2v", prompt="x", image=Image.new("RGB", (1000, 2000)))
     assert (request.guidance, request.guidance_2, request.flow_shift) == (3.5, 3.5, 5.0)
     assert request.height % 16 == 0 and request.width % 16 == 0
@@ -69,7 +71,7 @@ def test_i2v_a14b_takes_the_aspect_of_the_image(tmp_path):
 
 
 def test_ti2v_5b_makes_both(tmp_path):
-    model = pipelines.open_model(directory(tmp_path, "t2v", layers=30, heads=24, boundary=None, ti2v=True))
+    model = open_model(directory(tmp_path, "t2v", layers=30, heads=24, boundary=None, ti2v=True))
     assert model.tasks == ("t2v", "i2v") and model.size_multiple == 32
     request = make_request(model, "t2v", prompt="x")
     assert (request.height, request.width, request.frames, request.guidance_2) == (704, 1280, 121, None)
@@ -83,7 +85,7 @@ def test_ti2v_5b_makes_both(tmp_path):
 
 
 def test_wan21_has_one_expert_and_keeps_its_scheduler(tmp_path):
-    model = pipelines.open_model(directory(tmp_path, "t2v", layers=40, heads=40, boundary=None))
+    model = open_model(directory(tmp_path, "t2v", layers=40, heads=40, boundary=None))
     assert model.preset("t2v").name == "Wan" and make_request(model, "t2v", prompt="x").flow_shift is None
 
 
@@ -112,7 +114,7 @@ def test_an_unknown_size_keeps_the_scheduler_as_it_is():
 
 def test_mp4_holds_the_frames(tmp_path):
     ramp = np.linspace(0, 255, 9 * 32 * 48).reshape(9, 32, 48, 1).repeat(3, -1).astype(np.uint8)
-    video.write_mp4(tmp_path / "ramp.mp4", ramp, 16)
+    media.write_mp4(tmp_path / "ramp.mp4", ramp, 16)
     with av.open(str(tmp_path / "ramp.mp4")) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
@@ -126,7 +128,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "clip.mp4"
     target.write_bytes(b"old")
     with pytest.raises(InputError, match="could not be written"):
-        video.write_mp4(target, np.zeros((2, 31, 33, 3), np.uint8), 16)  # odd sides do not fit yuv420p
+        media.write_mp4(target, np.zeros((2, 31, 33, 3), np.uint8), 16)  # odd sides do not fit yuv420p
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
 
 
@@ -134,12 +136,12 @@ def test_images_are_turned_and_cut_never_stretched(tmp_path):
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 20:60] = 255  # the middle square is white
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    image = video.read_image(tmp_path / "wide.png")
-    square = np.asarray(video.cover(image, 40, 40))
+    image = media.read_image(tmp_path / "wide.png")
+    square = np.asarray(media.cover(image, 40, 40))
     assert square.shape == (40, 40, 3) and square.min() == 255
     exif = Image.Exif()
     exif[0x0112] = 6  # a camera held upright
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
-    assert video.read_image(tmp_path / "turned.jpg").size == (40, 80)
+    assert media.read_image(tmp_path / "turned.jpg").size == (40, 80)
     Image.new("RGBA", (4, 4)).save(tmp_path / "clear.png")
-    assert video.read_image(tmp_path / "clear.png").mode == "RGB"
+    assert media.read_image(tmp_path / "clear.png").mode == "RGB"

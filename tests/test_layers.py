@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import mxdit
-from mxdit.formats import FORMATS
 from mxdit.layers import MXLinear
+from mxdit.numerics.formats import FORMATS
 
 OPS = torch.ops.mxdit
 CASES = [

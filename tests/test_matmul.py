@@ -11,7 +11,7 @@ import torch
 import mxdit
 import oracle
 from agreement import KINDS, dual, exact_values
-from mxdit import reference
+from mxdit.numerics import reference
 
 OPS = torch.ops.mxdit
 HALF = [torch.bfloat16, torch.float16]

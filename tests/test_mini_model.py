@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import mxdit
-from mxdit import pipelines, video
-from mxdit.generate import generate, make_request
+from mxdit.generation import directory, loading, media
+from mxdit.generation.request import make_request
+from mxdit.generation.run import generate
 
 STOCK = """
 import sys
@@ -31,7 +32,7 @@ assert "mxdit" not in sys.modules and frames.shape == (1, 5, 64, 64, 3) and np.i
 
 
 def first_frame() -> Path:
-    return pipelines.bundled("t2v").parent / "first_frame.png"
+    return directory.bundled("t2v").parent / "first_frame.png"
 
 
 @pytest.mark.parametrize("task, cls", [("t2v", "WanPipeline"), ("i2v", "WanImageToVideoPipeline")])
@@ -42,7 +43,7 @@ def test_stock_diffusers_loads_it_without_mxdit(task, cls):
         "ignore",
         "-c",
         STOCK.format(cls=cls),
-        str(pipelines.bundled(task)),
+        str(directory.bundled(task)),
         str(first_frame()),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -51,7 +52,7 @@ def test_stock_diffusers_loads_it_without_mxdit(task, cls):
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_shapes_are_the_big_models_in_small(task):
-    model = pipelines.open_model(pipelines.bundled(task))
+    model = directory.open_model(directory.bundled(task))
     assert set(model.experts) == {"transformer", "transformer_2"}
     assert model.boundary_ratio == {"t2v": 0.875, "i2v": 0.9}[task]
     for config in model.experts.values():
@@ -64,16 +65,16 @@ def test_shapes_are_the_big_models_in_small(task):
 
 
 def test_it_is_small_enough_for_a_repository():
-    folder = pipelines.bundled("t2v").parent
+    folder = directory.bundled("t2v").parent
     assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 60e6
 
 
 def clip(task: str, method: str | None, source: Path | None = None) -> tuple[np.ndarray, object]:
     """A short T2V or I2V clip, and the pipeline that made it."""
-    model = pipelines.open_model(source or pipelines.bundled(task))
-    config = None if method is None else pipelines.quantization(model, method, {})
-    pipe = pipelines.load(model, task, config)
-    image = video.read_image(first_frame()) if task == "i2v" else None
+    model = directory.open_model(source or directory.bundled(task))
+    config = None if method is None else loading.quantization(model, method, {})
+    pipe = loading.load(model, task, config)
+    image = media.read_image(first_frame()) if task == "i2v" else None
     return generate(pipe, make_request(model, task, image=image, frames=9, steps=6)).frames, pipe
 
 

@@ -23,8 +23,8 @@ OPS = torch.ops.mxdit
 
 LINEARS = [
     (scheme, method)
-    for scheme, method in itertools.product(mxdit.formats.SCHEMES, mxdit.formats.FORMATS)
-    if method in mxdit.formats.SCHEMES[scheme].weights
+    for scheme, method in itertools.product(mxdit.numerics.formats.SCHEMES, mxdit.numerics.formats.FORMATS)
+    if method in mxdit.numerics.formats.SCHEMES[scheme].weights
 ]
 
 
@@ -34,8 +34,8 @@ def linear_args(scheme: str, method: str, x: torch.Tensor, n: int = 24, rule: st
     w, bias = torch.randn(n, k).bfloat16() * 0.1, torch.randn(n).to(x.dtype)
     packed = mxdit.encode(w, method)
     smooth = (torch.rand(k) + 0.5).bfloat16().float() if packed.outer is not None else None
-    activation = mxdit.formats.SCHEMES[scheme].weights[method]
-    rule = rule or ("ocp" if activation is None else mxdit.formats.FORMATS[activation].default_rule)
+    activation = mxdit.numerics.formats.SCHEMES[scheme].weights[method]
+    rule = rule or ("ocp" if activation is None else mxdit.numerics.formats.FORMATS[activation].default_rule)
     return x, packed.codes, packed.scale, packed.outer, smooth, bias, scheme, rule, "packed"
 
 
@@ -47,7 +47,7 @@ on_every_path = pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_linear_is_quantize_and_matmul(scheme, method, dtype):
     """Against decoded operands in float64, to the rounding of the result; four-bit products also bit for bit."""
-    if dtype not in mxdit.formats.SCHEMES[scheme].output_dtypes(method):
+    if dtype not in mxdit.numerics.formats.SCHEMES[scheme].output_dtypes(method):
         with pytest.raises(mxdit.FormatError, match=r"torch.float32"):
             OPS.linear(*linear_args(scheme, method, torch.randn(3, 1056).to(dtype)))
         return
@@ -58,7 +58,7 @@ def test_linear_is_quantize_and_matmul(scheme, method, dtype):
     assert got.shape == (2, 3, 24) and got.dtype is dtype
 
     smoothed = x if smooth is None else x * smooth.to(dtype)
-    activation = mxdit.formats.SCHEMES[scheme].weights[method]
+    activation = mxdit.numerics.formats.SCHEMES[scheme].weights[method]
     left = smoothed.double() if activation is None else mxdit.decode(mxdit.encode(smoothed, activation, rule)).double()
     right = mxdit.decode(mxdit.Packed(w, w_scale, w_dual, method)).double()
     exact = left @ right.T + bias.double()

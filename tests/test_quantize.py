@@ -12,9 +12,9 @@ import mxdit
 import tiny
 from mxdit.config import MXConfig
 from mxdit.errors import ConfigError, ModelError
-from mxdit.formats import FORMATS
 from mxdit.models import SPECS, spec_of
-from mxdit.quantize import fallback_blocks
+from mxdit.numerics.formats import FORMATS
+from mxdit.quantize.plan import fallback_blocks
 
 QKV = [f"blocks.0.attn1.to_{name}" for name in "qkv"]
 

@@ -23,8 +23,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from mxdit import pipelines, video
-from mxdit.generate import generate, make_request
+from mxdit.generation import directory, loading, media
+from mxdit.generation.request import make_request
+from mxdit.generation.run import generate
 
 METHODS = ("mxfp8", "mxfp4", "mxfp4_dualscale")
 MODES = ("bf16", *(f"{method} {how}" for method in METHODS for how in ("online", "offline")))
@@ -36,21 +37,21 @@ CELL = 112  # pixels
 def work(task: str, mode: str, scratch: Path) -> None:
     """One mode of one task, in this process; leaves frames and figures in `scratch`."""
     method, _, how = mode.partition(" ")
-    pipelines.show_loading(False)
+    loading.show_loading(False)
     saved = scratch / f"{task}-{method}"
-    source = saved if how == "offline" else pipelines.bundled(task)
-    model = pipelines.open_model(source)
-    config = pipelines.quantization(model, method, {}) if how == "online" else None
-    image = video.read_image(pipelines.bundled(task).parent / "first_frame.png") if task == "i2v" else None
+    source = saved if how == "offline" else directory.bundled(task)
+    model = directory.open_model(source)
+    config = loading.quantization(model, method, {}) if how == "online" else None
+    image = media.read_image(directory.bundled(task).parent / "first_frame.png") if task == "i2v" else None
     started = time.perf_counter()
-    pipeline = pipelines.load(model, task, config)
+    pipeline = loading.load(model, task, config)
     load_seconds = time.perf_counter() - started
     result = generate(pipeline, make_request(model, task, image=image))
     preset = model.preset(task)
     np.save(scratch / f"{task}-{mode}.npy", result.frames)
-    reports = pipelines.experts_of(pipeline)
+    reports = loading.experts_of(pipeline)
     figures = {
-        "experts": {name: pipelines.summary(report) for name, report in reports.items()},
+        "experts": {name: loading.summary(report) for name, report in reports.items()},
         "bytes": sum(report.bytes_after for report in reports.values()),
         "file_bytes": sum(f.stat().st_size for f in source.rglob("*.safetensors") if f.parent.name.startswith("trans")),
         "peak_bytes": result.peak_bytes,
@@ -144,7 +145,7 @@ def main() -> None:
                 clips[task, mode] = np.load(scratch / f"{task}-{mode}.npy")
                 figures[task, mode] = json.loads((scratch / f"{task}-{mode}.json").read_text())
                 name = f"{task}-{mode.replace(' ', '-')}.mp4"
-                video.write_mp4(args.out / name, clips[task, mode], figures[task, mode]["fps"])
+                media.write_mp4(args.out / name, clips[task, mode], figures[task, mode]["fps"])
                 print(f"{name}  {time.perf_counter() - begun:.1f} s", flush=True)
 
     differing = [

@@ -2,7 +2,6 @@
 
 from mxdit import backends as backends  # register torch.ops.mxdit and its kernels; the aliases say that they are
 from mxdit import ops as ops  # meant to be here
-from mxdit.codec import Packed, decode, encode
 from mxdit.config import MXConfig
 from mxdit.errors import (
     BackendError,
@@ -13,10 +12,13 @@ from mxdit.errors import (
     ModelError,
     MXDiTError,
 )
-from mxdit.integrations import pipeline_config, register_when_imported
+from mxdit.integrations.diffusers_hook import pipeline_config, register_when_imported
 from mxdit.layers import MXLinear
-from mxdit.quantize import plan, quantize_, report_of, set_activation
-from mxdit.report import QuantReport
+from mxdit.numerics.codec import Packed, decode, encode
+from mxdit.quantize.activations import set_activation
+from mxdit.quantize.apply import quantize_
+from mxdit.quantize.plan import plan
+from mxdit.quantize.report import QuantReport, report_of
 from mxdit.version import __version__
 
 register_when_imported()

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 from mxdit.errors import ConfigError
-from mxdit.formats import FORMATS, SCHEMES
+from mxdit.numerics.formats import FORMATS, SCHEMES
 
 
 class Method(StrEnum):

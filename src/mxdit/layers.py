@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mxdit.backends import Layout, layout_for
 from mxdit.errors import FormatError
-from mxdit.formats import Scheme, block_format, scheme_for
+from mxdit.numerics.formats import Scheme, block_format, scheme_for
 
 _STAY_FP32 = ("weight_dual_scale", "mul_scale")
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 import mxdit
 import oracle
-from mxdit import reference
+from mxdit.numerics import reference
 
 # TN meta l.34-70: what torch has no dtype for, or had none for.
 INT4, HIFLOAT8, FLOAT8_E5M2, FLOAT8_E4M3FN, FLOAT8_E8M0FNU, FLOAT4_E2M1, FLOAT4_E1M2 = 285, 290, 291, 292, 293, 296, 297

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mxdit import pipelines
-from mxdit.generate import generate, make_request
+from mxdit.generation import directory, loading
+from mxdit.generation.request import make_request
+from mxdit.generation.run import generate
 from mxdit_models.digits import first_frames, heldout_specs
 from mxdit_models.judge import Judge
 
@@ -52,15 +53,15 @@ def main() -> None:
     parser.add_argument("--task", choices=TARGETS, help="default: both")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    pipelines.show_loading(False)
+    loading.show_loading(False)
     judge = Judge()
     print(f"judge's accuracy on single frames of unseen scans: {judge.accuracy:.3f}", flush=True)
     specs = heldout_specs()[args.skip :][: args.prompts]
     stills = first_frames()[args.skip :][: args.prompts]
     results: dict[str, dict[str, float]] = {"judge": {"digit": judge.accuracy}}
     for task in [args.task] if args.task else list(TARGETS):
-        model = pipelines.open_model(args.models / task)
-        pipeline = pipelines.load(model, task)
+        model = directory.open_model(args.models / task)
+        pipeline = loading.load(model, task)
         right = {"digit": 0, "color": 0, "direction": 0, "background": 0}
         psnrs, clips = [], []
         for i, spec in enumerate(specs):

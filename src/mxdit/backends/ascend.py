@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mxdit import ops
 from mxdit.errors import BackendError
-from mxdit.formats import FORMATS, SCHEMES
+from mxdit.numerics.formats import FORMATS, SCHEMES
 
 logger = logging.getLogger(__name__)
 
@@ -392,7 +392,7 @@ def _warn(what: str, reason: str) -> None:
 
 @contextmanager
 def _ieee_fp32() -> Iterator[None]:
-    """No HF32 in fp32 matmuls, whatever the program around has set; see `mxdit.reference`."""
+    """No HF32 in fp32 matmuls, whatever the program around has set; see `mxdit.numerics.reference`."""
     matmul = getattr(_torch_npu().npu, "matmul", None)
     if matmul is None or not matmul.allow_hf32:
         yield

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mxdit import ops
 from mxdit.errors import BackendError
-from mxdit.formats import FORMATS, SCHEMES
+from mxdit.numerics.formats import FORMATS, SCHEMES
 
 _T = TypeVar("_T")
 

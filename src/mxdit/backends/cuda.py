@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from mxdit import ops
-from mxdit.codec import Packed
 from mxdit.errors import BackendError
-from mxdit.formats import FORMATS, SCHEMES
+from mxdit.numerics.codec import Packed
+from mxdit.numerics.formats import FORMATS, SCHEMES
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxdit.formats import BlockFormat
+from mxdit.numerics.formats import BlockFormat
 
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 GROUP = 512  # of K, in one program: what an outer scale covers

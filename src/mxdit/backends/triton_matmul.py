@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxdit.backends.triton_codec import GROUP, PADDED, cut, fold, load_packed, load_values, narrow, power, widen
-from mxdit.codec import Packed
+from mxdit.numerics.codec import Packed
 
 LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
 # ``step`` of K at once; for integers it divides PADDED.

@@ -20,8 +20,8 @@ from mxdit.bench.timing import Call, Times, alternate, rotated, timer
 from mxdit.conformance import calls
 from mxdit.conformance.acceptance import acceptance
 from mxdit.conformance.compare import bound, compare_values
-from mxdit.formats import FORMATS
 from mxdit.layers import MXLinear
+from mxdit.numerics.formats import FORMATS
 
 QUANTIZE, MATMUL, WHOLE = PARTS = ("quantize", "matmul", "whole")
 SAMPLE, COLUMNS = 8, 512  # rows and columns of a result that are checked

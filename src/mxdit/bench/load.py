@@ -14,7 +14,8 @@ from mxdit.bench.memory import weight_files
 from mxdit.bench.modes import Variant, variants
 from mxdit.bench.processes import alone
 from mxdit.bench.timing import Times
-from mxdit.pipelines import ModelDirectory, load, open_model, show_loading
+from mxdit.generation.directory import ModelDirectory, open_model
+from mxdit.generation.loading import load, show_loading
 
 
 @dataclass(frozen=True)

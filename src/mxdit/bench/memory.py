@@ -16,8 +16,10 @@ from mxdit.bench.modes import Variant, variants
 from mxdit.bench.processes import TIDY, Sampler, alone, status
 from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
-from mxdit.generate import Request, generate
-from mxdit.pipelines import COMPONENTS, ModelDirectory, bundled, load, open_model, show_loading
+from mxdit.generation.directory import COMPONENTS, ModelDirectory, bundled, open_model
+from mxdit.generation.loading import load, show_loading
+from mxdit.generation.request import Request
+from mxdit.generation.run import generate
 
 # -- a transformer -------------------------------------------------------------------------------------------------------
 

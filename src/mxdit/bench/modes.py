@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mxdit.checkpoint import quantize_checkpoint
-from mxdit.pipelines import ModelDirectory, quantization
+from mxdit.generation.directory import ModelDirectory
+from mxdit.generation.loading import quantization
 
 BF16 = "bf16"
 MODES = {  # the weight's format and the activation

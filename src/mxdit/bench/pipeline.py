@@ -14,12 +14,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mxdit.bench.modes import BF16, MODES
+from mxdit.bench.shapes import Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
 from mxdit.bench.timing import Times, alternate, timer
 from mxdit.errors import BackendError
-from mxdit.generate import Request, generate
-from mxdit.models.shapes import Wan
-from mxdit.pipelines import COMPONENTS, ModelDirectory, load, quantization, show_loading
+from mxdit.generation.directory import COMPONENTS, ModelDirectory
+from mxdit.generation.loading import load, quantization, show_loading
+from mxdit.generation.request import Request
+from mxdit.generation.run import generate
 
 FORWARD = "mxdit.bench: forward"  # what the profiler calls a transformer's forward
 LINEARS = ("mxdit::linear", "aten::linear")

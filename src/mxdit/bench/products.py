@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mxdit.models.shapes import SEED, SMALL_M, Wan
+from mxdit.bench.shapes import SEED, SMALL_M, Wan
 
 
 @dataclass(frozen=True)

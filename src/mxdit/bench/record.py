@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mxdit.backends.environment import environment
 from mxdit.bench.timing import caches
-from mxdit.conformance import environment
 
 SCHEMA = 1  # of the JSON; a change that readers notice is a new number
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mxdit.bench.shapes import TEXT_TOKENS, Wan
 from mxdit.checkpoint.files import TensorInfo
 from mxdit.checkpoint.writer import STEM, Part, index_of, new_directory, shards_of
 from mxdit.layers import MXLinear
-from mxdit.models.shapes import TEXT_TOKENS, Wan
-from mxdit.quantize import swap
+from mxdit.quantize.apply import swap
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel

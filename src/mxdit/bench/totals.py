@@ -12,10 +12,10 @@ from torch import nn
 from mxdit.bench.memory import ExpertMemory, load_transformer
 from mxdit.bench.modes import BF16, variants
 from mxdit.bench.processes import TIDY, alone
+from mxdit.bench.shapes import TEXT_ENCODER, Wan
 from mxdit.bench.standins import make_checkpoint, skeleton
 from mxdit.config import MXConfig
-from mxdit.models.shapes import TEXT_ENCODER, Wan
-from mxdit.quantize import fallback_blocks
+from mxdit.quantize.plan import fallback_blocks
 
 # docs/wan22.md, GiB: of one expert by its mode, and of the whole A14B pipeline with both experts and with one.
 PUBLISHED = {

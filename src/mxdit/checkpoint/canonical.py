@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,39 +17,20 @@ from torch import Tensor, nn
 
 from mxdit.checkpoint.experts import Expert, Finding, Stored
 from mxdit.checkpoint.files import StoredTensor, TensorInfo
-from mxdit.checkpoint.numeric import pack
+from mxdit.checkpoint.layouts.numeric import pack
 from mxdit.checkpoint.values import as_is, check_dual, check_e4m3, check_mul_scale, check_scale
 from mxdit.checkpoint.writer import Part
 from mxdit.config import MXConfig
-from mxdit.errors import CheckpointError, ConfigError, InputError, MXDiTError
-from mxdit.formats import FORMATS, BlockFormat, block_format
-from mxdit.models import SPECS, spec_of
-from mxdit.quantize import plan
+from mxdit.errors import CheckpointError, ConfigError, MXDiTError
+from mxdit.models import spec_of
+from mxdit.models.skeleton import skeleton_of
+from mxdit.numerics.formats import FORMATS, BlockFormat, block_format
+from mxdit.quantize.plan import plan
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SCALES = ("weight_scale", "weight_dual_scale", "mul_scale")
 OUTER = tuple(name for name, row in FORMATS.items() if row.outer)
 ROTATIONS = ("q_rot", "k_rot")  # of msModelSlim's quantized attention; they cancel in the product of q and k
-
-
-def skeleton_of(config: Mapping[str, Any], where: str) -> nn.Module:
-    """The transformer that a config.json describes, without memory. Raises CheckpointError, or InputError without diffusers."""
-    if find_spec("diffusers") is None:
-        raise InputError("a package is not installed", where="diffusers", hint="pip install 'mxdit[diffusers]'.")
-    import diffusers
-
-    name = config.get("_class_name")
-    if not isinstance(name, str) or name not in SPECS:
-        raise CheckpointError(
-            "mxdit does not know this kind of model", where=where, got=repr(name), expected=" or ".join(SPECS)
-        )
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        with torch.device("meta"):
-            return getattr(diffusers, name).from_config(plain)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError, AttributeError, LookupError) as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError("no model can be built from this config", where=where, got=said[:200]) from None
 
 
 def read_expert(stored: Stored, base: Stored | None = None, *, fallback: bool = False) -> Expert:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxdit.checkpoint import sglang, vllm_omni
 from mxdit.checkpoint.canonical import read_expert
 from mxdit.checkpoint.experts import Expert, Finding, faults_of
+from mxdit.checkpoint.layouts import sglang, vllm_omni
 from mxdit.checkpoint.sources import open_both
 
 

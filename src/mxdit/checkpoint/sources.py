@@ -14,8 +14,8 @@ from typing import Any
 
 from mxdit.checkpoint.experts import Stored
 from mxdit.checkpoint.files import StoredTensor, open_tensors, read_json
-from mxdit.checkpoint.modelslim import DESCRIPTION, TYPES, WEIGHTS, read_description, types_of, without_wrappers
-from mxdit.checkpoint.vllm_omni import SERIALIZED
+from mxdit.checkpoint.layouts.modelslim import DESCRIPTION, TYPES, WEIGHTS, read_description, types_of, without_wrappers
+from mxdit.checkpoint.layouts.vllm_omni import SERIALIZED
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError, InputError
 from mxdit.models import SPECS, ModelSpec

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from mxdit.cli.bench.tables import aligned
 from mxdit.cli.console import app, check_output, device_of, dtype_of, err, need, say, size_of, tell
-from mxdit.cli.tables import aligned
 from mxdit.errors import InputError
+from mxdit.evals.metrics.statistics import LEAST
 from mxdit.evals.modes import QUICK, STANDARD, choose
-from mxdit.evals.statistics import LEAST
 
 MODES = ", ".join(mode.name for mode in STANDARD)
 SMALL = 1 << 30  # bytes of experts' files, below which more videos are looked into
@@ -92,12 +92,13 @@ def evaluate(
 
         mxdit eval bundled --modes bf16 --mode 'first={"quant_method": "mxfp4", "num_bf16_fallback_layers": 1}'
     """
-    from mxdit import pipelines
-    from mxdit.evals.adapters import ADAPTERS
     from mxdit.evals.cache import Cache
+    from mxdit.evals.metrics.networks import ADAPTERS
+    from mxdit.evals.metrics.video_metrics import VIDEO_METRICS, unavailable
     from mxdit.evals.run import Evaluation
     from mxdit.evals.samples import choose_videos
-    from mxdit.evals.video_metrics import VIDEO_METRICS, unavailable
+    from mxdit.generation import loading
+    from mxdit.generation.directory import PIPELINES, bundled, open_model
 
     need("diffusers", "transformers")
     if output is not None:
@@ -106,8 +107,8 @@ def evaluate(
         need("matplotlib", "av")
         if report.exists() and not report.is_dir():
             raise InputError("a file is in the way", where="--report", got=str(report), expected="a directory to make")
-    if task not in (None, *pipelines.PIPELINES):
-        raise InputError("no such task", where="--task", got=repr(task), expected=" or ".join(pipelines.PIPELINES))
+    if task not in (None, *PIPELINES):
+        raise InputError("no such task", where="--task", got=repr(task), expected=" or ".join(PIPELINES))
     patterns = [part.strip() for part in modes.split(",")] if modes is not None else list(QUICK) if quick else None
     chosen = choose(patterns, mode or ())
     missing = unavailable() | {name: why for name in ADAPTERS if (why := ADAPTERS[name].why_not(weights_dir))}
@@ -117,8 +118,8 @@ def evaluate(
         if name not in possible:
             got, expected = missing.get(name, repr(name)), ", ".join(possible)
             raise InputError(f"{name} cannot be computed", where="--metrics", got=got, expected=expected)
-    path = pipelines.bundled(task or "t2v") if model == "bundled" else Path(model)
-    directory = pipelines.open_model(path)
+    path = bundled(task or "t2v") if model == "bundled" else Path(model)
+    directory = open_model(path)
     task = task or directory.tasks[0]
     videos, judge = choose_videos(
         directory,
@@ -150,7 +151,7 @@ def evaluate(
     request = videos[0].request
     clips = f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps"
     tell(f"{directory.preset(task).name} from {path}: {len(videos)} videos ({clips}) in {len(chosen)} modes")
-    pipelines.show_loading(False)
+    loading.show_loading(False)
     with _Shown() as shown:
         evaluation = Evaluation(
             directory,
@@ -174,7 +175,7 @@ def evaluate(
         output.write_text(json.dumps(results, indent=1) + "\n")
     _show(results)
     if report is not None:
-        from mxdit.evals.report import write_report
+        from mxdit.evals.pages.report import write_report
 
         report.mkdir(parents=True, exist_ok=True)
         (report / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -79,14 +79,16 @@ def generate(
 
         mxdit generate -m Wan2.2-I2V-A14B-Diffusers --image first.png --prompt "..." --quantization mxfp4_dualscale
     """
-    from mxdit import pipelines, video
-    from mxdit.generate import generate as run
-    from mxdit.generate import make_request
+    from mxdit.generation import loading, media
+    from mxdit.generation.directory import bundled, open_model
+    from mxdit.generation.request import make_request
+    from mxdit.generation.run import generate as run
+    from mxdit.models import COMPONENTS
 
     need("diffusers", "transformers", "av", "PIL")
     check_output(output, ".mp4")
     extra = read_config(quantization_config)
-    components = {name: extra.pop(name) for name in list(extra) if name in pipelines.COMPONENTS}
+    components = {name: extra.pop(name) for name in list(extra) if name in COMPONENTS}
     named = extra.pop("quant_method", None)
     method = quantization or named
     if named not in (None, method):
@@ -100,9 +102,9 @@ def generate(
     }
     keys = {**extra, **{key: value for key, value in keys.items() if value is not None}}
     torch_dtype, torch_device = dtype_of(dtype), device_of(device)
-    picture = None if image is None else video.read_image(image)
+    picture = None if image is None else media.read_image(image)
     task = "t2v" if picture is None else "i2v"
-    directory = pipelines.open_model(pipelines.bundled(task) if model is None else model)
+    directory = open_model(bundled(task) if model is None else model)
     preset = directory.preset(task)
     rate = preset.fps if fps is None else fps
     if not 1 <= rate <= 1000:
@@ -122,19 +124,19 @@ def generate(
         flow_shift=flow_shift,
         boundary_ratio=boundary_ratio,
     )
-    config = pipelines.quantization(directory, method, keys, components)
+    config = loading.quantization(directory, method, keys, components)
 
     tell(f"{preset.name} from {directory.path}")
-    pipelines.show_loading(err.is_terminal)
-    pipeline = pipelines.load(directory, task, config, dtype=torch_dtype, device=torch_device)
-    experts = pipelines.experts_of(pipeline)
+    loading.show_loading(err.is_terminal)
+    pipeline = loading.load(directory, task, config, dtype=torch_dtype, device=torch_device)
+    experts = loading.experts_of(pipeline)
     for name, report in experts.items():
-        tell(f"  {name}: {pipelines.summary(report)}")
+        tell(f"  {name}: {loading.summary(report)}")
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("", total=request.steps)
         result = run(pipeline, request, lambda done, _: progress.update(bar, completed=done))
-    video.write_mp4(output, result.frames, rate)
+    media.write_mp4(output, result.frames, rate)
 
     step = sum(result.step_seconds) / len(result.step_seconds)
     if as_json:
@@ -159,8 +161,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, backends and why not; for a directory, how each of its experts is quantized."""
-    from mxdit import pipelines
     from mxdit.backends import backends
+    from mxdit.generation.directory import describe, open_model
 
     packages = ("mxdit", "torch", "diffusers", "transformers", "safetensors", "av")
     figures: dict[str, Any] = {
@@ -172,13 +174,13 @@ def info(
     }
     if directory is not None:
         need("diffusers")
-        model = pipelines.open_model(directory)
+        model = open_model(directory)
         figures["model"] = {
             "path": str(directory),
             "preset": model.preset(model.tasks[0]).name,
             "tasks": list(model.tasks),
             "boundary_ratio": model.boundary_ratio,
-            "experts": pipelines.describe(model),
+            "experts": describe(model),
         }
     if as_json:
         out.print_json(json.dumps(figures))

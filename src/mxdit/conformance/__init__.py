@@ -11,8 +11,9 @@ Numbers are the same in every run and on every device, whichever cases run. What
 shows it. docs/adding-a-backend.md says how to read the results.
 """
 
+from mxdit.backends.environment import environment
 from mxdit.conformance.case import FAIL, PASS, REFUSED, SKIPPED, Case, Result
 from mxdit.conformance.items import cases
-from mxdit.conformance.records import environment, report, totals
+from mxdit.conformance.records import report, totals
 
 __all__ = ["FAIL", "PASS", "REFUSED", "SKIPPED", "Case", "Result", "cases", "environment", "report", "totals"]

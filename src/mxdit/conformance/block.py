@@ -14,9 +14,9 @@ from mxdit.conformance.calls import ByReference, Call, quantizing
 from mxdit.conformance.case import SKIPPED, Result, Tally, generator
 from mxdit.conformance.compare import Finding, compare_values
 from mxdit.errors import BackendError, MXDiTError
-from mxdit.formats import block_format
 from mxdit.layers import MXLinear
-from mxdit.quantize import swap
+from mxdit.numerics.formats import block_format
+from mxdit.quantize.apply import swap
 
 DIM, HEADS, FFN = 128, 2, 576  # the FFN's second linear has one group of 512 and a part of another
 TOKENS, TEXT = 40, 7

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mxdit import ops
-from mxdit.formats import FORMATS, SCHEMES, BlockFormat
+from mxdit.backends.environment import one_thread
+from mxdit.numerics.formats import FORMATS, SCHEMES, BlockFormat
 
 OUTPUTS = {"quantize": ("codes", "scale"), "quantize_dual": ("codes", "l0", "l1")}  # all others have one: "out"
 
@@ -50,18 +50,6 @@ class ByReference(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with self:  # for the ops that an op calls
             return _IMPLEMENTATIONS[func](*args, **(kwargs or {}))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """What a case does beside the device's own work: so little at a time that threads would only wait for each other, and on
-    a busy machine ten times as long as the work takes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from mxdit.backends.environment import one_thread
 from mxdit.conformance.acceptance import acceptance
-from mxdit.conformance.calls import Call, one_thread
+from mxdit.conformance.calls import Call
 from mxdit.conformance.compare import Finding, compare
 from mxdit.conformance.reproduce import reproduce
 from mxdit.errors import BackendError

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxdit.backends.environment import one_thread
 from mxdit.conformance.acceptance import FLOOR, Acceptance
-from mxdit.conformance.calls import Call, one_thread
+from mxdit.conformance.calls import Call
 from mxdit.errors import BackendError, MXDiTError
-from mxdit.formats import FORMATS
+from mxdit.numerics.formats import FORMATS
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mxdit.codec import element_values
 from mxdit.conformance.compare import BITS
-from mxdit.formats import BlockFormat
+from mxdit.numerics.codec import element_values
+from mxdit.numerics.formats import BlockFormat
 
 _MANTISSAS = (1.0, 1.25, 1.5, 1.75, 1.8125, 1.96875)  # where the scale rules change their mind, and between
 

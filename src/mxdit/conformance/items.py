@@ -9,12 +9,12 @@ from itertools import product
 import torch
 from torch import Generator, Tensor
 
-from mxdit.codec import Packed, encode
 from mxdit.conformance import inputs
 from mxdit.conformance.block import BlockCase
 from mxdit.conformance.calls import Call, quantizing
 from mxdit.conformance.case import Case
-from mxdit.formats import FORMATS, SCHEMES, BlockFormat, Scheme
+from mxdit.numerics.codec import Packed, encode
+from mxdit.numerics.formats import FORMATS, SCHEMES, BlockFormat, Scheme
 
 HALF = (torch.bfloat16, torch.float16)
 WAN_K = (5120, 13824)  # input features of Wan2.2-A14B's linears

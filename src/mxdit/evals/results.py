@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mxdit.evals.definitions import DEFINITIONS
+from mxdit.evals.metrics.definitions import DEFINITIONS
+from mxdit.evals.metrics.statistics import interval
 from mxdit.evals.modes import Mode
-from mxdit.evals.probe import experts_in
-from mxdit.evals.statistics import interval
+from mxdit.generation.recording import experts_in
 from mxdit.layers import MXLinear
-from mxdit.report import QuantReport
+from mxdit.quantize.report import QuantReport
 from mxdit.version import installed
 
 if TYPE_CHECKING:

@@ -20,22 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from mxdit.backends.environment import environment
 from mxdit.checkpoint import quantize_checkpoint
-from mxdit.checkpoint.canonical import skeleton_of
 from mxdit.config import MXConfig
-from mxdit.conformance.records import environment
 from mxdit.errors import InputError
 from mxdit.evals import results
-from mxdit.evals.adapters import ADAPTERS, FVD_FRAMES, measure
 from mxdit.evals.cache import Cache, digest_of, digest_of_code, digest_of_experts, digest_of_files, stats_of
-from mxdit.evals.judge import Judge
+from mxdit.evals.metrics.judge import Judge
+from mxdit.evals.metrics.networks import ADAPTERS, FVD_FRAMES, measure
+from mxdit.evals.metrics.video_metrics import video_metrics
 from mxdit.evals.modes import BF16, Mode
-from mxdit.evals.probe import Recorder, capture_layers, compare, experts_in, layer_errors, velocity_errors
+from mxdit.evals.probe import capture_layers, compare, layer_errors, velocity_errors
 from mxdit.evals.samples import Video
-from mxdit.evals.video_metrics import video_metrics
-from mxdit.generate import generate
-from mxdit.pipelines import ModelDirectory, experts_of, load, open_model, quantization
-from mxdit.quantize import plan
+from mxdit.generation.directory import ModelDirectory, open_model
+from mxdit.generation.loading import experts_of, load, quantization
+from mxdit.generation.recording import Recorder, experts_in
+from mxdit.generation.run import generate
+from mxdit.models.skeleton import skeleton_of
+from mxdit.quantize.plan import plan
 from mxdit.version import installed
 
 Progress = Callable[[str, float, int], None]  # (what is being done, how much is done, of how much)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mxdit.errors import InputError
-from mxdit.evals.judge import Judge, Sample, judge_for
-from mxdit.generate import Request, make_request
-from mxdit.pipelines import ModelDirectory
-from mxdit.video import read_image
+from mxdit.evals.metrics.judge import Judge, Sample, judge_for
+from mxdit.generation.directory import ModelDirectory
+from mxdit.generation.media import read_image
+from mxdit.generation.request import Request, make_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image

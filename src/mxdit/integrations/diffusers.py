@@ -18,12 +18,15 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from mxdit.checkpoint.files import TensorInfo
+from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
 from mxdit.config import ALIASES, ConfigLike, Method, MXConfig, near_names
 from mxdit.errors import CheckpointError, ConfigError
-from mxdit.integrations.headers import adopt_dtypes, check_tensors, read_headers
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
-from mxdit.quantize import Decision, plan, quantized, record, report_of, swap
+from mxdit.quantize.apply import quantized, swap
+from mxdit.quantize.plan import Decision, plan
+from mxdit.quantize.recorded import record
+from mxdit.quantize.report import report_of
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mxdit.errors import FormatError
-from mxdit.formats import BlockFormat
+from mxdit.numerics.formats import BlockFormat
 
 
 def check_encode(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mxdit.errors import InputError
-from mxdit.video import write_mp4
+from mxdit.generation.media import write_mp4
 
 Pairs = Iterable[tuple[np.ndarray, np.ndarray]]  # (reference, clip), each (frames, height, width, 3) uint8
 FVD_FRAMES = 10  # what I3D's strides need at least

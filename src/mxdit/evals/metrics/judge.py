@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mxdit.conformance.calls import one_thread
+from mxdit.backends.environment import one_thread
 from mxdit.errors import InputError
-from mxdit.evals.video_metrics import psnr_db
-from mxdit.pipelines import ModelDirectory
+from mxdit.evals.metrics.video_metrics import psnr_db
+from mxdit.generation.directory import ModelDirectory
 
 if TYPE_CHECKING:
     from PIL.Image import Image

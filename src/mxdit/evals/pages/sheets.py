@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mxdit.video import write_mp4
+from mxdit.generation.media import write_mp4
 
 FRAMES = 5  # of a clip on a sheet
 TILE = 112  # pixels, least width of a frame on a sheet; larger clips are shown up to twice as wide

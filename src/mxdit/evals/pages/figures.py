@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mxdit.evals.reading import Row
+from mxdit.evals.pages.reading import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

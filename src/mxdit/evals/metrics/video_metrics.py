@@ -1,4 +1,4 @@
-"""How far one clip is from another. `mxdit.evals.definitions` says what each number is."""
+"""How far one clip is from another. `mxdit.evals.metrics.definitions` says what each number is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mxdit.conformance.calls import one_thread
+from mxdit.backends.environment import one_thread
 from mxdit.errors import InputError
-from mxdit.evals.definitions import DISPLAY, PIXELS_PER_DEGREE, PSNR_CEILING
+from mxdit.evals.metrics.definitions import DISPLAY, PIXELS_PER_DEGREE, PSNR_CEILING
 
 # What each needs beside numpy, and the extra of mxdit that brings it.
 PACKAGES: Mapping[str, tuple[str, str]] = {

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxdit.codec import element_values
 from mxdit.errors import CheckpointError
-from mxdit.formats import E2M1
+from mxdit.numerics.codec import element_values
+from mxdit.numerics.formats import E2M1
 
 OFF_GRID = 0xFF
 _CHUNK = 1 << 18  # elements at once: the lookup's indices are eight bytes each

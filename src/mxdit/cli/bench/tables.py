@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mxdit.bench.shapes import PUBLISHED
 from mxdit.cli.console import say, tell
-from mxdit.models.shapes import PUBLISHED
 
 MIB, GIB = 2**20, 2**30
 
@@ -16,7 +16,7 @@ def progress(what: str) -> None:
 
 
 def say_machine(device: str) -> None:
-    from mxdit.conformance import environment
+    from mxdit.backends.environment import environment
 
     where = environment(device)
     versions = f"mxdit {where['packages']['mxdit']}, torch {where['packages']['torch']}"

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mxdit.bench.shapes import PUBLISHED
+from mxdit.cli.bench.tables import MIB, gemm_cells, progress, say_machine, say_totals, table
 from mxdit.cli.console import app, check_output, device_of, err, need, say, size_of, tell
-from mxdit.cli.tables import MIB, gemm_cells, progress, say_machine, say_totals, table
 from mxdit.errors import InputError
-from mxdit.models.shapes import PUBLISHED
 
 QUICK_ROUNDS = 3
 PROMPT = "a boat on a lake"  # where a model has none of its own; what it says changes neither bytes nor seconds
@@ -380,11 +380,11 @@ def _shape(text: str) -> tuple[int, int, int, int]:
 
 def _open(directory: str, task: str) -> Any:
     """The pipeline's directory, for a task that it can do."""
-    from mxdit import pipelines
+    from mxdit.generation.directory import PIPELINES, bundled, open_model
 
     need("diffusers", "transformers")
-    _choices("--task", [task], pipelines.PIPELINES)
-    opened = pipelines.open_model(pipelines.bundled(task) if directory == "bundled" else Path(directory))
+    _choices("--task", [task], PIPELINES)
+    opened = open_model(bundled(task) if directory == "bundled" else Path(directory))
     if task not in opened.tasks:
         raise InputError("the model has another task", where="--task", got=task, expected=" or ".join(opened.tasks))
     return opened
@@ -394,7 +394,7 @@ def _clip(directory: str, task: str, steps: int, size: str | None, frames: int |
     """The directory and a request for it: a gray first frame for I2V, whose content changes neither bytes nor seconds."""
     from PIL import Image
 
-    from mxdit.generate import make_request
+    from mxdit.generation.request import make_request
 
     opened = _open(directory, task)
     preset = opened.preset(task)

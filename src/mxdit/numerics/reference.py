@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdit.codec import decode_blocks
-from mxdit.formats import block_format
+from mxdit.numerics.codec import decode_blocks
+from mxdit.numerics.formats import block_format
 
 Rows = Callable[[slice], Tensor]
 """Gives the rows of an operand that a slice names, as fp32 (rows, K), without their outer scale."""

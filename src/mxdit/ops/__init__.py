@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from mxdit import reference
-from mxdit.checks import check_encode, check_float, check_mul_scale, check_output, check_packed, check_weight
-from mxdit.codec import Packed, decode, encode
 from mxdit.errors import BackendError, FormatError
-from mxdit.formats import FORMATS, SCHEMES, BlockFormat, block_format
+from mxdit.numerics import reference
+from mxdit.numerics.checks import check_encode, check_float, check_mul_scale, check_output, check_packed, check_weight
+from mxdit.numerics.codec import Packed, decode, encode
+from mxdit.numerics.formats import FORMATS, SCHEMES, BlockFormat, block_format
 
 LIBRARY = Library("mxdit", "DEF")
 """The registrations live as long as this object."""
@@ -105,7 +105,7 @@ def matmul(
     """``npu_quant_matmul``, MX: activations (..., K) times weights (N, K) is (..., N) in ``out``.
 
     Formats: mxfp4 x mxfp4, mxfp8 x mxfp8, and mxfp8 activations x mxfp4 weights (never to fp32, section 4.2).
-    ``bias`` is (N,) of any float dtype. Arithmetic: `mxdit.reference`."""
+    ``bias`` is (N,) of any float dtype. Arithmetic: `mxdit.numerics.reference`."""
     result = fake_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     left = reference.packed_rows(_flat(a), _flat(a_scale), a_fmt)
     right = reference.packed_rows(w, w_scale, w_fmt)
@@ -143,7 +143,7 @@ def matmul_dual(
     """``npu_dual_level_quant_matmul``: activations (..., K) times weights (N, K) is (..., N) in ``out``, bf16 or fp16.
 
     ``a_l0`` is (..., ceil(K/512)) and ``w_l0`` (N, ceil(K/512)), fp32; ``bias`` is (N,) of any float dtype.
-    Arithmetic: `mxdit.reference`."""
+    Arithmetic: `mxdit.numerics.reference`."""
     result = fake_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     left = reference.packed_rows(_flat(a), _flat(a_l1), _DUAL.name)
     right = reference.packed_rows(w, w_l1, _DUAL.name)

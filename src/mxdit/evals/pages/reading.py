@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mxdit.evals.statistics import difference
+from mxdit.evals.metrics.statistics import difference
 
 HEADLINES = ("psnr_db", "ssim", "cvvdp_jod", "velocity_error", "digit")  # the columns of the first table
 COMPARED = ("psnr_db", "cvvdp_jod", "digit")  # what decides whether a mode is worse than a cheaper one

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mxdit.evals import figures, sheets
-from mxdit.evals.definitions import DEFINITIONS
-from mxdit.evals.document import Picture, Section, Table, Text, html, markdown
-from mxdit.evals.reading import ARROWS, HEADLINES, Row, best, cell, number, reading, rows_of, share_of
-from mxdit.evals.statistics import LEAST
-from mxdit.evals.video_metrics import VIDEO_METRICS
+from mxdit.evals.metrics.definitions import DEFINITIONS
+from mxdit.evals.metrics.statistics import LEAST
+from mxdit.evals.metrics.video_metrics import VIDEO_METRICS
+from mxdit.evals.pages import figures, sheets
+from mxdit.evals.pages.document import Picture, Section, Table, Text, html, markdown
+from mxdit.evals.pages.reading import ARROWS, HEADLINES, Row, best, cell, number, reading, rows_of, share_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import nn
+
+from mxdit.layers import MXLinear
+from mxdit.models import spec_of
+from mxdit.quantize.plan import Decision, plan
+from mxdit.quantize.recorded import recorded_config
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,41 @@ class QuantReport:
             "  ".join([*(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=False)), row[5]])
             for row in rows
         )
+
+
+def report_of(model: nn.Module, decisions: Mapping[str, Decision] | None = None) -> QuantReport:
+    """What the linears of `model` are now, whichever way they came to be so.
+
+    Args:
+        model: a transformer that a ModelSpec knows.
+        decisions: what `plan` said; by default the plan of the config that the model was quantized or loaded with.
+    """
+    spec = spec_of(model)
+    recorded = recorded_config(model)
+    if decisions is None:
+        decisions = plan(model, recorded) if recorded else {}
+    float_size = next((p.element_size() for p in model.parameters() if p.is_floating_point()), torch.bfloat16.itemsize)
+    layers = []
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, MXLinear)):
+            continue
+        shape = (module.out_features, module.in_features)
+        after = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        if isinstance(module, MXLinear):
+            size = float_size if module.bias is None else module.bias.element_size()
+            before = shape[0] * shape[1] * size + (0 if module.bias is None else module.bias.nbytes)
+            layers.append(LayerReport(path, module.method, module.scheme, shape, before, after))
+        else:
+            decision = decisions.get(path)
+            reason = (
+                decision.reason
+                if decision
+                else "not quantized"
+                if spec.block_of(path)
+                else f"outside the {spec.blocks}"
+            )
+            layers.append(LayerReport(path, None, None, shape, after, after, reason))
+    return QuantReport(type(model).__name__, tuple(layers))
 
 
 def _indices(layers: list[LayerReport]) -> str:

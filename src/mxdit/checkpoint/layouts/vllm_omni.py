@@ -14,10 +14,10 @@ import torch
 
 from mxdit.checkpoint.experts import Expert
 from mxdit.checkpoint.files import TensorInfo
-from mxdit.checkpoint.numeric import unpack
+from mxdit.checkpoint.layouts.numeric import unpack
 from mxdit.checkpoint.writer import Part
 from mxdit.config import MXConfig
-from mxdit.formats import block_format
+from mxdit.numerics.formats import block_format
 
 SERIALIZED = {
     "mxfp4": "is_checkpoint_mxfp4_serialized",

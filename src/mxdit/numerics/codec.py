@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxdit.checks import check_encode, check_float, check_packed
-from mxdit.formats import BlockFormat, Element, block_format
+from mxdit.numerics.checks import check_encode, check_float, check_packed
+from mxdit.numerics.formats import BlockFormat, Element, block_format
 
 UOS_MAX = 7.25  # block maxima are scaled into (3.625, 7.25]; above 6 they are clipped
 _SIXTH = 1.0 / 6.0  # level 0 is a product with its fp32 value, 0x3E2AAAAB, not a quotient by six

@@ -1,0 +1,1 @@
+"""The layouts that other tools store checkpoints in, one module each."""

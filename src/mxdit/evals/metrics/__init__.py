@@ -1,0 +1,1 @@
+"""What an evaluation measures, and how each number is defined."""

@@ -1,0 +1,80 @@
+"""What the activations of a quantized model are quantized to, over the same weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from mxdit.config import check_activation
+from mxdit.errors import ConfigError, ModelError
+from mxdit.layers import MXLinear
+from mxdit.models import spec_of
+from mxdit.numerics.formats import scheme_for
+from mxdit.quantize.plan import Decision, check_groups, resolve
+from mxdit.quantize.recorded import recorded_config
+
+logger = logging.getLogger(__name__)
+
+
+def set_activation(model: nn.Module, activation: str, layers: Iterable[str] | None = None) -> None:
+    """Set what the activations of a quantized model are quantized to, over the same weights, from the next call on.
+
+    Args:
+        model: a model that mxdit quantized or loaded.
+        activation: "mxfp4", "mxfp8" or "bf16" (not at all).
+        layers: paths or globs of the linears it applies to; None means every quantized one.
+
+    Raises:
+        ConfigError: a pattern matches no quantized linear, the weights do not go with such activations, or layers that
+            runtimes fuse would differ.
+        ModelError: the model has no quantized linear.
+    """
+    spec = spec_of(model)
+    quantized_layers = {path: module for path, module in model.named_modules() if isinstance(module, MXLinear)}
+    if not quantized_layers:
+        raise ModelError(
+            "the model has no quantized linear", where=type(model).__name__, hint="Quantize it first: mxdit.quantize_."
+        )
+    patterns = ["*"] if layers is None else _pattern_list(layers)
+    chosen = resolve(model, list(quantized_layers), patterns, "layers", kind="a quantized linear")
+    for path in chosen:
+        check_activation(quantized_layers[path].method, activation, where=path)
+    after = {path: activation if path in chosen else layer.activation for path, layer in quantized_layers.items()}
+    check_groups(
+        {p: Decision(scheme_for(layer.method, after[p]).name, after[p]) for p, layer in quantized_layers.items()}, spec
+    )
+    for path in chosen:
+        quantized_layers[path].activation = activation
+    _note_activations(model, quantized_layers)
+
+
+def _note_activations(model: nn.Module, layers: Mapping[str, MXLinear]) -> None:
+    """Bring a diffusers model's recorded config up to date with the activations that its layers now have."""
+    recorded = recorded_config(model)
+    if recorded is None:
+        return
+    # A config can say one activation, and MXFP8 for some layers.
+    others = {layer.activation for layer in layers.values()} - {"mxfp8"}
+    if len(others) > 1:
+        logger.warning(
+            "%s: activations in %s at once hold for this run only; a saved copy would run with %s",
+            type(model).__name__,
+            " and ".join(sorted(others)),
+            recorded.effective_activation,
+        )
+        return
+    base = others.pop() if others else "mxfp8"
+    raised = [path for path, layer in layers.items() if layer.activation != base]
+    updated = replace(recorded, activation=base, w4a8_fallback_layers=tuple(raised))
+    model.register_to_config(quantization_config=updated)  # pyright: ignore[reportCallIssue]
+
+
+def _pattern_list(layers: Iterable[str]) -> list[str]:
+    if isinstance(layers, str):
+        raise ConfigError(
+            "layers is one string", where="set_activation", got=repr(layers), expected=f"a list, as in {[layers]}"
+        )
+    return list(layers)

@@ -1,0 +1,66 @@
+"""Carrying a plan out on a model in memory, one layer at a time."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mxdit.config import ConfigLike, MXConfig
+from mxdit.errors import ConfigError, FormatError, ModelError
+from mxdit.layers import MXLinear
+from mxdit.models import spec_of
+from mxdit.quantize.plan import Decision, plan
+from mxdit.quantize.recorded import record
+from mxdit.quantize.report import QuantReport, report_of
+
+
+def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
+    """Quantize `model` in place, one layer at a time, and report what became of each.
+
+    A layer's weight is encoded on the device it is on and freed before the next one is read, so memory never holds more
+    than the model plus one layer. A diffusers model also notes the config, so that `save_pretrained` writes it.
+
+    Raises what `plan` raises, and ModelError for a model that is quantized already or whose weights are not loaded.
+    """
+    config, _ = MXConfig.of(config), spec_of(model)
+    if config.is_checkpoint_serialized:
+        raise ConfigError(
+            "the config is one of a serialized checkpoint, and this model is to be quantized now",
+            where=type(model).__name__,
+            hint="Leave is_checkpoint_serialized out, or load the checkpoint with from_pretrained.",
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, MXLinear):
+            raise ModelError("the model is quantized already", where=path, got=module.method, expected="an nn.Linear")
+        if isinstance(module, nn.Linear) and module.weight.is_meta:
+            raise ModelError("the weight is not loaded", where=path, got="a tensor on the meta device")
+    decisions = plan(model, config)
+    for path, decision in decisions.items():
+        if decision.scheme:
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            swap(model, path, quantized(linear.weight, linear.bias, config, decision, path))
+            del linear  # or its weight would live until the next one is quantized
+    record(model, config, decisions)
+    return report_of(model, decisions)
+
+
+def quantized(weight: Tensor, bias: Tensor | None, config: MXConfig, decision: Decision, path: str) -> MXLinear:
+    """The layer that `decision` makes of the float weight (N, K) and bias (N,) or None of `path`, on the weight's device.
+
+    Raises ModelError, with the path, for a weight that cannot be quantized: one that holds an inf or a NaN.
+    """
+    try:
+        return MXLinear.from_weight(
+            weight, bias, method=str(config.quant_method), activation=decision.activation, rule=config.rule
+        )
+    except FormatError as error:
+        raise ModelError(
+            error.what, where=f"{path}.weight", got=error.got, expected=error.expected, hint=error.hint
+        ) from error
+
+
+def swap(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path` of `model`, with the training flag of what was there."""
+    parent, _, name = path.rpartition(".")
+    module.train(model.get_submodule(path).training)
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,161 @@
+"""Deciding, from names and module types alone, what a config makes of every linear of a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from mxdit.config import ConfigLike, MXConfig, near_names
+from mxdit.errors import ConfigError, ModelError
+from mxdit.layers import MXLinear
+from mxdit.models import ModelSpec, spec_of
+from mxdit.numerics.formats import block_format, scheme_for
+
+logger = logging.getLogger(__name__)
+# The first blocks are the most sensitive to dual-scale FP4: vLLM-Omni keeps 5 of them, in models of 30 and of 40 blocks. No
+# model gives up more than the share that 5 of 30 are, or a model of a few blocks would have nothing left to quantize.
+FALLBACK_BLOCKS = {"mxfp4_dualscale": 5}
+FALLBACK_SHARE = 6
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one linear: a scheme and the activation that goes with it, or the reason why it stays as it is."""
+
+    scheme: str | None = None
+    activation: str | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.scheme or self.reason
+
+
+def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
+    """Decide for every linear of `model`, by its path and in the model's order, what `config` makes of it.
+
+    Looks at names and module types only, so the model may be on the meta device, or quantized already.
+
+    Raises:
+        ModelError: no ModelSpec knows the model's class.
+        ConfigError: a pattern matches no linear, layers that runtimes fuse would differ, or nothing would be quantized.
+    """
+    config, spec = MXConfig.of(config), spec_of(model)
+    linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, MXLinear))]
+    ignored = resolve(model, linears, config.ignored_layers, "ignored_layers")
+    raised = resolve(model, linears, config.w4a8_fallback_layers, "w4a8_fallback_layers")
+    blocks = _block_count(model, spec)
+    first = fallback_blocks(config, blocks)
+
+    decisions: dict[str, Decision] = {}
+    for path in linears:
+        block = spec.block_of(path)
+        if block is None:
+            decisions[path] = Decision(reason=f"outside the {spec.blocks}")
+        elif path in ignored:
+            pattern = "" if ignored[path] == path else f": {ignored[path]}"
+            decisions[path] = Decision(reason=f"ignored_layers{pattern}")
+        elif block[0] < first:
+            decisions[path] = Decision(reason=f"num_bf16_fallback_layers: {first}")
+        elif _features(model, path) % block_format(config.quant_method).per_byte:
+            decisions[path] = Decision(reason="odd number of input features")
+        elif any(fnmatchcase(block[1], pattern) for pattern in spec.keep):
+            decisions[path] = Decision(reason=f"kept by the spec of {spec.transformer}")
+        else:
+            activation = "mxfp8" if path in raised else config.effective_activation
+            decisions[path] = Decision(scheme_for(config.quant_method, activation).name, activation)
+
+    if not any(decision.scheme for decision in decisions.values()):
+        raise ConfigError(
+            "the config leaves nothing quantized",
+            where=type(model).__name__,
+            got=f"{len(linears)} linears, of which ignored_layers keeps {len(ignored)}, and {first} fallback blocks",
+            expected=f"at least one linear of its {blocks} blocks",
+            hint="Shorten ignored_layers or lower num_bf16_fallback_layers, or load the model without a quantization config.",
+        )
+    idle = [path for path in raised if not decisions[path].scheme]
+    if idle:
+        raise ConfigError(
+            "a layer is to run with MXFP8 activations and is not quantized",
+            where="w4a8_fallback_layers",
+            got=f"{idle[0]!r}, which stays: {decisions[idle[0]].reason}",
+            hint="Leave it out, or let it be quantized.",
+        )
+    check_groups(decisions, spec)
+    return decisions
+
+
+def fallback_blocks(config: MXConfig, blocks: int) -> int:
+    """How many of a model's first blocks stay in their float dtype."""
+    if config.num_bf16_fallback_layers is not None:
+        return config.num_bf16_fallback_layers
+    if config.is_checkpoint_serialized:
+        return 0
+    return min(FALLBACK_BLOCKS.get(config.quant_method, 0), blocks // FALLBACK_SHARE)
+
+
+def _features(model: nn.Module, path: str) -> int:
+    linear = model.get_submodule(path)
+    assert isinstance(linear, (nn.Linear, MXLinear))
+    return linear.in_features
+
+
+def _block_count(model: nn.Module, spec: ModelSpec) -> int:
+    blocks = model.get_submodule(spec.blocks)
+    if isinstance(blocks, nn.ModuleList):
+        return len(blocks)
+    raise ModelError(
+        "the model is not built as its ModelSpec says",
+        where=f"{type(model).__name__}.{spec.blocks}",
+        got=type(blocks).__name__,
+        expected="a ModuleList",
+    )
+
+
+def resolve(
+    model: nn.Module, linears: list[str], patterns: Iterable[str], key: str, kind: str = "a linear layer"
+) -> dict[str, str]:
+    """The linears that paths and globs name, each with the first pattern that named it; ConfigError for an idle pattern."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matches = [path for path in linears if path == pattern or fnmatchcase(path, pattern)]
+        if not matches:
+            raise _idle_pattern(model, linears, pattern, key, kind)
+        for path in matches:
+            found.setdefault(path, pattern)
+    return found
+
+
+def _idle_pattern(model: nn.Module, linears: list[str], pattern: str, key: str, kind: str) -> ConfigError:
+    others = [(path, module) for path, module in model.named_modules() if path and fnmatchcase(path, pattern)]
+    if not others:
+        hint = near_names(pattern, linears) or f"Paths look like {linears[0]!r}; '*' matches anything."
+        return ConfigError("the pattern matches nothing", where=f"{key} {pattern!r}", expected=kind, hint=hint)
+    path, module = others[0]
+    inside = [name for name in linears if name.startswith(f"{path}.")]
+    hint = f"To name the {len(inside)} linears inside it, write '{pattern}.*'." if inside else "Leave it out."
+    got = f"{path!r}, a {type(module).__name__}"
+    return ConfigError("the pattern matches no linear", where=f"{key} {pattern!r}", got=got, expected=kind, hint=hint)
+
+
+def check_groups(decisions: Mapping[str, Decision], spec: ModelSpec) -> None:
+    """Layers with one input are one product in the runtimes that fuse them: one precision for all of them, or none."""
+    by_block: dict[int, dict[str, tuple[str, Decision]]] = {}
+    for path, decision in decisions.items():
+        block = spec.block_of(path)
+        if block:
+            by_block.setdefault(block[0], {})[block[1]] = (path, decision)
+    for index, inside in by_block.items():
+        for group in spec.groups:
+            members = [inside[name] for name in group if name in inside]
+            if len({decision.scheme for _, decision in members}) > 1:
+                raise ConfigError(
+                    "layers that share their input would differ in precision",
+                    where=f"{spec.blocks}.{index}",
+                    got=", ".join(f"{path} {decision.scheme or 'kept'}" for path, decision in members),
+                    expected="the same for all of them, because runtimes fuse them",
+                    hint="Name all of them in ignored_layers (or w4a8_fallback_layers), or none.",
+                )

@@ -1,0 +1,25 @@
+"""What a diffusers model's own config says of how its tensors are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from mxdit.config import MXConfig
+from mxdit.quantize.plan import Decision
+from mxdit.version import __version__
+
+
+def record(model: nn.Module, config: MXConfig, decisions: Mapping[str, Decision]) -> None:
+    """Note in a diffusers model's own config how its tensors are stored, for `save_pretrained` to write."""
+    register = getattr(model, "register_to_config", None)
+    if callable(register):
+        kept = [path for path, decision in decisions.items() if not decision.scheme]
+        register(quantization_config=config.serialized(kept, {"mxdit": __version__}))
+
+
+def recorded_config(model: nn.Module) -> MXConfig | None:
+    """The config that `record` left in a diffusers model."""
+    recorded = getattr(getattr(model, "config", None), "quantization_config", None)
+    return recorded if isinstance(recorded, MXConfig) else None
