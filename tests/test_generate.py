@@ -18,7 +18,7 @@ from mxdit.generation import media
 from mxdit.generation.directory import open_model
 from mxdit.generation.request import Request, make_request
 from mxdit.generation.run import generate
-from mxdit.models.presets import PRESETS, preset_for
+from mxdit.models import SPECS
 
 
 def directory(root: Path, task: str, *, layers: int, heads: int, boundary: float | None, ti2v: bool = False) -> Path:
@@ -72,7 +72,7 @@ def test_i2v_a14b_takes_the_aspect_of_the_image(tmp_path):
 
 def test_ti2v_5b_makes_both(tmp_path):
     model = open_model(directory(tmp_path, "t2v", layers=30, heads=24, boundary=None, ti2v=True))
-    assert model.tasks == ("t2v", "i2v") and model.size_multiple == 32
+    assert model.tasks == ("t2v", "i2v") and model.geometry.multiple == 32
     request = make_request(model, "t2v", prompt="x")
     assert (request.height, request.width, request.frames, request.guidance_2) == (704, 1280, 121, None)
     assert make_request(model, "i2v", prompt="x", image=Image.new("RGB", (64, 64))).height == 928
@@ -106,10 +106,12 @@ def test_numbers_that_are_none_are_refused_not_shown():
         generate(pipe, Request("a red seven", "", None, 16, 16, 5, 4, 3.0, 3.0, 0))
 
 
-def test_an_unknown_size_keeps_the_scheduler_as_it_is():
-    for task in ("t2v", "i2v"):
-        assert preset_for(task, 12, 1536, 2).flow_shift is None
-    assert len({(p.task, p.shape) for p in PRESETS}) == len(PRESETS)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_an_unknown_size_keeps_the_scheduler_as_it_is(spec):
+    for task in {made.task for made in spec.pipelines.values()}:
+        assert spec.preset(task, {}, 7).flow_shift is None
+        fitting = [preset for preset in spec.presets if preset.task == task]
+        assert [preset for preset in fitting if not preset.config] == fitting[-1:]
 
 
 def test_mp4_holds_the_frames(tmp_path):

@@ -53,9 +53,9 @@ def test_stock_diffusers_loads_it_without_mxdit(task, cls):
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_shapes_are_the_big_models_in_small(task):
     model = directory.open_model(directory.bundled(task))
-    assert set(model.experts) == {"transformer", "transformer_2"}
+    assert set(model.components) == {"transformer", "transformer_2"}
     assert model.boundary_ratio == {"t2v": 0.875, "i2v": 0.9}[task]
-    for config in model.experts.values():
+    for config in model.components.values():
         width = config["num_attention_heads"] * config["attention_head_dim"]
         assert config["num_attention_heads"] > 1 and config["num_layers"] >= 4
         assert width % 64 == 0 and config["ffn_dim"] % 1024 == 512  # an odd number of 512 groups, as 13824 = 27 x 512

@@ -16,10 +16,11 @@ from mxdit.bench.modes import Variant, variants
 from mxdit.bench.processes import TIDY, Sampler, alone, status
 from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
-from mxdit.generation.directory import COMPONENTS, ModelDirectory, bundled, open_model
+from mxdit.generation.directory import ModelDirectory, bundled, open_model
 from mxdit.generation.loading import load, show_loading
 from mxdit.generation.request import Request
 from mxdit.generation.run import generate
+from mxdit.models import COMPONENTS
 
 # -- a transformer -------------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ def measure(
     for variant in variants(model.path, bool(model.stored), methods, scratch, tell):
         tell(variant.name)
         figures = alone(_measure, variant, request, device, environment=TIDY)
-        alone_expert = Variant(variant.name, variant.path / next(iter(model.experts)), variant.method)
+        alone_expert = Variant(variant.name, variant.path / next(iter(model.components)), variant.method)
         yield PipelineMemory(**figures, expert=alone(load_transformer, alone_expert, device, environment=TIDY))
 
 

@@ -18,10 +18,11 @@ from mxdit.bench.shapes import Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
 from mxdit.bench.timing import Times, alternate, timer
 from mxdit.errors import BackendError
-from mxdit.generation.directory import COMPONENTS, ModelDirectory
+from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.loading import load, quantization, show_loading
 from mxdit.generation.request import Request
 from mxdit.generation.run import generate
+from mxdit.models import COMPONENTS
 
 FORWARD = "mxdit.bench: forward"  # what the profiler calls a transformer's forward
 LINEARS = ("mxdit::linear", "aten::linear")

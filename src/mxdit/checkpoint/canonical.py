@@ -143,8 +143,8 @@ class _Reader:
                     f"{path}.weight", "codes without a weight_scale", weight.info, "a float weight or its scales"
                 )
             return stated  # whose scale is found missing
-        if self.spec.block_of(path) is None:
-            self._find(f"{path}.weight_scale", f"a quantized linear outside the {self.spec.blocks}")
+        if self.spec.place_of(path) is None:
+            self._find(f"{path}.weight_scale", "a quantized linear outside the blocks")
         if said == "":
             self._find(f"{path}.weight", "the description says nothing of this layer", hint="Quantize the model again.")
         if said is None and self.stored.methods is not None:
@@ -173,7 +173,7 @@ class _Reader:
                 methods[path] = None
                 self._from_base(path)
         elif others:
-            blocks = sorted({block[0] for path in others if (block := self.spec.block_of(path))})
+            blocks = sorted({place.index for path in others if (place := self.spec.place_of(path))})
             self._find(
                 others[0],
                 f"{len(others)} layers are stored in another method than the rest",
@@ -295,10 +295,10 @@ class _Reader:
 
     def _smooth_groups(self, parts: Mapping[str, Part], methods: Mapping[str, str | None]) -> None:
         """Linears that share an input share its smoothing: runtimes that fuse them have one vector for all."""
-        blocks = sorted({block[0] for path in methods if (block := self.spec.block_of(path))})
-        for index in blocks:
+        blocks = dict.fromkeys(place[:2] for path in methods if (place := self.spec.place_of(path)))
+        for blocks_of, index in blocks:
             for group in self.spec.groups:
-                members = [path for name in group if (path := f"{self.spec.blocks}.{index}.{name}") in methods]
+                members = [path for name in group if (path := f"{blocks_of}.{index}.{name}") in methods]
                 if len({methods[path] for path in members}) > 1:
                     got = ", ".join(f"{path} {methods[path] or 'float'}" for path in members)
                     self._find(members[0], "layers that share their input differ in precision", got, "one for all")
@@ -341,7 +341,7 @@ class _Reader:
             self._listed(off, decided)
         elif self.stored.layout == "vllm-omni":
             listed = stated.ignored_layers
-            names = {path: self.spec.runtime_name(path) for path in methods if self.spec.block_of(path)}
+            names = {path: self.spec.runtime_name(path, "vllm-omni") for path in methods if self.spec.place_of(path)}
             off = [path for path, name in names.items() if (name in listed) == bool(methods[path])]
             self._listed(off, [path for path in off if names[path] in listed])
         stated = replace(

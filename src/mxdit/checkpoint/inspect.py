@@ -104,7 +104,7 @@ def inspect_checkpoint(
 
 def _inspected(name: str, expert: Expert, findings: tuple[Finding, ...]) -> ExpertInspection:
     linears = dict(Counter(method or "float" for method in expert.methods.values()))
-    kept = tuple(p for p, method in expert.methods.items() if not method and expert.spec.block_of(p))
+    kept = tuple(p for p, method in expert.methods.items() if not method and expert.spec.place_of(p))
     nbytes = sum(tensor.nbytes for tensor in expert.stored.tensors.values())
     first = str(findings[0]) if findings else None
     loaders = {

@@ -104,7 +104,8 @@ def _read(folder: Path, spec: ModelSpec) -> Stored:
     if quantized and not described:
         read_description(folder)  # says what is missing
     tensors = open_tensors(folder, WEIGHTS if quantized else "*.safetensors")
-    original = spec.original_config is not None and any(name.startswith("patch_embedding") for name in tensors)
+    mark = spec.original_mark
+    original = mark is not None and any(name.startswith(mark) for name in tensors)
     original = original and any(spec.from_original(name) not in (None, name) for name in tensors)
     if described:
         plain = without_wrappers(tensors)
@@ -171,7 +172,7 @@ def _foreign_config(stated: object, tensors: Mapping[str, StoredTensor], spec: M
     for name in tensors:
         path, _, leaf = name.rpartition(".")
         if leaf == "weight":
-            paths.setdefault(spec.runtime_name(path), []).append(path)
+            paths.setdefault(spec.runtime_name(path, "vllm-omni"), []).append(path)
     keys: dict[str, Any] = {k: v for k, v in stated.items() if k not in ("num_bf16_fallback_layers", "quant_method")}
     if method == "mxfp4":
         keys.setdefault("mxfp4_scale_alg", 0)  # its default

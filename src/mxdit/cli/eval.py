@@ -98,7 +98,7 @@ def evaluate(
     from mxdit.evals.run import Evaluation
     from mxdit.evals.samples import choose_videos
     from mxdit.generation import loading
-    from mxdit.generation.directory import PIPELINES, bundled, open_model
+    from mxdit.generation.directory import TASKS, bundled, open_model
 
     need("diffusers", "transformers")
     if output is not None:
@@ -107,8 +107,8 @@ def evaluate(
         need("matplotlib", "av")
         if report.exists() and not report.is_dir():
             raise InputError("a file is in the way", where="--report", got=str(report), expected="a directory to make")
-    if task not in (None, *PIPELINES):
-        raise InputError("no such task", where="--task", got=repr(task), expected=" or ".join(PIPELINES))
+    if task not in (None, *TASKS):
+        raise InputError("no such task", where="--task", got=repr(task), expected=" or ".join(TASKS))
     patterns = [part.strip() for part in modes.split(",")] if modes is not None else list(QUICK) if quick else None
     chosen = choose(patterns, mode or ())
     missing = unavailable() | {name: why for name in ADAPTERS if (why := ADAPTERS[name].why_not(weights_dir))}
@@ -129,7 +129,7 @@ def evaluate(
         seeds=(1 if quick else 2) if seeds is None else seeds,
         options={"steps": steps, "size": None if size is None else size_of(size), "frames": frames},
     )
-    files = [file for name in directory.experts for file in (path / name).glob("*.safetensors")]
+    files = [file for name in directory.components for file in (path / name).glob("*.safetensors")]
     small = sum(file.stat().st_size for file in files) < SMALL
     if probes is None:
         probes = 6 if small else 1

@@ -80,7 +80,7 @@ def _capture(model: nn.Module, call: Mapping[str, Any], rows: int) -> dict[str, 
     linears = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and spec.block_of(path)
+        if isinstance(module, nn.Linear) and spec.place_of(path)
     ]
     hooks = [module.register_forward_hook(hook(path)) for path, module in linears]
     try:

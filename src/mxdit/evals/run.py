@@ -97,12 +97,12 @@ class Evaluation:
             )
         for mode in self.modes:
             other = self.model if mode.directory is None else open_model(mode.directory)
-            if other.experts.keys() != self.model.experts.keys() or self.task not in other.tasks:
+            if other.components.keys() != self.model.components.keys() or self.task not in other.tasks:
                 raise InputError(
                     "this is another model than the one it is compared with",
                     where=f"--mode {mode.name}",
-                    got=f"{', '.join(other.experts)} for {' and '.join(other.tasks)}",
-                    expected=f"{', '.join(self.model.experts)} for {self.task}",
+                    got=f"{', '.join(other.components)} for {' and '.join(other.tasks)}",
+                    expected=f"{', '.join(self.model.components)} for {self.task}",
                 )
         if "fvd" in self.adapters and (len(self.videos) < 2 or self.videos[0].request.frames < FVD_FRAMES):
             raise InputError(
@@ -117,7 +117,7 @@ class Evaluation:
 
     def _check_plans(self) -> None:
         """Plan every mode on models without weights: an expert or a layer that does not exist is said before anything runs."""
-        skeletons = {name: skeleton_of(config, name) for name, config in self.model.experts.items()}
+        skeletons = {name: skeleton_of(config, name) for name, config in self.model.components.items()}
         for mode in (mode for mode in self.modes if mode.method is not None):
             quantization(self.model, mode.method, mode.common, mode.components)
             for name, skeleton in skeletons.items():
@@ -203,7 +203,7 @@ class Evaluation:
     def _run(self, pipeline: Any, directory: Path) -> str:
         """Hash of everything but the request that a video depends on."""
         if directory not in self._digests:
-            self._digests[directory] = digest_of_files(directory, self.model.experts)
+            self._digests[directory] = digest_of_files(directory, self.model.components)
         # Classes of the parts, and the pipeline's own settings.
         config = {key: value for key, value in dict(pipeline.config).items() if not key.startswith("_")}
         return digest_of(

@@ -15,17 +15,16 @@ import torch
 from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError, InputError
-from mxdit.models import COMPONENTS, SPECS
-from mxdit.models.presets import Preset, preset_for
+from mxdit.models import SPECS
+from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
 from mxdit.quantize.plan import plan
 
 if TYPE_CHECKING:
     pass
 
 
-TASKS = {name: task for spec in SPECS.values() for name, task in spec.pipelines.items()}
-PIPELINES = {task: name for name, task in TASKS.items()}
-NEEDED = ("_class_name", "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "rope_max_seq_len")
+PIPELINES = {name: spec for spec in SPECS.values() for name in spec.pipelines}
+TASKS = tuple(dict.fromkeys(made.task for spec in SPECS.values() for made in spec.pipelines.values()))
 
 
 @dataclass(frozen=True)
@@ -34,43 +33,41 @@ class ModelDirectory:
 
     Attributes:
         path: the directory.
-        tasks: what it can make, "t2v" or "i2v" or both, its own pipeline's first.
-        experts: component name -> its config.json.
-        boundary_ratio: share of the noise schedule above which the first expert runs, or None for a single expert.
-        vae_stride: (frames, height and width) per latent position.
+        spec: its family.
+        pipelines: task -> name of the pipeline class that does it, the directory's own first.
+        components: name of a transformer -> its config.json.
+        geometry: the sizes that it takes.
+        boundary_ratio: of a cascade: share of the noise schedule above which the first expert runs; else None.
     """
 
     path: Path
-    tasks: tuple[str, ...]
-    experts: Mapping[str, Mapping[str, Any]]
+    spec: ModelSpec
+    pipelines: Mapping[str, str]
+    components: Mapping[str, Mapping[str, Any]]
+    geometry: Geometry
     boundary_ratio: float | None
-    vae_stride: tuple[int, int]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it can make ("t2v", "i2v", ...), its own pipeline's first."""
+        return tuple(self.pipelines)
 
     @property
     def stored(self) -> dict[str, MXConfig]:
-        """The quantization config of each expert that is stored quantized."""
+        """The quantization config of each transformer that is stored quantized."""
         return {
             name: MXConfig.from_dict(config["quantization_config"])
-            for name, config in self.experts.items()
+            for name, config in self.components.items()
             if config.get("quantization_config")
         }
 
-    @property
-    def size_multiple(self) -> int:
-        """What height and width have to be multiples of: VAE stride times patch."""
-        patch = next(iter(self.experts.values()))["patch_size"]
-        return self.vae_stride[1] * int(patch[1])
-
-    @property
-    def max_positions(self) -> int:
-        """Most positions along one axis that the rotary embedding has, counted in latent frames or patches."""
-        return next(iter(self.experts.values()))["rope_max_seq_len"]
-
     def preset(self, task: str) -> Preset:
         """Defaults for this model and `task`."""
-        config = next(iter(self.experts.values()))
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        return preset_for(task, config["num_layers"], width, len(self.experts))
+        return self.spec.preset(task, next(iter(self.components.values())), len(self.components))
+
+    def called(self, task: str) -> PipelineSpec:
+        """How the pipeline that does `task` is called."""
+        return self.spec.pipelines[self.pipelines[task]]
 
 
 def bundled(task: str) -> Path:
@@ -102,20 +99,21 @@ def open_model(path: Path) -> ModelDirectory:
             expected="the directory that holds model_index.json, transformer/, vae/, ...",
         )
     index = read_json(path / "model_index.json")
-    task = TASKS.get(str(index.get("_class_name")))
-    if task is None:
+    own = str(index.get("_class_name"))
+    spec = PIPELINES.get(own)
+    if spec is None or spec.geometry is None:
         raise InputError(
             "mxdit cannot run this kind of pipeline",
             where=str(path / "model_index.json"),
             got=index.get("_class_name"),
-            expected=" or ".join(TASKS),
+            expected=" or ".join(PIPELINES),
         )
-    present = [name for name in COMPONENTS if (index.get(name) or [None])[0] is not None]
+    present = [name for name in spec.components if (index.get(name) or [None])[0] is not None]
     if not present:
         raise CheckpointError("the pipeline names no transformer", where=str(path / "model_index.json"))
-    experts = {name: read_json(path / name / "config.json") for name in present}
-    for name, config in experts.items():
-        lacking = [key for key in NEEDED if key not in config]
+    components = {name: read_json(path / name / "config.json") for name in present}
+    for name, config in components.items():
+        lacking = [key for key in ("_class_name", *spec.needed) if key not in config]
         if lacking:
             raise CheckpointError(
                 "the transformer's config lacks what describes it",
@@ -123,19 +121,20 @@ def open_model(path: Path) -> ModelDirectory:
                 expected=", ".join(lacking),
                 hint="Download or convert the model again.",
             )
-    vae = read_json(path / "vae" / "config.json")
-    stride = (int(vae.get("scale_factor_temporal") or 4), int(vae.get("scale_factor_spatial") or 8))
-    # TI2V: one set of weights, whose first latent frame may be given.
-    tasks = (task, *(t for t in PIPELINES if t != task)) if index.get("expand_timesteps") else (task,)
-    return ModelDirectory(path, tasks, experts, index.get("boundary_ratio"), stride)
+    geometry = spec.geometry(components[present[0]], read_json(path / "vae" / "config.json"))
+    pipelines = {spec.pipelines[own].task: own}
+    if index.get("expand_timesteps"):  # TI2V: one set of weights, whose first latent frame may be given
+        for name, made in spec.pipelines.items():
+            pipelines.setdefault(made.task, name)
+    return ModelDirectory(path, spec, pipelines, components, geometry, index.get("boundary_ratio"))
 
 
 def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
-    """Per expert, from the JSON and the tensors' sizes alone: method, linears by scheme, linears kept, bytes of files."""
+    """Per transformer, from the JSON and the tensors' sizes alone: method, linears by scheme, linears kept, bytes of files."""
     import diffusers
 
     described = {}
-    for name, config in model.experts.items():
+    for name, config in model.components.items():
         stored = model.stored.get(name)
         with torch.device("meta"):
             skeleton = getattr(diffusers, config["_class_name"]).from_config(dict(config))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mxdit.errors import CheckpointError, ConfigError
-from mxdit.generation.directory import PIPELINES, ModelDirectory
+from mxdit.generation.directory import ModelDirectory
 from mxdit.integrations.diffusers_hook import pipeline_config
 from mxdit.models import COMPONENTS
 from mxdit.quantize.report import QuantReport, report_of
@@ -38,13 +38,13 @@ def quantization(
     """
     stored = model.stored
     components = dict(components or {})
-    unknown = [name for name in components if name not in model.experts]
+    unknown = [name for name in components if name not in model.components]
     if unknown:
         raise ConfigError(
             "a config for an expert that the model does not have",
             where=str(model.path),
             got=unknown[0],
-            expected=" or ".join(model.experts),
+            expected=" or ".join(model.components),
         )
     if method == "none" and stored:
         raise ConfigError(
@@ -67,14 +67,14 @@ def quantization(
         method = str(next(iter(stored.values())).quant_method)
         for name, config in stored.items():
             components[name] = {"quant_method": str(config.quant_method), **(components.get(name) or {})}
-    for name in model.experts:
+    for name in model.components:
         if stored and name not in stored:
             components[name] = None  # stored unquantized on purpose
-    if all(components.get(name, {}) is None for name in model.experts):
+    if all(components.get(name, {}) is None for name in model.components):
         raise ConfigError(
             "every expert is left unquantized",
             where=str(model.path),
-            got=f"method {method!r}, and null for {', '.join(model.experts)}",
+            got=f"method {method!r}, and null for {', '.join(model.components)}",
             hint="Leave --quantization out to run the model as it is.",
         )
     return pipeline_config(method, **keys, **components)
@@ -99,7 +99,7 @@ def load(
     import diffusers
     from safetensors import SafetensorError
 
-    pipeline_class = getattr(diffusers, PIPELINES[task])
+    pipeline_class = getattr(diffusers, model.pipelines[task])
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
     dtypes = {"vae": torch.float32, "default": dtype}
     try:

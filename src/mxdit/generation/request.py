@@ -85,7 +85,9 @@ def make_request(
     if text is None:
         raise InputError("no prompt", where="--prompt", hint=f"{preset.name} has none of its own: say what to show.")
     if size is None:
-        size = preset.size if image is None else fit_size(image, preset.size[0] * preset.size[1], model.size_multiple)
+        size = (
+            preset.size if image is None else fit_size(image, preset.size[0] * preset.size[1], model.geometry.multiple)
+        )
     if guidance_2 is None and model.boundary_ratio is not None:
         guidance_2 = preset.guidance_2 if guidance is None else guidance
     request = Request(
@@ -111,7 +113,7 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
         raise InputError("the prompt is empty", where="--prompt", hint="Say what the video should show.")
     if task == "i2v" and request.image is None:
         raise InputError("image-to-video needs a first frame", where="--image", hint="Add --image FILE.")
-    multiple, temporal = model.size_multiple, model.vae_stride[0]
+    multiple, temporal, positions = model.geometry.multiple, model.geometry.temporal, model.geometry.positions
     for name, value in (("height", request.height), ("width", request.width)):
         if value < multiple or value % multiple:
             raise InputError(
@@ -121,7 +123,13 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
                 expected=f"a positive multiple of {multiple}",
                 hint=f"Nearest: {max(multiple, round(value / multiple) * multiple)}.",
             )
-    if request.frames < 1 or request.frames % temporal != 1:
+    if temporal is None:
+        if request.frames != 1:
+            raise InputError(
+                "this model makes images", where="--frames", got=request.frames, expected="1, or none given"
+            )
+        temporal = 1
+    elif request.frames < 1 or (request.frames - 1) % temporal:
         nearest = max(0, round((request.frames - 1) / temporal)) * temporal + 1
         raise InputError(
             "the number of frames does not fit the video VAE",
@@ -131,13 +139,12 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
             hint=f"Nearest: {nearest}.",
         )
     longest = max((request.frames - 1) // temporal + 1, request.height // multiple, request.width // multiple)
-    if longest > model.max_positions:
+    if positions is not None and longest > positions:
         raise InputError(
             "the video is larger than the model's position table",
             where="--size, --frames",
             got=f"{request.width}x{request.height}, {request.frames} frames",
-            expected=f"at most {model.max_positions * multiple} pixels a side "
-            f"and {(model.max_positions - 1) * temporal + 1} frames",
+            expected=f"at most {positions * multiple} pixels a side and {(positions - 1) * temporal + 1} frames",
         )
     if request.steps < 1:
         raise InputError("there must be at least one step", where="--steps", got=request.steps)

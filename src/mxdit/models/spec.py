@@ -4,7 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What sizes of image or video a model takes, in pixels and frames.
+
+    multiple   height and width are multiples of it.
+    temporal   the number of frames is 1 more than a multiple of it; None for a model of images.
+    positions  most positions that its position table has along one axis, in patches or latent frames; None where it has
+               no table.
+    """
+
+    multiple: int
+    temporal: int | None = None
+    positions: int | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a published model is meant to be run: the defaults of one model and task.
+
+    name        what to call it.
+    task        "t2v", "i2v", "t2i".
+    config      keys of the transformer's config.json that tell this model from others of the family; empty is any.
+    components  how many transformers its pipeline has; None is any.
+    size        (height, width) in pixels; for I2V only their product counts, the image gives the aspect.
+    frames      1 more than a multiple of the geometry's `temporal`; 1 for an image.
+    fps         frames per second of the written video.
+    steps       denoising steps.
+    guidance, guidance_2   classifier-free guidance; of a cascade, of the high-noise and the low-noise expert.
+    flow_shift  of the noise schedule; None keeps the scheduler's own.
+    prompt, negative_prompt  used when none is given; None means that a prompt must be given.
+    """
+
+    name: str
+    task: str
+    size: tuple[int, int]
+    frames: int
+    fps: int
+    steps: int
+    guidance: float
+    guidance_2: float | None = None
+    flow_shift: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    components: int | None = None
+    prompt: str | None = None
+    negative_prompt: str = ""
+
+    def fits(self, config: Mapping[str, Any], components: int) -> bool:
+        """Whether it is this model's, by the config.json of its first transformer and how many it has."""
+        return self.components in (None, components) and all(config.get(k) == v for k, v in self.config.items())
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A pipeline class of diffusers that runs the model.
+
+    task    what it makes: "t2v", "i2v", "t2i".
+    call    field of a `generation.request.Request` -> argument of the pipeline's call; a field that is not here cannot be
+            asked for.
+    output  attribute of what the call returns, a batch of (frames, height, width, 3) or (height, width, 3) arrays.
+    """
+
+    task: str
+    call: Mapping[str, str] = field(hash=False)
+    output: str = "frames"
+
+
+class Place(NamedTuple):
+    """Where a module is: its list of blocks, the block's index in it, and the path inside the block."""
+
+    blocks: str
+    index: int
+    inside: str
 
 
 @dataclass(frozen=True)
@@ -12,37 +86,51 @@ class ModelSpec:
     """One family of transformers. Layer names are diffusers module paths; docs/adapting-a-model.md shows how to add one.
 
     transformer  class name of the diffusers transformer.
-    blocks       path of the ModuleList of its repeated blocks. Only linears inside the blocks are ever quantized.
+    blocks       paths of the ModuleLists of its repeated blocks, in the order in which they run. Only linears inside the
+                 blocks are ever quantized.
     groups       linears of a block, by their path inside it, that share an input: runtimes fuse them into one product, so
-                 they must have one precision and one `mul_scale`. Members that a model does not have are passed over.
+                 they must have one precision and one `mul_scale`. Members that a block does not have are passed over.
     keep         globs of linears, by their path inside a block, that stay in their float dtype unless told otherwise.
     components   names that pipelines give their transformers; a cascade has several.
-    pipelines    pipeline class name -> what it makes ("t2v", "i2v").
+    pipelines    pipeline class name -> how it is called. The first that is listed for a task is the one that runs it.
+    needed       keys that a transformer's config.json must have for `geometry`.
+    geometry     the sizes that a model takes, given its transformer's and its VAE's config.json.
+    presets      defaults, the first that fits counts; for each task the last must fit any model of the family.
     original     module and tensor paths of the model's own release -> ours, "#" for a block's index; the longest one that a
                  path begins with counts.
+    original_mark        prefix of a tensor's name that only such a transformer has, in the release and in diffusers.
     original_components  folder of a component in the model's own release -> ours.
     original_config      makes our transformer's config of the release's, given (config, tensor name -> shape).
-    runtime      linear of a block -> its name in vLLM-Omni, which fuses some; others are called as here.
+    runtimes     runtime -> {linear of a block -> its name there}; others are called as here.
     """
 
     transformer: str
-    blocks: str
+    blocks: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] = ()
     keep: tuple[str, ...] = ()
     components: tuple[str, ...] = ("transformer",)
-    pipelines: Mapping[str, str] = field(default_factory=dict)
+    pipelines: Mapping[str, PipelineSpec] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
+    geometry: Callable[[Mapping[str, Any], Mapping[str, Any]], Geometry] | None = None
+    presets: tuple[Preset, ...] = ()
     original: Mapping[str, str] = field(default_factory=dict)
+    original_mark: str | None = None
     original_components: Mapping[str, str] = field(default_factory=dict)
     original_config: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
-    runtime: Mapping[str, str] = field(default_factory=dict)
+    runtimes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
-    def block_of(self, path: str) -> tuple[int, str] | None:
-        """(block's index, path inside the block) of a module path, or None outside the blocks."""
-        head, dot, rest = path.partition(f"{self.blocks}.")
-        index, dot, inside = rest.partition(".")
-        if head or not dot or not index.isdigit():
-            return None
-        return int(index), inside
+    def place_of(self, path: str) -> Place | None:
+        """Where the module at `path` is inside the blocks, or None outside them."""
+        for blocks in self.blocks:
+            head, dot, rest = path.partition(f"{blocks}.")
+            index, inner_dot, inside = rest.partition(".")
+            if dot and not head and inner_dot and index.isdigit():
+                return Place(blocks, int(index), inside)
+        return None
+
+    def preset(self, task: str, config: Mapping[str, Any], components: int) -> Preset:
+        """The defaults for a task of a model, by the config.json of its first transformer and how many it has."""
+        return next(p for p in self.presets if p.task == task and p.fits(config, components))
 
     def from_original(self, name: str) -> str | None:
         """Our name of a tensor of the model's own release; None for one that is not the model's.
@@ -50,7 +138,13 @@ class ModelSpec:
         Whole path components are replaced, never substrings: "head.modulation" is not "modulation".
         """
         parts = name.split(".")
-        index = parts[1] if len(parts) > 1 and parts[0] == self.blocks and parts[1].isdigit() else ""
+        index = (
+            parts[1]
+            if len(parts) > 1
+            and parts[1].isdigit()
+            and any(original.startswith(f"{parts[0]}.#") for original in self.original)
+            else ""
+        )
         if index:
             parts[1] = "#"
         for cut in range(len(parts), 0, -1):
@@ -59,9 +153,9 @@ class ModelSpec:
                 return ".".join([ours, *parts[cut:]]).replace("#", index)
         return None
 
-    def runtime_name(self, path: str) -> str:
-        """vLLM-Omni's name of the module at `path`."""
-        block = self.block_of(path)
-        if block is None or block[1] not in self.runtime:
+    def runtime_name(self, path: str, runtime: str) -> str:
+        """What a runtime calls the module at `path`."""
+        place, names = self.place_of(path), self.runtimes.get(runtime, {})
+        if place is None or place.inside not in names:
             return path
-        return f"{self.blocks}.{block[0]}.{self.runtime[block[1]]}"
+        return f"{place.blocks}.{place.index}.{names[place.inside]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mxdit.models.spec import ModelSpec
+from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
 
 
 def _original_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -34,16 +34,68 @@ def _original_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int
     }
 
 
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """A patch is 1 x p x p latents, and the VAE's stride depends on its version (2.1: 4 x 8 x 8, 2.2: 4 x 16 x 16)."""
+    stride = int(vae.get("scale_factor_spatial") or 8)
+    return Geometry(
+        multiple=stride * int(config["patch_size"][1]),
+        temporal=int(vae.get("scale_factor_temporal") or 4),
+        positions=config["rope_max_seq_len"],
+    )
+
+
+_CALL = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "guidance_2": "guidance_scale_2",
+}
+
+# Source of the figures: the generation configs of the Wan2.2 release (docs/wan22.md). The guidance pair there is (low, high);
+# here, as in diffusers, `guidance` belongs to the high-noise expert and `guidance_2` to the low-noise one.
+_A14B = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128}  # Wan2.1-14B is one of one expert
+_5B = {"num_layers": 30, "num_attention_heads": 24, "attention_head_dim": 128}
+_MINI = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 64}  # the model that comes with mxdit
+_PRESETS = (
+    Preset("Wan2.2-T2V-A14B", "t2v", (480, 832), 81, 16, 40, 4.0, 3.0, 12.0, _A14B, 2),
+    Preset("Wan2.2-I2V-A14B", "i2v", (480, 832), 81, 16, 40, 3.5, 3.5, 5.0, _A14B, 2),
+    Preset("Wan2.2-TI2V-5B", "t2v", (704, 1280), 121, 24, 50, 5.0, None, 5.0, _5B, 1),
+    Preset("Wan2.2-TI2V-5B", "i2v", (704, 1280), 121, 24, 50, 5.0, None, 5.0, _5B, 1),
+    Preset(
+        "mini-T2V", "t2v", (64, 64), 17, 8, 20, 3.0, 3.0, 3.0, _MINI, 2,
+        prompt="a red seven moving left on a blue background",
+    ),
+    Preset(
+        "mini-I2V", "i2v", (64, 64), 17, 8, 20, 3.0, 3.0, 3.0, _MINI, 2,
+        prompt="a yellow five moving right on a green background",
+    ),
+    # Any other model of the family: the A14B's figures, with the scheduler as its directory has it.
+    Preset("Wan", "t2v", (480, 832), 81, 16, 40, 4.0, 3.0),
+    Preset("Wan", "i2v", (480, 832), 81, 16, 40, 3.5, 3.5),
+)  # fmt: skip
+
+
 WAN = ModelSpec(
     transformer="WanTransformer3DModel",
-    blocks="blocks",
+    blocks=("blocks",),
     groups=(
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
         ("attn2.to_k", "attn2.to_v"),
         ("attn2.add_k_proj", "attn2.add_v_proj"),  # the image branch, in Wan2.1 I2V only
     ),
     components=("transformer", "transformer_2"),
-    pipelines={"WanPipeline": "t2v", "WanImageToVideoPipeline": "i2v"},
+    pipelines={
+        "WanPipeline": PipelineSpec("t2v", _CALL),
+        "WanImageToVideoPipeline": PipelineSpec("i2v", {**_CALL, "image": "image"}),
+    },
+    needed=("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "rope_max_seq_len"),
+    geometry=_geometry,
+    presets=_PRESETS,
+    original_mark="patch_embedding",
     original={
         "patch_embedding": "patch_embedding",
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -78,13 +130,24 @@ WAN = ModelSpec(
     },
     original_components={"high_noise_model": "transformer", "low_noise_model": "transformer_2"},
     original_config=_original_config,
-    runtime={
-        "attn1.to_q": "attn1.to_qkv",
-        "attn1.to_k": "attn1.to_qkv",
-        "attn1.to_v": "attn1.to_qkv",
-        "attn1.to_out.0": "attn1.to_out",
-        "attn2.to_out.0": "attn2.to_out",
-        "ffn.net.0.proj": "ffn.net_0.proj",
-        "ffn.net.2": "ffn.net_2",
+    runtimes={
+        "vllm-omni": {  # fuses q, k and v of self-attention
+            "attn1.to_q": "attn1.to_qkv",
+            "attn1.to_k": "attn1.to_qkv",
+            "attn1.to_v": "attn1.to_qkv",
+            "attn1.to_out.0": "attn1.to_out",
+            "attn2.to_out.0": "attn2.to_out",
+            "ffn.net.0.proj": "ffn.net_0.proj",
+            "ffn.net.2": "ffn.net_2",
+        },
+        "sglang": {
+            "attn1.to_q": "to_q",
+            "attn1.to_k": "to_k",
+            "attn1.to_v": "to_v",
+            "attn1.to_out.0": "to_out",
+            "attn2.to_out.0": "attn2.to_out",
+            "ffn.net.0.proj": "ffn.fc_in",
+            "ffn.net.2": "ffn.fc_out",
+        },
     },
 )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 from torch import nn
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # model gives up more than the share that 5 of 30 are, or a model of a few blocks would have nothing left to quantize.
 FALLBACK_BLOCKS = {"mxfp4_dualscale": 5}
 FALLBACK_SHARE = 6
+OUTSIDE = "outside the blocks"
 
 
 @dataclass(frozen=True)
@@ -47,22 +49,26 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
     linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, MXLinear))]
     ignored = resolve(model, linears, config.ignored_layers, "ignored_layers")
     raised = resolve(model, linears, config.w4a8_fallback_layers, "w4a8_fallback_layers")
-    blocks = _block_count(model, spec)
+    counts = block_counts(model, spec)
+    blocks = sum(counts.values())
     first = fallback_blocks(config, blocks)
+    before = dict(
+        zip(counts, accumulate(counts.values(), initial=0), strict=False)
+    )  # blocks that run before a list's first
 
     decisions: dict[str, Decision] = {}
     for path in linears:
-        block = spec.block_of(path)
-        if block is None:
-            decisions[path] = Decision(reason=f"outside the {spec.blocks}")
+        place = spec.place_of(path)
+        if place is None:
+            decisions[path] = Decision(reason=OUTSIDE)
         elif path in ignored:
             pattern = "" if ignored[path] == path else f": {ignored[path]}"
             decisions[path] = Decision(reason=f"ignored_layers{pattern}")
-        elif block[0] < first:
+        elif before[place.blocks] + place.index < first:
             decisions[path] = Decision(reason=f"num_bf16_fallback_layers: {first}")
         elif _features(model, path) % block_format(config.quant_method).per_byte:
             decisions[path] = Decision(reason="odd number of input features")
-        elif any(fnmatchcase(block[1], pattern) for pattern in spec.keep):
+        elif any(fnmatchcase(place.inside, pattern) for pattern in spec.keep):
             decisions[path] = Decision(reason=f"kept by the spec of {spec.transformer}")
         else:
             activation = "mxfp8" if path in raised else config.effective_activation
@@ -103,16 +109,23 @@ def _features(model: nn.Module, path: str) -> int:
     return linear.in_features
 
 
-def _block_count(model: nn.Module, spec: ModelSpec) -> int:
-    blocks = model.get_submodule(spec.blocks)
-    if isinstance(blocks, nn.ModuleList):
-        return len(blocks)
-    raise ModelError(
-        "the model is not built as its ModelSpec says",
-        where=f"{type(model).__name__}.{spec.blocks}",
-        got=type(blocks).__name__,
-        expected="a ModuleList",
-    )
+def block_counts(model: nn.Module, spec: ModelSpec) -> dict[str, int]:
+    """How many blocks each of the spec's lists has in this model, in the order in which they run.
+
+    Raises ModelError where the model is not built as its spec says.
+    """
+    counts = {}
+    for name in spec.blocks:
+        blocks = model.get_submodule(name)
+        if not isinstance(blocks, nn.ModuleList):
+            raise ModelError(
+                "the model is not built as its ModelSpec says",
+                where=f"{type(model).__name__}.{name}",
+                got=type(blocks).__name__,
+                expected="a ModuleList",
+            )
+        counts[name] = len(blocks)
+    return counts
 
 
 def resolve(
@@ -143,18 +156,18 @@ def _idle_pattern(model: nn.Module, linears: list[str], pattern: str, key: str, 
 
 def check_groups(decisions: Mapping[str, Decision], spec: ModelSpec) -> None:
     """Layers with one input are one product in the runtimes that fuse them: one precision for all of them, or none."""
-    by_block: dict[int, dict[str, tuple[str, Decision]]] = {}
+    by_block: dict[tuple[str, int], dict[str, tuple[str, Decision]]] = {}
     for path, decision in decisions.items():
-        block = spec.block_of(path)
-        if block:
-            by_block.setdefault(block[0], {})[block[1]] = (path, decision)
-    for index, inside in by_block.items():
+        place = spec.place_of(path)
+        if place:
+            by_block.setdefault((place.blocks, place.index), {})[place.inside] = (path, decision)
+    for (blocks, index), inside in by_block.items():
         for group in spec.groups:
             members = [inside[name] for name in group if name in inside]
             if len({decision.scheme for _, decision in members}) > 1:
                 raise ConfigError(
                     "layers that share their input would differ in precision",
-                    where=f"{spec.blocks}.{index}",
+                    where=f"{blocks}.{index}",
                     got=", ".join(f"{path} {decision.scheme or 'kept'}" for path, decision in members),
                     expected="the same for all of them, because runtimes fuse them",
                     hint="Name all of them in ignored_layers (or w4a8_fallback_layers), or none.",

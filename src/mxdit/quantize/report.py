@@ -12,7 +12,7 @@ from torch import nn
 
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
-from mxdit.quantize.plan import Decision, plan
+from mxdit.quantize.plan import OUTSIDE, Decision, plan
 from mxdit.quantize.recorded import recorded_config
 
 
@@ -122,13 +122,7 @@ def report_of(model: nn.Module, decisions: Mapping[str, Decision] | None = None)
             layers.append(LayerReport(path, module.method, module.scheme, shape, before, after))
         else:
             decision = decisions.get(path)
-            reason = (
-                decision.reason
-                if decision
-                else "not quantized"
-                if spec.block_of(path)
-                else f"outside the {spec.blocks}"
-            )
+            reason = decision.reason if decision else "not quantized" if spec.place_of(path) else OUTSIDE
             layers.append(LayerReport(path, None, None, shape, after, after, reason))
     return QuantReport(type(model).__name__, tuple(layers))
 

@@ -16,15 +16,6 @@ from mxdit.checkpoint.files import TensorInfo
 from mxdit.checkpoint.writer import Part
 
 KINDS = {"mxfp4": "W4A4_MXFP4", "mxfp4_dualscale": "W4A4_MXFP4_DUALSCALE", "mxfp8": "W8A8_MXFP8"}
-RUNTIME = {
-    "attn1.to_q": "to_q",
-    "attn1.to_k": "to_k",
-    "attn1.to_v": "to_v",
-    "attn1.to_out.0": "to_out",
-    "attn2.to_out.0": "attn2.to_out",
-    "ffn.net.0.proj": "ffn.fc_in",
-    "ffn.net.2": "ffn.fc_out",
-}
 
 
 def why_not(expert: Expert) -> str | None:
@@ -46,11 +37,10 @@ def why_not(expert: Expert) -> str | None:
             return f"{path}.weight is uint8, which it would take for the numbers 0 to 255"
         if method == "mxfp4" and weight is not None and weight.info.dtype is not torch.uint8:
             return f"{path}.weight holds one value a byte, and it takes two codes"
-        block = expert.spec.block_of(path)
-        if not method and (block is None or block[1] in RUNTIME) and (block or path == "proj_out"):
-            name = f"{expert.spec.blocks}.{block[0]}.{RUNTIME[block[1]]}" if block else path
-            if (stored.description or {}).get(f"{name}.weight") != "FLOAT":
-                return f"{path} is float, and the description has no FLOAT under {name}.weight, where it looks"
+        name = expert.spec.runtime_name(path, "sglang")
+        looked_up = not method and (name != path or path == "proj_out")
+        if looked_up and (stored.description or {}).get(f"{name}.weight") != "FLOAT":
+            return f"{path} is float, and the description has no FLOAT under {name}.weight, where it looks"
     return None
 
 
@@ -72,10 +62,9 @@ def to_sglang(expert: Expert) -> tuple[dict[str, Part], dict[str, Any], list[str
         description[name] = kind if quantized else "FLOAT"
         if leaf == "mul_scale":
             description[f"{path}.div.mul_scale"] = "FLOAT"  # it asks for both names
-        block = expert.spec.block_of(path)
-        if block and path in expert.methods and not method and leaf == "weight" and block[1] in RUNTIME:
+        if path in expert.methods and not method and leaf == "weight":
             # It asks for a layer that stays float by its runtime name.
-            description[f"{expert.spec.blocks}.{block[0]}.{RUNTIME[block[1]]}.weight"] = "FLOAT"
+            description[f"{expert.spec.runtime_name(path, 'sglang')}.weight"] = "FLOAT"
     lost = []
     if config.effective_activation == "bf16" or config.w4a8_fallback_layers:
         lost.append("activation: SGLang runs every layer with the type of its weight")

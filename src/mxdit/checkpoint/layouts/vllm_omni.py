@@ -65,9 +65,9 @@ def why_not(expert: Expert) -> str | None:
         return f"its config for {method} takes no key {unknown[0]!r}"
     listed = set(config.get("ignored_layers") or ())
     for path, quantized in expert.methods.items():
-        name = expert.spec.runtime_name(path)
+        name = expert.spec.runtime_name(path, "vllm-omni")
         if not quantized:
-            if expert.spec.block_of(path) and name not in listed:
+            if expert.spec.place_of(path) and name not in listed:
                 return f"{path} is float, and ignored_layers does not list {name}"
             continue
         if name in listed:
@@ -107,7 +107,7 @@ def to_vllm_omni(expert: Expert) -> tuple[dict[str, Part], dict[str, Any], list[
 
 
 def _config(expert: Expert, config: MXConfig) -> dict[str, Any]:
-    kept = [path for path, method in expert.methods.items() if not method and expert.spec.block_of(path)]
+    kept = [path for path, method in expert.methods.items() if not method and expert.spec.place_of(path)]
     written: dict[str, Any] = {
         "quant_method": str(config.quant_method),
         SERIALIZED[config.quant_method]: True,
@@ -123,7 +123,7 @@ def _config(expert: Expert, config: MXConfig) -> dict[str, Any]:
 
 
 def _runtime(expert: Expert, paths: tuple[str, ...]) -> list[str]:
-    return list(dict.fromkeys(expert.spec.runtime_name(path) for path in paths))
+    return list(dict.fromkeys(expert.spec.runtime_name(path, "vllm-omni") for path in paths))
 
 
 def _lost(config: MXConfig) -> list[str]:

@@ -197,7 +197,7 @@ def memory(
     say(f"\n{opened.path}, {request.width}x{request.height}, {request.frames} frames, {request.steps} steps; MiB.")
     say("Peaks are of memory that no file backs, over what imports take; weights mapped from files are not in them.")
     accelerator = ("device loading", "device generating") if device != "cpu" else ()
-    experts = list(opened.experts)
+    experts = list(opened.components)
     head = (
         "mode",
         "files",
@@ -380,10 +380,10 @@ def _shape(text: str) -> tuple[int, int, int, int]:
 
 def _open(directory: str, task: str) -> Any:
     """The pipeline's directory, for a task that it can do."""
-    from mxdit.generation.directory import PIPELINES, bundled, open_model
+    from mxdit.generation.directory import TASKS, bundled, open_model
 
     need("diffusers", "transformers")
-    _choices("--task", [task], PIPELINES)
+    _choices("--task", [task], TASKS)
     opened = open_model(bundled(task) if directory == "bundled" else Path(directory))
     if task not in opened.tasks:
         raise InputError("the model has another task", where="--task", got=task, expected=" or ".join(opened.tasks))
