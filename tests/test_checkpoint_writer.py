@@ -15,9 +15,10 @@ import torch
 import tiny
 from command import mxdit_command
 from mxdit.checkpoint import quantize_checkpoint
-from mxdit.checkpoint.files import CODES, DTYPES, TensorInfo, open_tensors, read_header
+from mxdit.checkpoint.files import CODES, DTYPES, open_tensors, read_header
 from mxdit.checkpoint.writer import Part, Shard, new_directory, shards_of
 from mxdit.errors import CheckpointError, InputError
+from mxdit.numerics.formats import TensorInfo
 from safefiles import bits
 
 SHARD = 100_000  # some three shards an expert

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mxdit.bench.shapes import TEXT_TOKENS, Wan
-from mxdit.checkpoint.files import TensorInfo
 from mxdit.checkpoint.writer import STEM, Part, index_of, new_directory, shards_of
 from mxdit.layers import MXLinear
+from mxdit.numerics.formats import TensorInfo
 from mxdit.quantize.apply import swap
 
 if TYPE_CHECKING:

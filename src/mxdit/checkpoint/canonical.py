@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mxdit.checkpoint.experts import Expert, Finding, Stored
-from mxdit.checkpoint.files import StoredTensor, TensorInfo
+from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.layouts.numeric import pack
 from mxdit.checkpoint.values import as_is, check_dual, check_e4m3, check_mul_scale, check_scale
 from mxdit.checkpoint.writer import Part
@@ -24,7 +24,7 @@ from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError, ConfigError, MXDiTError
 from mxdit.models import spec_of
 from mxdit.models.skeleton import skeleton_of
-from mxdit.numerics.formats import FORMATS, BlockFormat, block_format
+from mxdit.numerics.formats import FORMATS, BlockFormat, TensorInfo, block_format
 from mxdit.quantize.plan import plan
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mxdit.checkpoint.canonical import FLOATS, read_expert
 from mxdit.checkpoint.experts import Expert
-from mxdit.checkpoint.files import TensorInfo, read_json
+from mxdit.checkpoint.files import read_json
 from mxdit.checkpoint.layouts.sglang import to_sglang
 from mxdit.checkpoint.layouts.vllm_omni import to_vllm_omni
 from mxdit.checkpoint.sources import CONFIG, INDEX, Source, open_both, open_source
@@ -28,7 +28,7 @@ from mxdit.checkpoint.writer import STEM, Part, Progress, Shard, check_destinati
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.models.skeleton import skeleton_of
-from mxdit.numerics.formats import block_format
+from mxdit.numerics.formats import TensorInfo, block_format
 from mxdit.quantize.apply import quantized
 from mxdit.quantize.plan import Decision, plan
 from mxdit.version import __version__

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mxdit.errors import CheckpointError
+from mxdit.numerics.formats import TensorInfo
 
 # Bits of an element of every dtype that safetensors 0.8 knows, and the torch dtype where a checkpoint of ours may hold it.
 BITS = {
@@ -52,28 +53,6 @@ MAX_JSON = 1 << 22
 MAX_NAME = 512  # characters; the names of one model's tensors are well below 100
 _REPR = reprlib.Repr()
 _REPR.maxstring = 120
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and dtype of a tensor; `dtype` is None where a file has one that no layer of ours takes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorInfo:
-        """The info of a tensor in memory."""
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data; the dtype must be known."""
-        assert self.dtype is not None
-        return prod(self.shape) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mxdit.checkpoint.files import TensorInfo, read_header
+from mxdit.checkpoint.files import read_header
 from mxdit.config import MXConfig, near_names
 from mxdit.errors import CheckpointError
 from mxdit.layers import MXLinear
+from mxdit.numerics.formats import TensorInfo
 
 
 def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, TensorInfo | None]:

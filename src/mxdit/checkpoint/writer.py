@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdit.checkpoint.files import CODES, TensorInfo, read_header
+from mxdit.checkpoint.files import CODES, read_header
 from mxdit.errors import CheckpointError, InputError, MXDiTError
+from mxdit.numerics.formats import TensorInfo
 
 STEM = "diffusion_pytorch_model"
 PLAN = "plan.sha256"

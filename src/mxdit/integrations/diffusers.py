@@ -17,12 +17,12 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from mxdit.checkpoint.files import TensorInfo
 from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
 from mxdit.config import ALIASES, ConfigLike, Method, MXConfig, near_names
 from mxdit.errors import CheckpointError, ConfigError
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
+from mxdit.numerics.formats import TensorInfo
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.recorded import record

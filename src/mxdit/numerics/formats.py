@@ -9,11 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from mxdit.errors import FormatError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor; `dtype` is None where a file has one that no layer of ours takes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        """The info of a tensor in memory."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data; the dtype must be known."""
+        assert self.dtype is not None
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,10 @@ class Element:
 
 E2M1 = Element("e2m1", bits=4, mantissa=1, bias=1, emax=2, max=6.0)
 E4M3 = Element("e4m3", bits=8, mantissa=3, bias=7, emax=8, max=448.0)
+
+
+PARTS = ("weight", "weight_scale", "weight_dual_scale", "mul_scale")
+"""Every tensor that a quantized linear can have beside its bias, by its name in modules and files."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +125,43 @@ class BlockFormat:
 
     def nbytes(self, rows: int, k: int) -> int:
         """Bytes of a packed (rows, k) tensor, scales included."""
-        return rows * (k // self.per_byte + self.blocks(k) + 4 * self.groups(k))
+        return sum(info.nbytes for info in self.tensors(rows, k).values())
+
+    @property
+    def smooths(self) -> bool:
+        """Whether a linear of this format can have a `mul_scale`."""
+        return self.outer is not None
+
+    def tensors(self, n: int, k: int, *, smooth: bool = False, where: str = "a linear") -> dict[str, TensorInfo]:
+        """The record of a quantized linear of K = ``k`` inputs and N = ``n`` outputs: name -> shape and dtype.
+
+        This is what layers hold, files store (docs/format.md) and checks ask for, in this order; the bias is not part of it.
+
+        Args:
+            smooth: whether it has a `mul_scale`.
+            where: for the error.
+
+        Raises:
+            FormatError: this format cannot hold such a weight, or has no `mul_scale`.
+        """
+        if n <= 0 or k <= 0 or k % self.per_byte:
+            raise FormatError(
+                f"{self.name} cannot hold a weight of this shape",
+                where=where,
+                got=f"in_features={k}, out_features={n}",
+                expected="positive numbers" + (", in_features even" if self.per_byte == 2 else ""),
+            )
+        if smooth and not self.smooths:
+            raise FormatError(f"{self.name} takes no mul_scale", where=where, hint="Only mxfp4_dualscale has one.")
+        record = {
+            "weight": TensorInfo((n, k // self.per_byte), torch.uint8),
+            "weight_scale": TensorInfo((n, self.blocks(k)), torch.uint8),
+        }
+        if self.outer:
+            record["weight_dual_scale"] = TensorInfo((n, self.groups(k), 1), torch.float32)
+        if smooth:
+            record["mul_scale"] = TensorInfo((k,), torch.float32)
+        return record
 
 
 _ANY = (torch.bfloat16, torch.float16, torch.float32)

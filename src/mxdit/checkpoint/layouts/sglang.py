@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mxdit.checkpoint.experts import Expert
-from mxdit.checkpoint.files import TensorInfo
 from mxdit.checkpoint.writer import Part
+from mxdit.numerics.formats import TensorInfo
 
 KINDS = {"mxfp4": "W4A4_MXFP4", "mxfp4_dualscale": "W4A4_MXFP4_DUALSCALE", "mxfp8": "W8A8_MXFP8"}
 

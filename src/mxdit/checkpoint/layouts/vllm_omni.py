@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from mxdit.checkpoint.experts import Expert
-from mxdit.checkpoint.files import TensorInfo
 from mxdit.checkpoint.layouts.numeric import unpack
 from mxdit.checkpoint.writer import Part
 from mxdit.config import MXConfig
-from mxdit.numerics.formats import block_format
+from mxdit.numerics.formats import TensorInfo, block_format
 
 SERIALIZED = {
     "mxfp4": "is_checkpoint_mxfp4_serialized",
