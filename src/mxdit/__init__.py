@@ -14,12 +14,13 @@ from mxdit.errors import (
 )
 from mxdit.integrations.diffusers_hook import pipeline_config, register_when_imported
 from mxdit.layers import MXLinear
-from mxdit.numerics.codec import Packed, decode, encode
+from mxdit.numerics.codec import Packed, Scales, decode, encode
 from mxdit.quantize.activations import set_activation
 from mxdit.quantize.apply import quantize_
 from mxdit.quantize.plan import plan
 from mxdit.quantize.report import QuantReport, report_of
 from mxdit.version import __version__
+from mxdit.weights import quantize_weight
 
 register_when_imported()
 
@@ -35,12 +36,14 @@ __all__ = [
     "ModelError",
     "Packed",
     "QuantReport",
+    "Scales",
     "__version__",
     "decode",
     "encode",
     "pipeline_config",
     "plan",
     "quantize_",
+    "quantize_weight",
     "report_of",
     "set_activation",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mxdit.backends import Layout, layout_for
 from mxdit.errors import FormatError
-from mxdit.numerics.formats import Scheme, block_format, scheme_for
-
-_STAY_FP32 = ("weight_dual_scale", "mul_scale")
+from mxdit.numerics.codec import Packed
+from mxdit.numerics.formats import PARTS, Scheme, TensorInfo, block_format, scheme_for
+from mxdit.weights import quantize_weight
 
 
 class MXLinear(nn.Module):
@@ -20,7 +20,8 @@ class MXLinear(nn.Module):
 
     The packed weight lies in buffers, bytes as uint8: a host that casts or reads a model's floating parameters
     (diffusers does both) leaves it alone. ``state_dict()`` is the canonical layout on every device.
-    For inference: no gradient flows through it.
+    The weight is frozen; gradients flow to x, as they would through the decoded weight, with the rounding of x taken for the
+    identity (straight through), and to a bias that wants one.
 
     Args:
         in_features: K, even for the four-bit formats.
@@ -34,10 +35,9 @@ class MXLinear(nn.Module):
             activations always use ``ocp``.
         smooth: whether activations are multiplied by ``mul_scale`` first (dual-scale only).
 
-    Buffers (N, K as above): ``weight`` uint8 (N, K/2), mxfp8 (N, K); ``weight_scale`` uint8 (N, ceil(K/32));
-    ``weight_dual_scale`` fp32 (N, ceil(K/512), 1) and ``mul_scale`` fp32 (K,) where the method has them. They are
-    uninitialized until loaded; `from_weight` fills them. On a device that has a better layout for ``weight`` it lies in
-    that one (`prepack`).
+    Buffers are the format's record (`BlockFormat.tensors`): ``weight``, ``weight_scale``, and where the method has them
+    ``weight_dual_scale`` and ``mul_scale``. They are uninitialized until `load` is given them; `from_weight` makes them. On a
+    device that has a better layout for ``weight`` it lies in that one (`prepack`).
 
     Raises:
         FormatError: for a method, activation, rule or shape that does not exist.
@@ -63,15 +63,7 @@ class MXLinear(nn.Module):
     ) -> None:
         super().__init__()
         row = block_format(method, where="MXLinear")
-        if in_features <= 0 or out_features <= 0 or in_features % row.per_byte:
-            raise FormatError(
-                f"{method} cannot hold a weight of this shape",
-                where="MXLinear",
-                got=f"in_features={in_features}, out_features={out_features}",
-                expected="positive numbers" + (", in_features even" if row.per_byte == 2 else ""),
-            )
-        if smooth and not row.outer:
-            raise FormatError(f"{method} takes no mul_scale", where="MXLinear", hint="Only mxfp4_dualscale has one.")
+        self.record = row.tensors(out_features, in_features, smooth=smooth, where="MXLinear")
         if rule is not None and rule not in row.rules:
             raise FormatError(
                 f"{method} has no such scale rule", where="MXLinear", got=repr(rule), expected=" or ".join(row.rules)
@@ -81,17 +73,13 @@ class MXLinear(nn.Module):
         self._layout: Layout | None = None  # of the weight, where it is not the canonical one
         self.activation = activation or ("mxfp8" if row.bits == 8 else "mxfp4")
 
-        def empty(*shape: int, dtype: torch.dtype | None) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        n, k = out_features, in_features
-        self.register_buffer("weight", empty(n, k // row.per_byte, dtype=torch.uint8))
-        self.register_buffer("weight_scale", empty(n, row.blocks(k), dtype=torch.uint8))
-        self.register_buffer(
-            "weight_dual_scale", empty(n, row.groups(k), 1, dtype=torch.float32) if row.outer else None
-        )
-        self.register_buffer("mul_scale", empty(k, dtype=torch.float32) if smooth else None)
-        self.bias = nn.Parameter(empty(n, dtype=dtype), requires_grad=False) if bias else None
+        for name in PARTS:
+            info = self.record.get(name)
+            self.register_buffer(
+                name, None if info is None else torch.empty(info.shape, dtype=info.dtype, device=device)
+            )
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
     @classmethod
     def from_weight(
@@ -104,53 +92,52 @@ class MXLinear(nn.Module):
         rule: str | None = None,
         mul_scale: Tensor | None = None,
     ) -> MXLinear:
-        """Quantize a weight.
+        """The layer that takes the place of a linear.
 
         Args:
-            weight: (N, K) bf16, fp16 or fp32, on any device; with ``mul_scale`` it must already hold the inverse, for
-                the layer computes ``Q(x * mul_scale) @ Q(weight).T``. The dual-scale operator takes no fp32: such a
-                weight is rounded to bf16 first.
+            weight: (N, K), and ``mul_scale`` (K,): see `quantize_weight`.
             bias: (N,) or None; kept in its dtype.
-            mul_scale: (K,), finite and positive; rounded to bf16, which is what devices multiply by.
 
         Raises:
-            FormatError: as the constructor, and for a weight or mul_scale that cannot be quantized.
+            FormatError: as the constructor and `quantize_weight`.
         """
-        if weight.dim() != 2:
-            raise FormatError(
-                "a weight has two axes",
-                where="MXLinear.from_weight",
-                got=f"shape {tuple(weight.shape)}",
-                expected="(N, K)",
-            )
+        parts = quantize_weight(weight, method, rule=rule, mul_scale=mul_scale, where="MXLinear.from_weight")
         n, k = weight.shape
-        layer = cls(
-            k, n, False, method=method, activation=activation, rule=rule, device="meta", smooth=mul_scale is not None
-        )
-        weight = weight.detach()
-        if layer.weight_dual_scale is None:
-            layer.weight, layer.weight_scale = torch.ops.mxdit.quantize(weight, method, layer.rule, "rint")
-        else:
-            half = weight.to(torch.bfloat16) if weight.dtype is torch.float32 else weight
-            layer.weight, l0, layer.weight_scale = torch.ops.mxdit.quantize_dual(half, None, "rint")
-            layer.weight_dual_scale = l0.unsqueeze(-1)
-        if not weight.is_meta and bool((layer.weight_scale == 0xFF).any()):
-            broken = int((~torch.isfinite(weight)).sum())
-            raise FormatError(
-                f"the weight holds what {method} cannot",
-                where="MXLinear.from_weight",
-                got=f"{broken} infs or NaNs"
-                if broken
-                else "a group of 512 whose largest magnitude is below 6 * 2**-126",
-                expected="finite numbers, zeros included",
-                hint="The checkpoint is damaged, or overflowed when it was cast: take it in BF16 or FP32.",
-            )
-        if mul_scale is not None:
-            layer.mul_scale = _bf16_multipliers(mul_scale, k).to(weight.device)
+        smooth = mul_scale is not None
+        layer = cls(k, n, False, method=method, activation=activation, rule=rule, device="meta", smooth=smooth)
+        layer.load(parts)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        layer.prepack()
         return layer
+
+    def load(self, parts: Mapping[str, Tensor]) -> None:
+        """Take tensors of the record as they are, without a copy; those that are not given stay.
+
+        Args:
+            parts: name -> tensor in canonical layout, on any device. The weight is brought into its device's layout.
+
+        Raises:
+            FormatError: a name, shape or dtype that is not the record's; nothing is taken then.
+        """
+        for name, part in parts.items():
+            if TensorInfo.of(part) != self.record.get(name):
+                raise FormatError(
+                    f"not a tensor of this {self.method} layer",
+                    where=name,
+                    got=TensorInfo.of(part),
+                    expected=self.record.get(name, f"one of {', '.join(self.record)}"),
+                )
+        for name, part in parts.items():
+            setattr(self, name, part)
+            if name == "weight":
+                self._layout = None
+                self.prepack()
+
+    def packed(self) -> Packed:
+        """The weight in canonical layout, (N, K) to `mxdit.decode`."""
+        codes = self.weight if self._layout is None else self._layout.unpack(self.weight)
+        dual = self.weight_dual_scale
+        return Packed(codes, self.weight_scale, None if dual is None else dual.squeeze(-1), self.method)
 
     @property
     def activation(self) -> str:
@@ -167,27 +154,35 @@ class MXLinear(nn.Module):
         """What the layer computes: ``w4a4``, ``w4a8``, ``w4a16`` or ``w8a8``."""
         return self._scheme.name
 
+    @property
+    def layout(self) -> str:
+        """How the weight lies in memory: ``packed``, or a layout of its device (`mxdit.ops.LAYOUTS`)."""
+        return "packed" if self._layout is None else self._layout.name
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) bf16, fp16 or fp32 to (..., N) in x's dtype.
 
         Where the operator gives no fp32 (four- or eight-bit activations over dual-scale weights, and w4a8), fp32
         activations are computed in bf16 and the result is cast back.
         """
-        if x.dtype in self._outputs:
-            return self._linear(x)
-        if x.dtype is not torch.float32:
-            raise FormatError(
-                "activations have a dtype that no scheme takes",
-                where="MXLinear",
-                got=x.dtype,
-                expected="torch.bfloat16, torch.float16 or torch.float32",
-            )
-        return self._linear(x.to(torch.bfloat16)).to(x.dtype)
+        if x.dtype not in self._outputs:
+            if x.dtype is not torch.float32:
+                raise FormatError(
+                    "activations have a dtype that no scheme takes",
+                    where="MXLinear",
+                    got=x.dtype,
+                    expected="torch.bfloat16, torch.float16 or torch.float32",
+                )
+            return self.forward(x.to(torch.bfloat16)).to(x.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return _StraightThrough.apply(x, self.bias, self)
+        return torch.ops.mxdit.linear.default(*self.arguments(x))
 
-    def _linear(self, x: Tensor) -> Tensor:
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """What ``torch.ops.mxdit.linear`` is called with for x, in the order of its schema."""
         held = self._buffers  # not self.weight and so on: nn.Module looks for them in vain elsewhere first
         dual = held["weight_dual_scale"]
-        return torch.ops.mxdit.linear.default(
+        return (
             x,
             held["weight"],
             held["weight_scale"],
@@ -196,7 +191,7 @@ class MXLinear(nn.Module):
             self.bias,
             self._scheme.name,
             self.rule if self._scheme.activation == "mxfp4" else "ocp",
-            "packed" if self._layout is None else self._layout.name,
+            self.layout,
         )
 
     def prepack(self) -> None:
@@ -233,7 +228,7 @@ class MXLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MXLinear:
         """``nn.Module._apply``, which serves every move and cast; the fp32 scales are moved but never cast."""
         self._unpack()  # another device has another layout, or none
-        before = {name: self._buffers[name] for name in _STAY_FP32}
+        before = {name: self._buffers[name] for name in PARTS}
         super()._apply(fn, recurse)
         for name, kept in before.items():
             moved = self._buffers[name]
@@ -243,23 +238,24 @@ class MXLinear(nn.Module):
         return self
 
 
-def _bf16_multipliers(mul_scale: Tensor, k: int) -> Tensor:
-    """(K,) fp32 that hold bf16 values, or a FormatError where they would not all be finite and positive."""
-    if tuple(mul_scale.shape) != (k,):
-        raise FormatError(
-            "mul_scale does not fit the weight",
-            where="MXLinear.from_weight",
-            got=f"shape {tuple(mul_scale.shape)}",
-            expected=f"({k},)",
-        )
-    rounded = mul_scale.detach().to(torch.bfloat16).float()
-    good = torch.isfinite(rounded) & (rounded > 0)
-    if not bool(good.all()):
-        first = int((~good).nonzero()[0])
-        raise FormatError(
-            "mul_scale must be finite and positive in bf16",
-            where="MXLinear.from_weight",
-            got=f"{float(mul_scale[first])} at channel {first}",
-            hint="A zero or overflowing multiplier comes from a dead or broken channel in the calibration.",
-        )
-    return rounded
+class _StraightThrough(torch.autograd.Function):
+    """The layer's product, with the gradient of ``(x * mul_scale) @ decoded.T + bias``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: MXLinear) -> Tensor:
+        ctx.layer = layer
+        return torch.ops.mxdit.linear.default(*layer.arguments(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,), layer = grads, ctx.layer
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            held = layer.packed()
+            weight = torch.ops.mxdit.dequantize(held.codes, held.scale, held.outer, held.fmt, grad.dtype)
+            to_x = grad @ weight
+            if layer.mul_scale is not None:
+                to_x = to_x * layer.mul_scale.to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            to_bias = grad.flatten(0, -2).sum(0).to(layer.bias.dtype)
+        return to_x, to_bias, None

@@ -24,6 +24,7 @@ from mxdit.layers import MXLinear
 from mxdit.numerics.formats import FORMATS
 
 QUANTIZE, MATMUL, WHOLE = PARTS = ("quantize", "matmul", "whole")
+ARGUMENTS = [argument.name for argument in torch.ops.mxdit.linear.default._schema.arguments]
 SAMPLE, COLUMNS = 8, 512  # rows and columns of a result that are checked
 # Operations: a larger product takes the reference seconds a round, and gigabytes in fp32.
 REFERENCE_LIMIT = {"cpu": 2e8}
@@ -115,10 +116,10 @@ def steps(layers: Sequence[MXLinear], x: Tensor) -> dict[str, list[Call]]:
     There are none for activations that stay floats, nor for a weight in a device's own layout, which only ``linear`` reads.
     """
     ops, first = torch.ops.mxdit, layers[0]
-    held = [_arguments(layer, x) for layer in layers]
+    held = [dict(zip(ARGUMENTS, layer.arguments(x), strict=True)) for layer in layers]
     found: dict[str, list[Call]] = {WHOLE: [partial(ops.linear, *one.values()) for one in held]}
     dual, own = first.weight_dual_scale is not None, first.activation == "mxfp4"
-    if first.activation == "bf16" or first._layout is not None or (dual and not own):
+    if first.activation == "bf16" or first.layout != "packed" or (dual and not own):
         return found
     if dual:
         encode = partial(ops.quantize_dual, x, None, "rint")
@@ -143,9 +144,8 @@ def is_right(layer: MXLinear, got: Tensor, x: Tensor) -> bool:
         got: (M, N), what the layer made of x (M, K).
     """
     rows, columns = _spread(SAMPLE, len(x)), _spread(COLUMNS, layer.out_features)
-    held = _arguments(layer, x[rows.to(x.device)])
-    if layer._layout is not None:
-        held |= {"w": layer._layout.unpack(layer.weight), "layout": "packed"}
+    held = dict(zip(ARGUMENTS, layer.arguments(x[rows.to(x.device)]), strict=True))
+    held |= {"w": layer.packed().codes, "layout": "packed"}
     held = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in held.items()}
     for key in ("w", "w_scale", "w_dual", "bias"):
         held[key] = None if held[key] is None else held[key][columns]
@@ -154,21 +154,6 @@ def is_right(layer: MXLinear, got: Tensor, x: Tensor) -> bool:
     accepted = acceptance(call.kind, x.device.type)
     sample = got[rows.to(x.device)][:, columns.to(x.device)].cpu()
     return compare_values(sample, expected, lambda: bound(call, expected, accepted)).accepted(accepted)
-
-
-def _arguments(layer: MXLinear, x: Tensor) -> dict[str, Any]:
-    """Of ``torch.ops.mxdit.linear``, in their order, from what the layer holds."""
-    return {
-        "x": x,
-        "w": layer.weight,
-        "w_scale": layer.weight_scale,
-        "w_dual": None if layer.weight_dual_scale is None else layer.weight_dual_scale.squeeze(-1),
-        "mul_scale": None,
-        "bias": layer.bias,
-        "scheme": layer.scheme,
-        "rule": layer.rule if layer.activation == "mxfp4" else "ocp",
-        "layout": "packed" if layer._layout is None else layer._layout.name,
-    }
 
 
 def _spread(count: int, of: int) -> Tensor:
@@ -238,8 +223,8 @@ def _refused(backend: Backend, layer: MXLinear, product: Product) -> str | None:
     if backend is REFERENCE:
         if product.operations > REFERENCE_LIMIT.get(layer.weight.device.type, REFERENCE_LIMIT_ELSEWHERE):
             return "too large for the reference, which would take seconds a round"
-        if layer._layout is not None:
-            return f"its weight lies in the device's own layout, {layer._layout.name}"
+        if layer.layout != "packed":
+            return f"its weight lies in the device's own layout, {layer.layout}"
     return backend.rejects(layer.scheme, product.k, product.n)
 
 

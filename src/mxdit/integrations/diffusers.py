@@ -64,7 +64,7 @@ class MXQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters beside it: gradients reach its input, and its weights are frozen
 
     @property
     def is_compileable(self) -> bool:
@@ -180,7 +180,8 @@ class MXQuantizer(DiffusersQuantizer):
         module = model.get_submodule(path)
         if self.pre_quantized:
             # Not `param_value`: the host has cast that to torch_dtype, and a bf16 level-0 scale is another number.
-            setattr(module, name, state_dict[param_name].to(target_device))
+            assert isinstance(module, MXLinear)
+            module.load({name: state_dict[param_name].to(target_device)})
             return
         assert isinstance(module, nn.Linear)
         new = quantized(param_value.to(target_device), None, self.quantization_config, self.decisions[path], path)
@@ -204,9 +205,6 @@ class MXQuantizer(DiffusersQuantizer):
                 got=f"no data for {', '.join(absent[:3])}",
                 hint="The checkpoint is incomplete: download or convert it again.",
             )
-        for layer in model.modules():
-            if isinstance(layer, MXLinear):
-                layer.prepack()
         record(model, self.quantization_config, self.decisions)
         self.report = report_of(model, self.decisions)
         self.tensors = {}

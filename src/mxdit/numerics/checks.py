@@ -59,19 +59,19 @@ def check_mul_scale(mul_scale: Tensor, k: int, row: BlockFormat, *, where: str) 
 
 def check_packed(codes: Tensor, scale: Tensor, outer: Tensor | None, row: BlockFormat, *, where: str) -> None:
     """Raise the FormatError that says why the parts are not one canonical tensor of this format, if they are not."""
-    for name, part in (("codes", codes), ("scales", scale)):
-        if part.dtype is not torch.uint8 or part.dim() == 0:
-            raise FormatError(
-                f"{row.name} {name} are bytes",
-                where=where,
-                got=f"{tuple(part.shape)} {part.dtype}",
-                expected="rows of torch.uint8",
-                hint="View one-byte float dtypes as torch.uint8; that changes no bit.",
-            )
-    k, lead = codes.shape[-1] * row.per_byte, tuple(codes.shape[:-1])
+    _check_bytes("codes", codes, row, where=where)
+    check_scales(scale, outer, row, tuple(codes.shape[:-1]), codes.shape[-1] * row.per_byte, where=where)
+
+
+def check_scales(
+    scale: Tensor, outer: Tensor | None, row: BlockFormat, lead: tuple[int, ...], k: int, *, where: str
+) -> None:
+    """Raise the FormatError that says why these are not the scales of a (*lead, k) tensor of this format, if not."""
+    lead, codes = tuple(lead), (*lead, k // row.per_byte)
+    _check_bytes("scales", scale, row, where=where)
     if k == 0 or tuple(scale.shape) != (*lead, row.blocks(k)):
         raise FormatError(
-            f"{row.name} scales do not fit codes {tuple(codes.shape)}",
+            f"{row.name} scales do not fit codes {codes}",
             where=where,
             got=tuple(scale.shape),
             expected=(*lead, row.blocks(k)),
@@ -85,11 +85,22 @@ def check_packed(codes: Tensor, scale: Tensor, outer: Tensor | None, row: BlockF
         )
     if outer is not None and (outer.dtype is not torch.float32 or tuple(outer.shape) != (*lead, row.groups(k))):
         raise FormatError(
-            f"{row.name} outer scales do not fit codes {tuple(codes.shape)}",
+            f"{row.name} outer scales do not fit codes {codes}",
             where=where,
             got=f"{tuple(outer.shape)} {outer.dtype}",
             expected=f"{(*lead, row.groups(k))} torch.float32",
             hint=f"One fp32 scale per {row.outer} elements of the last axis; a cast to bf16 loses them.",
+        )
+
+
+def _check_bytes(name: str, part: Tensor, row: BlockFormat, *, where: str) -> None:
+    if part.dtype is not torch.uint8 or part.dim() == 0:
+        raise FormatError(
+            f"{row.name} {name} are bytes",
+            where=where,
+            got=f"{tuple(part.shape)} {part.dtype}",
+            expected="rows of torch.uint8",
+            hint="View one-byte float dtypes as torch.uint8; that changes no bit.",
         )
 
 

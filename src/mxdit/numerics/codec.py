@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxdit.numerics.checks import check_encode, check_float, check_packed
+from mxdit.numerics.checks import check_encode, check_float, check_packed, check_scales
 from mxdit.numerics.formats import BlockFormat, Element, block_format
 
 UOS_MAX = 7.25  # block maxima are scaled into (3.625, 7.25]; above 6 they are clipped
@@ -29,6 +30,18 @@ _INVERSE_MAX = {"uos": 1.0 / UOS_MAX, "cublas": 1.0 / 448.0}  # products with th
 _EVEN_CARRY = {"even6": 0x3F, "even7": 0x1F}  # added to a bf16 mantissa: carries when it is above 1.5 / above 1.75
 _CHUNK = {"cpu": 1 << 18}  # elements worked on at once; a CPU wants its scratch in cache
 _CHUNK_ELSEWHERE = 1 << 24
+
+
+class Scales(NamedTuple):
+    """What the codes of a packed tensor are multiplied by.
+
+    Attributes:
+        scale: uint8 E8M0, (..., ceil(K/32)); byte b means 2**(b-127), 0xFF means that the whole block is NaN.
+        outer: fp32, (..., ceil(K/512)), or None where the format has no outer scale.
+    """
+
+    scale: Tensor
+    outer: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +66,11 @@ class Packed:
         return block_format(self.fmt, where="Packed")
 
     @property
+    def scales(self) -> Scales:
+        """Its scales, as `encode` takes them."""
+        return Scales(self.scale, self.outer)
+
+    @property
     def shape(self) -> torch.Size:
         """Shape of the tensor that was encoded."""
         return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * self.format.per_byte))
@@ -67,9 +85,15 @@ class Packed:
 
 
 def encode(
-    x: Tensor, fmt: str, rule: str | None = None, round_mode: str = "rint", mul_scale: Tensor | None = None
+    x: Tensor,
+    fmt: str,
+    rule: str | None = None,
+    round_mode: str = "rint",
+    mul_scale: Tensor | None = None,
+    *,
+    scales: Scales | None = None,
 ) -> Packed:
-    """Quantize along the last axis.
+    """Quantize along the last axis: choose scales by a rule, or take those that are given, and round under them.
 
     Args:
         x: (..., K) bf16, fp16 or fp32 (``mxfp4_dualscale``: bf16 or fp16, like its operator). K is even for four-bit
@@ -80,9 +104,14 @@ def encode(
         round_mode: ``rint`` (to nearest, ties to even), ``round`` (ties away from zero) or ``floor`` (toward -inf);
             mxfp8 takes only ``rint``.
         mul_scale: (K,), dual-scale only: multiplied into x first, in x's dtype, with one rounding.
+        scales: the scales to round under, as a search or GPTQ chose them; ``rule`` is then not used. A code is the one
+            nearest to x / outer (in x's dtype, section 3.2) * 2**(127 - scale), saturated. Byte 0 means 2**-127 as it does
+            to `decode`; an outer scale of 0 divides by one. Values of the scales are not checked.
 
     Returns:
-        Packed. A block that holds an inf or a NaN gets scale 0xFF and zero codes.
+        Packed. A block that holds an inf or a NaN, or is given under 0xFF, gets scale 0xFF and zero codes.
+        Under the scales that a rule chose, the codes are that rule's, but for blocks of byte 0 that ``ocp``, ``even6``
+        and ``even7`` make zeros.
 
     Raises:
         FormatError: when the names, the dtype or the shapes are not the format's.
@@ -93,49 +122,58 @@ def encode(
     rule = row.default_rule if rule is None else rule
     check_encode(x, row, rule, round_mode, mul_scale, where="encode")
     lead, k = x.shape[:-1], x.shape[-1]
+    if scales is not None:
+        check_scales(scales.scale, scales.outer, row, lead, k, where="encode")
     codes = x.new_empty((*lead, k // row.per_byte), dtype=torch.uint8)
     scale = x.new_empty((*lead, row.blocks(k)), dtype=torch.uint8)
     outer = x.new_empty((*lead, row.groups(k)), dtype=torch.float32) if row.outer else None
     if mul_scale is not None:
         mul_scale = mul_scale.to(x.dtype)
     rows, rows_codes, rows_scale = x.reshape(-1, k), _rows(codes), _rows(scale)
+    given, given_outer = (None, None) if scales is None else (_rows(scales.scale), scales.outer)
     for part in _row_chunks(rows):
+        byte = None if given is None else given[part]
         if outer is None:
-            rows_codes[part], rows_scale[part] = _encode_single(rows[part], row, rule, round_mode)
+            rows_codes[part], rows_scale[part] = _encode_single(rows[part], row, rule, round_mode, byte)
         else:
-            rows_codes[part], rows_scale[part], _rows(outer)[part] = _encode_dual(
-                rows[part], row, round_mode, mul_scale
-            )
+            l0 = None if given_outer is None else _rows(given_outer)[part]
+            x_part = rows[part] if mul_scale is None else rows[part] * mul_scale
+            rows_codes[part], rows_scale[part], _rows(outer)[part] = _encode_dual(x_part, row, round_mode, byte, l0)
     return Packed(codes, scale, outer, fmt)
 
 
-def _encode_single(x: Tensor, row: BlockFormat, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
+def _encode_single(
+    x: Tensor, row: BlockFormat, rule: str, round_mode: str, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of (rows, K); docs/numerics.md sections 2.2 to 2.5."""
     v = _blocked(x.float(), row.block, x.dtype is torch.float32)
-    byte, reciprocal = _single_scale(v.abs().amax(-1), row, rule, x.dtype)
+    if given is None:
+        byte, reciprocal = _single_scale(v.abs().amax(-1), row, rule, x.dtype)
+    else:
+        byte, reciprocal = _given_scale(v, given)
     v *= reciprocal[..., None]
     return _pack(_codes(v, row.element, round_mode, x.dtype), x.shape[-1], row), byte.to(torch.uint8)
 
 
 def _encode_dual(
-    x: Tensor, row: BlockFormat, round_mode: str, mul_scale: Tensor | None
+    x: Tensor, row: BlockFormat, round_mode: str, given: Tensor | None, given_l0: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, level-1 and level-0 scales of (rows, K); docs/numerics.md section 3.2."""
     k = x.shape[-1]
     assert row.outer is not None
-    if mul_scale is not None:
-        x = x * mul_scale
     width = row.outer if k > row.outer else row.blocks(k) * row.block  # no need to pad a single short group to 512
     groups = _blocked(x.float(), width, False)
-    finite_max = groups.nan_to_num(0.0, 0.0, 0.0).abs_().amax(-1)
-    l0 = finite_max * _SIXTH
-    l0.masked_fill_(l0 < torch.finfo(torch.float32).tiny, 0.0)
+    l0 = _level_zero_scale(groups) if given_l0 is None else given_l0
     # Where l0 was flushed, x / l0 is +-inf for any nonzero x: divide by one, which keeps zeros, and say inf below.
     groups /= torch.where(l0 == 0, 1.0, l0)[..., None]
     t = groups.to(x.dtype).float().view(x.shape[0], -1, row.block)  # the quotient goes back to x's dtype before level 1
-    block_max = t.abs().amax(-1)
-    flushed = (l0 == 0).repeat_interleave(width // row.block, -1) & (block_max > 0)
-    byte, reciprocal = _level_one_scale(block_max.masked_fill_(flushed, torch.inf), row)
+    if given is None:
+        block_max = t.abs().amax(-1)
+        flushed = (l0 == 0).repeat_interleave(width // row.block, -1) & (block_max > 0)
+        byte, reciprocal = _level_one_scale(block_max.masked_fill_(flushed, torch.inf), row)
+    else:
+        byte = F.pad(given, (0, t.shape[1] - given.shape[1]), value=127)  # what is padded is cut off again
+        byte, reciprocal = _given_scale(t, byte)
     t *= reciprocal[..., None]
     byte = byte[:, : row.blocks(k)].to(torch.uint8)
     return _pack(_codes(t, row.element, round_mode, x.dtype), k, row), byte, l0
@@ -177,6 +215,12 @@ def _single_scale(amax: Tensor, row: BlockFormat, rule: str, dtype: torch.dtype)
     return _reciprocal(byte, empty, not_finite)
 
 
+def _level_zero_scale(groups: Tensor) -> Tensor:
+    """fp32 scale of groups (rows, G, width): their largest finite magnitude by six; docs/numerics.md section 3.2."""
+    l0 = groups.nan_to_num(0.0, 0.0, 0.0).abs_().amax(-1) * _SIXTH
+    return l0.masked_fill_(l0 < torch.finfo(torch.float32).tiny, 0.0)
+
+
 def _level_one_scale(amax: Tensor, row: BlockFormat) -> tuple[Tensor, Tensor]:
     """E8M0 byte (int32) and reciprocal scale (fp32) of dual-level blocks; docs/numerics.md section 3.2.
 
@@ -184,6 +228,12 @@ def _level_one_scale(amax: Tensor, row: BlockFormat) -> tuple[Tensor, Tensor]:
     """
     exponent = _exponent(amax)
     return _reciprocal((exponent - row.emax).clamp_min_(0), exponent == 0, exponent == 0xFF)
+
+
+def _given_scale(blocks: Tensor, byte: Tensor) -> tuple[Tensor, Tensor]:
+    """E8M0 byte (int32) and reciprocal scale (fp32) of blocks (rows, B, 32) whose byte is given."""
+    not_finite = (byte == 0xFF) | ~torch.isfinite(blocks).all(-1)
+    return _reciprocal(byte.int(), torch.zeros_like(not_finite), not_finite)
 
 
 def _reciprocal(byte: Tensor, empty: Tensor, not_finite: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,7 @@ class BlockFormat:
 
     def nbytes(self, rows: int, k: int) -> int:
         """Bytes of a packed (rows, k) tensor, scales included."""
-        return sum(info.nbytes for info in self.tensors(rows, k).values())
+        return rows * sum(info.nbytes for info in self.tensors(1, k).values())
 
     @property
     def smooths(self) -> bool:
