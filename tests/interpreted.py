@@ -12,8 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from mxdit.backends import cuda
 from mxdit.backends.environment import one_thread
-
-OPS = ("quantize", "quantize_dual", "dequantize", "matmul", "matmul_dual", "linear")
+from mxdit.ops import OPS
 
 
 class ByTriton(TorchFunctionMode):

@@ -20,7 +20,6 @@ import mxdit
 import tiny
 from mxdit import conformance, ops
 from mxdit.backends import ascend, backends, cpu, layout_for
-from mxdit.checkpoint.layouts import numeric
 from mxdit.layers import MXLinear
 from mxdit.numerics.formats import FORMATS, SCHEMES
 
@@ -105,7 +104,7 @@ def test_quantizers_say_what_the_codec_says(fmt, rule, mode, dtype, device):
     k=st.sampled_from([64, 96, 544, 576, 1024, 1120]),
     case=st.sampled_from([case for case in LINEARS if case not in NO_OPERATOR]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-    layout=st.sampled_from(["packed", "numeric", "nz"]),
+    layout=st.sampled_from(["packed", "nz"]),
     with_bias=st.booleans(),
     smooth=st.booleans(),
 )
@@ -124,9 +123,7 @@ def test_linear_is_the_references(m, n, k, case, dtype, layout, with_bias, smoot
     codes = w.codes.to("npu")
     if fmt == "mxfp8" or (layout == "nz" and w.outer is None):
         layout = "packed"
-    if layout == "numeric":
-        codes = numeric.unpack(w.codes).to("npu")
-    elif layout == "nz":
+    if layout == "nz":
         codes = ascend.pack_nz(codes)
     got = OPS.linear(*there(x), codes, *there(w.scale, w.outer, mul_scale, bias), scheme, rule, layout)
     assert got.device.type == "npu" and got.dtype is dtype and got.shape == (m, n)
@@ -235,23 +232,21 @@ def test_single_rows_cut_out_of_wider_ones(scheme, fmt):
 
 def test_layouts_are_for_the_device_that_reads_them():
     w = mxdit.encode(spread(4, 64), "mxfp4")
-    values = numeric.unpack(w.codes)
-    with pytest.raises(mxdit.BackendError, match=r"'numeric' on cpu.*'packed'"):
-        OPS.linear(spread(1, 64), values, w.scale, None, None, None, "w4a4", "uos", "numeric")
-    with pytest.raises(mxdit.BackendError, match=r"'tiled' on npu.*'packed' or 'numeric' or 'nz'"):
+    with pytest.raises(mxdit.BackendError, match=r"'nz' on cpu.*'packed'"):
+        OPS.linear(spread(1, 64), w.codes.view(torch.int8), w.scale, None, None, None, "w4a4", "uos", "nz")
+    with pytest.raises(mxdit.BackendError, match=r"'tiled' on npu.*'packed' or 'nz'"):
         OPS.linear(*there(spread(1, 64), w.codes, w.scale), None, None, None, "w4a4", "uos", "tiled")
-    for layout, words in (("numeric", r"torch.uint8.*\(N, K\)"), ("nz", r"torch.uint8.*\(N, K/2\) of torch.int8")):
-        with pytest.raises(mxdit.FormatError, match=words):
-            OPS.linear(*there(spread(1, 64), w.codes, w.scale), None, None, None, "w4a4", "uos", layout)
+    with pytest.raises(mxdit.FormatError, match=r"torch.uint8.*\(N, K/2\) of torch.int8"):
+        OPS.linear(*there(spread(1, 64), w.codes, w.scale), None, None, None, "w4a4", "uos", "nz")
 
 
 def test_op_implementations_and_their_fakes_agree():
     """`torch.library.opcheck` cannot put its tensors on an emulated device; the one thing it would find here is this."""
     x, w = spread(6, 576).reshape(2, 3, 576), mxdit.encode(spread(9, 576), "mxfp4_dualscale")
     for args, fake in (
-        ((OPS.quantize, x, "mxfp4", "uos", "rint"), ops.fake_quantize),
-        ((OPS.quantize_dual, x, None, "rint"), ops.fake_quantize_dual),
-        ((OPS.linear, x, w.codes, w.scale, w.outer, None, None, "w4a4", "ocp", "packed"), ops.fake_linear),
+        ((OPS.quantize, x, "mxfp4", "uos", "rint"), ops.OPS["quantize"].prepare),
+        ((OPS.quantize_dual, x, None, "rint"), ops.OPS["quantize_dual"].prepare),
+        ((OPS.linear, x, w.codes, w.scale, w.outer, None, None, "w4a4", "ocp", "packed"), ops.OPS["linear"].prepare),
     ):
         got = args[0](*(a.to("npu") if isinstance(a, torch.Tensor) else a for a in args[1:]))
         expected = fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args[1:]))

@@ -156,7 +156,7 @@ class MXLinear(nn.Module):
 
     @property
     def layout(self) -> str:
-        """How the weight lies in memory: ``packed``, or a layout of its device (`mxdit.ops.LAYOUTS`)."""
+        """How the weight lies in memory: ``packed``, or a layout of its device (`mxdit.ops.products.MEMORY_LAYOUTS`)."""
         return "packed" if self._layout is None else self._layout.name
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,77 +1,71 @@
 """Backends: who can answer the ops on which device, and why not.
 
-A backend registers its kernels on `mxdit.ops.LIBRARY` for its device type when it is imported; torch's dispatcher picks it.
-The records here are for people, who see them in ``mxdit info``, and for layers, which ask for a weight's layout.
+A backend is a module that implements the ops for its device type when it is imported (`mxdit.ops.implement`), and says of
+itself what a `Backend` holds; torch's dispatcher picks its kernels. The three of mxdit are imported with it and import
+nothing of a vendor's until they are asked. Another package adds its own with an entry point in the group
+``mxdit.backends``, named after the device type, whose value is its `Backend` (docs/adding-a-backend.md). It is imported when
+a weight first comes to such a device, or when somebody lists the backends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
 
 import torch
-from torch import Tensor
 
 from mxdit.backends import ascend, cpu, cuda
+from mxdit.backends.record import Backend, Layout
+from mxdit.errors import BackendError
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Another layout of a weight than the canonical one, which its device multiplies faster.
-
-    Attributes:
-        name: one of `mxdit.ops.LAYOUTS`.
-        pack: canonical codes (N, K/2) uint8 to that layout, on the same device.
-        unpack: the inverse.
-    """
-
-    name: str
-    pack: Callable[[Tensor], Tensor]
-    unpack: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of the ops.
-
-    Attributes:
-        name: what ``mxdit info`` calls it.
-        device: the torch device type it answers on; ``any`` for the reference.
-        why_not: None when it can run here, else the reason in words; the reference answers then.
-        rejects: (scheme, K, N) to None, or the reason in words why it refuses layers of that shape; its ops raise it.
-        about: what it is made of here, in words, where it can run.
-        layouts: by format, the layout that its weights are better brought into.
-    """
-
-    name: str
-    device: str
-    why_not: Callable[[], str | None]
-    rejects: Callable[[str, int, int], str | None] = lambda scheme, k, n: None
-    about: Callable[[], str] = lambda: "usable"
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
-
-
-CPU = Backend(name="cpu (native)", device="cpu", why_not=cpu.why_not, about=cpu.about)
-ASCEND = Backend(
-    name="ascend (torch_npu)",
-    device="npu",
-    why_not=ascend.why_not,
-    rejects=ascend.rejects,
-    about=ascend.about,
-    layouts={"mxfp4_dualscale": Layout("nz", ascend.pack_nz, ascend.unpack_nz)},
-)
-CUDA = Backend(name="cuda (triton)", device="cuda", why_not=cuda.why_not, about=cuda.about)
+GROUP = "mxdit.backends"
 REFERENCE = Backend(name="reference (torch)", device="any", why_not=lambda: None)
+_OWN = (cpu.BACKEND, cuda.BACKEND, ascend.BACKEND)
 
 
 def backends() -> tuple[Backend, ...]:
-    """Every backend that this installation knows, usable or not, the reference last."""
-    return (CPU, CUDA, ASCEND, REFERENCE)
+    """Every backend that is installed, usable or not: mxdit's, other packages' by device type, the reference last."""
+    return (*_OWN, *(_loaded(name) for name in sorted(_entry_points())), REFERENCE)
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The backend that answers on this device; the reference where no other can."""
+    for backend in _OWN:
+        if backend.device == device.type:
+            return backend if backend.why_not() is None else REFERENCE
+    if device.type in _entry_points() and _loaded(device.type).why_not() is None:
+        return _loaded(device.type)
+    return REFERENCE
 
 
 def layout_for(device: torch.device, fmt: str) -> Layout | None:
     """The layout that weights of this format are better brought into on this device; None where the canonical one is best."""
-    for backend in backends():
-        if backend.device == device.type and fmt in backend.layouts and backend.why_not() is None:
-            return backend.layouts[fmt]
-    return None
+    return backend_for(device).layouts.get(fmt)
+
+
+@cache
+def _entry_points() -> dict[str, str]:
+    """Device type -> the entry point's value, of backends in other packages."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+@cache
+def _loaded(device: str) -> Backend:
+    """The backend of another package, imported. Raises BackendError where its entry point does not lead to one."""
+    (point, *_) = entry_points(group=GROUP, name=device)
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        found = error
+    if not isinstance(found, Backend) or found.device != device:
+        raise BackendError(
+            "an entry point that leads to no backend",
+            where=f"{GROUP}: {device} = {point.value}",
+            got=repr(found),
+            expected=f"a mxdit.backends.Backend whose device is {device!r}",
+            hint=f"Mend or uninstall the package {point.dist.name if point.dist else point.module}.",
+        )
+    return found
+
+
+__all__ = ["GROUP", "REFERENCE", "Backend", "Layout", "backend_for", "backends", "layout_for"]

@@ -10,6 +10,7 @@ torch_npu is imported by the functions of this file, and nowhere else.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxdit import ops
+from mxdit.backends.record import Backend, Layout
 from mxdit.errors import BackendError
-from mxdit.numerics.formats import FORMATS, SCHEMES
+from mxdit.numerics.formats import FORMATS
+from mxdit.ops import implement, products
+from mxdit.ops import quantize as quantize_ops
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +155,8 @@ def _line(error: Exception) -> str:
 def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
     """`mxdit.ops.quantize`."""
     if _older():
-        return _refer("mxdit::quantize", ops.quantize, x, fmt, rule, round_mode)
-    codes, scale = ops.fake_quantize(x, fmt, rule, round_mode)
+        return _refer("mxdit::quantize", quantize_ops.quantize, x, fmt, rule, round_mode)
+    codes, scale = quantize_ops.prepare_quantize(x, fmt, rule, round_mode)
     if not x.numel():
         return codes, scale
     found, pairs = _mx_quant(x.reshape(-1, x.shape[-1]), fmt, rule, round_mode)
@@ -163,8 +166,8 @@ def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, T
 def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple[Tensor, Tensor, Tensor]:
     """`mxdit.ops.quantize_dual`."""
     if _older():
-        return _refer("mxdit::quantize_dual", ops.quantize_dual, x, mul_scale, round_mode)
-    codes, l0, l1 = ops.fake_quantize_dual(x, mul_scale, round_mode)
+        return _refer("mxdit::quantize_dual", quantize_ops.quantize_dual, x, mul_scale, round_mode)
+    codes, l0, l1 = quantize_ops.prepare_quantize_dual(x, mul_scale, round_mode)
     if not x.numel():
         return codes, l0, l1
     found, coarse, pairs = _dual_quant(x.reshape(-1, x.shape[-1]), mul_scale, round_mode)
@@ -183,8 +186,8 @@ def matmul(
 ) -> Tensor:
     """`mxdit.ops.matmul`."""
     if _older():
-        return _refer("mxdit::matmul", ops.matmul, a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
-    result = ops.fake_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+        return _refer("mxdit::matmul", products.matmul, a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+    result = products.prepare_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     scheme = "w8a8" if w_fmt == "mxfp8" else "w4a4" if a_fmt == "mxfp4" else "w4a8"
     _check_shape(scheme, w.shape[1] * FORMATS[w_fmt].per_byte, w.shape[0])
     if not result.numel():
@@ -198,8 +201,8 @@ def matmul_dual(
 ) -> Tensor:
     """`mxdit.ops.matmul_dual`."""
     if _older():
-        return _refer("mxdit::matmul_dual", ops.matmul_dual, a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
-    result = ops.fake_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+        return _refer("mxdit::matmul_dual", products.matmul_dual, a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+    result = products.prepare_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     _check_shape("w4a4", w.shape[1] * 2, w.shape[0])
     if not result.numel():
         return result
@@ -219,25 +222,22 @@ def linear(
     layout: str,
 ) -> Tensor:
     """`mxdit.ops.linear`; reads every layout."""
-    result = ops.fake_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
-    weight = ops.weight_format(w_dual, scheme).name
-    if layout == "numeric":
-        w = _operator("npu_dtype_cast")(w, _torch_npu().float4_e2m1fn_x2)
+    row, activation = products.check_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
+    weight, shape = row.name, (*x.shape[:-1], w.shape[0])
     if _older() or (scheme, weight) in _NO_OPERATOR:
         w = unpack_nz(w) if layout == "nz" else w
         args = (x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, "packed")
-        return _refer(f"{scheme} over {weight}", ops.linear, *args)
+        return _refer(f"{scheme} over {weight}", products.linear, *args)
     _check_shape(scheme, x.shape[-1], w.shape[0])
-    if not result.numel():
-        return result
+    if not x.numel():
+        return x.new_empty(shape)
     rows, pairs = x.reshape(-1, x.shape[-1]), _paired(w_scale)
     if w_dual is not None:
         codes, l0, l1 = _dual_quant(rows, mul_scale, "rint")
-        return _dual_matmul(codes, l0, l1, w, w_dual, pairs, bias, x.dtype).view(result.shape)
-    activation = SCHEMES[scheme].weights[weight]
+        return _dual_matmul(codes, l0, l1, w, w_dual, pairs, bias, x.dtype).view(shape)
     assert activation is not None
     codes, scale = _mx_quant(rows, activation, rule, "rint")
-    return _mx_matmul(codes, scale, w, pairs, bias, activation, weight, x.dtype).view(result.shape)
+    return _mx_matmul(codes, scale, w, pairs, bias, activation, weight, x.dtype).view(shape)
 
 
 # -- the operators -----------------------------------------------------------------------------------------------------
@@ -404,10 +404,19 @@ def _ieee_fp32() -> Iterator[None]:
         matmul.allow_hf32 = True
 
 
+BACKEND = Backend(
+    name="ascend (torch_npu)",
+    device="npu",
+    why_not=why_not,
+    rejects=rejects,
+    about=about,
+    layouts={_DUAL: Layout("nz", pack_nz, unpack_nz)},
+)
+
+
 def register() -> None:
     """Let these kernels answer on NPU tensors, whose device torch calls PrivateUse1 until torch_npu names it."""
-    for kernel in (quantize, quantize_dual, matmul, matmul_dual, linear):
-        ops.LIBRARY.impl(kernel.__name__, kernel, "PrivateUse1")
+    implement("PrivateUse1", sys.modules[__name__])
 
 
 if find_spec("torch_npu") is not None:  # another vendor's device may be PrivateUse1 where it is not

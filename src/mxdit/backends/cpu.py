@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,9 +20,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mxdit import ops
+from mxdit.backends.record import Backend
 from mxdit.errors import BackendError
-from mxdit.numerics.formats import FORMATS, SCHEMES
+from mxdit.numerics.formats import FORMATS
+from mxdit.ops import implement, products
+from mxdit.ops import quantize as quantize_ops
 
 _T = TypeVar("_T")
 
@@ -157,8 +160,8 @@ def _refer(op: Callable[..., _T], *args: object) -> _T:
 def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
     """`mxdit.ops.quantize`."""
     if _reference:
-        return _refer(ops.quantize, x, fmt, rule, round_mode)
-    codes, scale = ops.fake_quantize(x, fmt, rule, round_mode)
+        return _refer(quantize_ops.quantize, x, fmt, rule, round_mode)
+    codes, scale = quantize_ops.prepare_quantize(x, fmt, rule, round_mode)
     _encode(x, fmt, _RULES[rule], round_mode, None, codes, scale, None)
     return codes, scale
 
@@ -166,8 +169,8 @@ def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, T
 def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple[Tensor, Tensor, Tensor]:
     """`mxdit.ops.quantize_dual`."""
     if _reference:
-        return _refer(ops.quantize_dual, x, mul_scale, round_mode)
-    codes, l0, l1 = ops.fake_quantize_dual(x, mul_scale, round_mode)
+        return _refer(quantize_ops.quantize_dual, x, mul_scale, round_mode)
+    codes, l0, l1 = quantize_ops.prepare_quantize_dual(x, mul_scale, round_mode)
     _encode(x, "mxfp4_dualscale", _RULES["ocp"], round_mode, mul_scale, codes, l1, l0)
     return codes, l0, l1
 
@@ -175,8 +178,8 @@ def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple
 def dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     """`mxdit.ops.dequantize`."""
     if _reference:
-        return _refer(ops.dequantize, codes, scale, outer, fmt, dtype)
-    out = ops.fake_dequantize(codes, scale, outer, fmt, torch.float32 if dtype is torch.float64 else dtype)
+        return _refer(quantize_ops.dequantize, codes, scale, outer, fmt, dtype)
+    out = quantize_ops.prepare_dequantize(codes, scale, outer, fmt, torch.float32 if dtype is torch.float64 else dtype)
     if out.numel():
         k, parts = out.shape[-1], [_dense(part) for part in (codes, scale, outer)]
         job = (*map(_pointer, parts), out.numel() // k, k, _FORMATS[fmt], _DTYPES[out.dtype], out.data_ptr())
@@ -196,8 +199,8 @@ def matmul(
 ) -> Tensor:
     """`mxdit.ops.matmul`."""
     if _reference:
-        return _refer(ops.matmul, a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
-    result = ops.fake_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+        return _refer(products.matmul, a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+    result = products.prepare_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     _multiply_packed(a, a_scale, None, a_fmt, w, w_scale, None, w_fmt, bias, result)
     return result
 
@@ -207,8 +210,8 @@ def matmul_dual(
 ) -> Tensor:
     """`mxdit.ops.matmul_dual`."""
     if _reference:
-        return _refer(ops.matmul_dual, a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
-    result = ops.fake_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+        return _refer(products.matmul_dual, a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+    result = products.prepare_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     _multiply_packed(a, a_l1, a_l0, "mxfp4", w, w_l1, w_l0, "mxfp4", bias, result)
     return result
 
@@ -226,7 +229,7 @@ def linear(
 ) -> Tensor:
     """`mxdit.ops.linear`, quantizing and multiplying in one call."""
     if _reference:
-        return _refer(ops.linear, x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
+        return _refer(products.linear, x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
     # Small layers feel every microsecond here, so arguments of a kind that was found good are not checked again.
     kind = (
         x.dtype, x.shape[-1:], w.dtype, w.shape, w_scale.dtype, w_scale.shape,
@@ -235,13 +238,11 @@ def linear(
     )  # fmt: skip
     formats = _checked.get(kind)
     if formats is None:
-        ops.fake_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
-        weight = ops.weight_format(w_dual, scheme).name
-        activation = SCHEMES[scheme].weights[weight]
+        weight, activation = products.check_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
         dual = activation == "mxfp4_dualscale"
         scale_rule = 0 if activation is None or dual else _RULES[rule]
         dtype = _DTYPES[x.dtype]
-        formats = dtype, _FORMATS[activation], scale_rule, _FORMATS[weight], _bias_dtype(bias), dtype, dual
+        formats = dtype, _FORMATS[activation], scale_rule, _FORMATS[weight.name], _bias_dtype(bias), dtype, dual
         _checked[kind] = formats
     n, k = w.shape[0], x.shape[-1]
     result = x.new_empty((*x.shape[:-1], n))
@@ -259,7 +260,7 @@ def linear(
     return result
 
 
-_checked: dict[tuple[object, ...], tuple[int, ...]] = {}
+_checked: dict[tuple[object, ...], tuple[int, ...]] = {}  # as many as a program's models have kinds of layers
 
 
 def _multiply_packed(
@@ -345,12 +346,14 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+BACKEND = Backend(name="cpu (native)", device="cpu", why_not=why_not, about=about)
+
+
 def _register() -> None:
     choose()
     if _library() is None and _refused is None:
         return
-    for kernel in (quantize, quantize_dual, dequantize, matmul, matmul_dual, linear):
-        ops.LIBRARY.impl(kernel.__name__, kernel, "CPU")
+    implement("CPU", sys.modules[__name__])
 
 
 _register()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxdit import ops
+from mxdit.backends.record import Backend
 from mxdit.errors import BackendError
 from mxdit.numerics.codec import Packed
-from mxdit.numerics.formats import FORMATS, SCHEMES
+from mxdit.numerics.formats import FORMATS
+from mxdit.ops import implement, products
+from mxdit.ops import quantize as quantize_ops
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +127,8 @@ def _asked() -> str | None:
 def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
     """`mxdit.ops.quantize`."""
     if _referred(x):
-        return ops.quantize(x, fmt, rule, round_mode)
-    codes, scale = ops.fake_quantize(x, fmt, rule, round_mode)
+        return quantize_ops.quantize(x, fmt, rule, round_mode)
+    codes, scale = quantize_ops.prepare_quantize(x, fmt, rule, round_mode)
     _encode(x, None, codes, scale, None, fmt, rule, round_mode)
     return codes, scale
 
@@ -133,8 +136,8 @@ def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, T
 def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple[Tensor, Tensor, Tensor]:
     """`mxdit.ops.quantize_dual`."""
     if _referred(x):
-        return ops.quantize_dual(x, mul_scale, round_mode)
-    codes, l0, l1 = ops.fake_quantize_dual(x, mul_scale, round_mode)
+        return quantize_ops.quantize_dual(x, mul_scale, round_mode)
+    codes, l0, l1 = quantize_ops.prepare_quantize_dual(x, mul_scale, round_mode)
     _encode(x, mul_scale, codes, l1, l0, _DUAL, "ocp", round_mode)
     return codes, l0, l1
 
@@ -142,8 +145,8 @@ def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple
 def dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     """`mxdit.ops.dequantize`."""
     if _referred(codes):
-        return ops.dequantize(codes, scale, outer, fmt, dtype)
-    out = ops.fake_dequantize(codes, scale, outer, fmt, dtype)
+        return quantize_ops.dequantize(codes, scale, outer, fmt, dtype)
+    out = quantize_ops.prepare_dequantize(codes, scale, outer, fmt, dtype)
     if out.numel():
         with _on(codes):
             parts = [_flat(part) for part in (codes, scale, outer)]
@@ -163,8 +166,8 @@ def matmul(
 ) -> Tensor:
     """`mxdit.ops.matmul`."""
     if _referred(a):
-        return ops.matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
-    result = ops.fake_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+        return products.matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
+    result = products.prepare_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     _multiply(Packed(a, a_scale, None, a_fmt), Packed(w, w_scale, None, w_fmt), bias, result)
     return result
 
@@ -174,8 +177,8 @@ def matmul_dual(
 ) -> Tensor:
     """`mxdit.ops.matmul_dual`."""
     if _referred(a):
-        return ops.matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
-    result = ops.fake_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+        return products.matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
+    result = products.prepare_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     _multiply(Packed(a, a_l1, a_l0, _DUAL), Packed(w, w_l1, w_l0, _DUAL), bias, result)
     return result
 
@@ -193,19 +196,19 @@ def linear(
 ) -> Tensor:
     """`mxdit.ops.linear`."""
     if _referred(x):
-        return ops.linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
-    result = ops.fake_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
-    weight = Packed(w, w_scale, w_dual, ops.weight_format(w_dual, scheme).name)
-    activation = SCHEMES[scheme].weights[weight.fmt]
+        return products.linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
+    weight, activation = products.check_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
+    result = x.new_empty((*x.shape[:-1], w.shape[0]))
+    if mul_scale is not None and activation != _DUAL:
+        x, mul_scale = x * mul_scale.to(x.dtype), None
     a: Packed | Tensor = x
-    if activation == _DUAL:
-        codes, l0, l1 = quantize_dual(x, mul_scale, "rint")
-        a = Packed(codes, l1, l0, _DUAL)
-    else:
-        if mul_scale is not None:
-            x = x * mul_scale.to(x.dtype)
-        a = x if activation is None else Packed(*quantize(x, activation, rule, "rint"), None, activation)
-    _multiply(a, weight, bias, result)
+    if activation is not None:
+        row = FORMATS[activation]
+        codes, scale = quantize_ops.empty_packed(x, row)
+        outer = x.new_empty((*x.shape[:-1], row.groups(x.shape[-1])), dtype=torch.float32) if row.outer else None
+        _encode(x, mul_scale, codes, scale, outer, activation, row.default_rule if row.outer else rule, "rint")
+        a = Packed(codes, scale, outer, activation)
+    _multiply(a, Packed(w, w_scale, w_dual, weight.name), bias, result)
     return result
 
 
@@ -279,10 +282,12 @@ def _flat(x: Tensor | None) -> Any:
     return None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
 
 
+BACKEND = Backend(name="cuda (triton)", device="cuda", why_not=why_not, about=about)
+
+
 def register() -> None:
     """Let these kernels answer on CUDA tensors."""
-    for kernel in (quantize, quantize_dual, dequantize, matmul, matmul_dual, linear):
-        ops.LIBRARY.impl(kernel.__name__, kernel, "CUDA")
+    implement("CUDA", sys.modules[__name__])
 
 
 if find_spec("triton") is not None:

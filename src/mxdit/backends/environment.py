@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mxdit.backends import REFERENCE, backends
+from mxdit.backends import REFERENCE, backend_for, backends
 from mxdit.version import installed
 
 PACKAGES = ("mxdit", "torch", "torch_npu", "triton", "diffusers")
@@ -23,7 +23,7 @@ def environment(device: str) -> dict[str, Any]:
     """
     kind = torch.device(device).type
     own = [(backend, backend.why_not()) for backend in backends() if backend.device == kind]
-    answering = next((backend for backend, reason in own if reason is None), REFERENCE)
+    answering = backend_for(torch.device(device))
     return {
         "packages": {name: installed(name) for name in PACKAGES},
         "python": platform.python_version(),

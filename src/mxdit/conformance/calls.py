@@ -29,16 +29,10 @@ _AXES: Mapping[str, tuple[str, int | None]] = {
     **dict.fromkeys(("w_dual", "w_l0"), ("n", 512)),
 }
 _IMPLEMENTATIONS = {
-    func: getattr(ops, op.__name__)
-    for op in (
-        torch.ops.mxdit.quantize,
-        torch.ops.mxdit.quantize_dual,
-        torch.ops.mxdit.dequantize,
-        torch.ops.mxdit.matmul,
-        torch.ops.mxdit.matmul_dual,
-        torch.ops.mxdit.linear,
-    )
-    for func in (op, op.default)
+    func: op.reference
+    for op in ops.OPS.values()
+    for packet in (getattr(torch.ops.mxdit, op.name),)
+    for func in (packet, packet.default)
 }
 
 
@@ -89,7 +83,7 @@ class Call:
         if self.op == "matmul_dual":
             return "dual product"
         if self.op == "linear":
-            weight = ops.weight_format(self.args["w_dual"], self.args["scheme"]).name
+            weight = ops.products.weight_format(self.args["w_dual"], self.args["scheme"]).name
             activation, result = SCHEMES[self.args["scheme"]].weights[weight], self.args["x"].dtype
         else:
             weight, activation, result = self.args["w_fmt"], self.args["a_fmt"], self.args["out"]
@@ -108,7 +102,7 @@ class Call:
         if self.op == "matmul":
             return {"a": FORMATS[self.args["a_fmt"]].bits, "w": FORMATS[self.args["w_fmt"]].bits}
         if self.op == "linear":
-            return {"w": ops.weight_format(self.args["w_dual"], self.args["scheme"]).bits}
+            return {"w": ops.products.weight_format(self.args["w_dual"], self.args["scheme"]).bits}
         return {"a": 4, "w": 4} if self.op == "matmul_dual" else {}
 
     def unsigned(self) -> Call:
