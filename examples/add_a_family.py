@@ -56,7 +56,7 @@ class ClockTransformer(ModelMixin, ConfigMixin):
 # What mxdit has to know: where the blocks are, which linears read the same tensor, and which make modulations.
 SPECS["ClockTransformer"] = ModelSpec(
     transformer="ClockTransformer",
-    blocks="blocks",
+    blocks=("blocks",),
     groups=(("to_q", "to_k", "to_v"),),
     keep=("modulation",),
 )

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import tiny
+from mxdit.checkpoint import quantize_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROGRAMS = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
@@ -79,10 +80,10 @@ def test_quantize_and_convert(run, model, tmp_path):
 
 
 def test_evaluate(run, model, tmp_path):
-    run("quantize_and_convert.sh", model, "out")
+    quantize_checkpoint(model, tmp_path / "mine", "mxfp4").write()
     (tmp_path / "prompts.txt").write_text("a red seven moving left\n")
     few = ("--seeds", 1, "--steps", 2, "--frames", 5, "--size", "32x32", "--probes", 1, "--metrics", "psnr_db")
-    run("evaluate.sh", model, "out/packed", "prompts.txt", "report", *few)
+    run("evaluate.sh", model, "mine", "prompts.txt", "report", *few)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert [mode["name"] for mode in results["modes"]] == ["bf16", "mine"]
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
