@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 import mxdit
-from mxdit.models import SPECS, ModelSpec
+from mxdit.models import ModelSpec, register_family
 
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("family")
 
@@ -54,11 +54,13 @@ class ClockTransformer(ModelMixin, ConfigMixin):
 
 
 # What mxdit has to know: where the blocks are, which linears read the same tensor, and which make modulations.
-SPECS["ClockTransformer"] = ModelSpec(
-    transformer="ClockTransformer",
-    blocks=("blocks",),
-    groups=(("to_q", "to_k", "to_v"),),
-    keep=("modulation",),
+register_family(
+    ModelSpec(
+        transformer="ClockTransformer",
+        blocks=("blocks",),
+        groups=(("to_q", "to_k", "to_v"),),
+        keep=("modulation",),
+    )
 )
 
 torch.manual_seed(0)
