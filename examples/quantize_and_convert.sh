@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Quantize a float checkpoint, look at it, and convert it for vLLM-Omni.
+# Quantize a float checkpoint, convert it for vLLM-Omni, and check what came of it.
 #
 #     examples/quantize_and_convert.sh MODEL OUT
 #
@@ -10,6 +10,5 @@ model=${1:?MODEL, a directory} out=${2:?OUT, a directory to make}
 mkdir -p "$out"
 
 mxdit quantize "$model" "$out/packed" --method mxfp4_dualscale --num-bf16-fallback-layers 0
-mxdit inspect "$out/packed"
 mxdit convert "$out/packed" "$out/vllm-omni" --to vllm-omni
 mxdit inspect "$out/vllm-omni"
