@@ -40,3 +40,14 @@ test-interop: $(PEERS_STAMP)
 
 clean:
 	rm -rf demo build dist
+
+# The documents as a site, in build/site. A broken link or a page outside the index is an error (not with --quiet, which
+# does not count warnings).
+DOCS_STAMP := $(VENV)/.installed-docs
+$(DOCS_STAMP): constraints.txt | $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs
+	touch $@
+
+.PHONY: docs
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build --strict

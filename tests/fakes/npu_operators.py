@@ -3,7 +3,7 @@
 Each checks every argument first, for what the device would refuse or misread, and then computes what docs/numerics.md
 says, with mxdit's codec and reference. What the device can do and this emulation cannot is a NotImplementedError.
 
-Sources, by the tags of docs/numerics.md section 0, and two more: CAST is hicann/ops-math math/cast/docs/aclnnCast.md,
+Sources, by the tags of docs/numerics-sources.md, and two more: CAST is hicann/ops-math math/cast/docs/aclnnCast.md,
 FMT is conversion/npu_format_cast of the same repository with Ascend/pytorch torch_npu/csrc/aten/common/
 FormatCastKernelNpu.cpp. Signatures are those of TN's npu_native_functions_by_codegen.yaml.
 
