@@ -68,6 +68,16 @@ def test_it_is_small_enough_for_a_repository():
     assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 60e6
 
 
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "tokenizer"])
+def test_both_pipelines_have_the_same(component):
+    """The repository holds these files once, as links, and a wheel twice: an edit of one directory alone is a mistake."""
+    t2v, i2v = (
+        {file.name: file.read_bytes() for file in (pipelines.bundled(task) / component).iterdir()}
+        for task in ("t2v", "i2v")
+    )
+    assert len(t2v) == 2 and t2v == i2v
+
+
 def clip(task: str, method: str | None, source: Path | None = None) -> tuple[np.ndarray, object]:
     """A short T2V or I2V clip, and the pipeline that made it."""
     model = pipelines.open_model(source or pipelines.bundled(task))
