@@ -24,6 +24,7 @@ from mxdit.conformance.compare import Finding, compare
 from mxdit.formats import FORMATS
 from native_cases import product_bounds
 
+pytestmark = pytest.mark.usefixtures("single_threaded")
 CASES = {case.name: case for case in conformance.cases()}
 DUAL = FORMATS["mxfp4_dualscale"]
 
@@ -37,15 +38,6 @@ class Broken(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (self.instead if func is self.op else func)(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Beside other tests, waiting for a second thread takes longer than its work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- the cases ---------------------------------------------------------------------------------------------------------

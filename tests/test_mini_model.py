@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 import mxdit
 from mxdit import pipelines, video
 from mxdit.generate import generate, make_request
+from processes import output_of
 
 STOCK = """
 import sys
@@ -36,17 +35,7 @@ def first_frame() -> Path:
 
 @pytest.mark.parametrize("task, cls", [("t2v", "WanPipeline"), ("i2v", "WanImageToVideoPipeline")])
 def test_stock_diffusers_loads_it_without_mxdit(task, cls):
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        STOCK.format(cls=cls),
-        str(pipelines.bundled(task)),
-        str(first_frame()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of("-c", STOCK.format(cls=cls), pipelines.bundled(task), first_frame())
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
