@@ -1,5 +1,7 @@
-# Two commands: `make demo` and `make test`. Both make the environment they need. `make test-native` checks the CPU kernels
-# without Python, under sanitizers and for Arm; `make test-interop` fetches other tools, and holds mxdit against them.
+# Two commands: `make demo` and `make test`. Both make the environment they need. `make quick` runs the tests that a change
+# needs most, in under a minute. `make test-native` checks the CPU kernels without Python, under sanitizers and for Arm;
+# `make test-interop` fetches other tools, and holds mxdit against them; `make wheel` builds both packages into dist/,
+# and uses each in environments of its own.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +9,7 @@ STAMP := $(VENV)/.installed
 PEERS := .interop
 PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test test-native test-interop lint clean
+.PHONY: demo quick test test-native test-interop lint wheel clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml models/pyproject.toml constraints.txt $(wildcard csrc/cpu/*.*)
@@ -23,8 +25,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+quick: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/pytest -n 2 -q -m "not slow"
+
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --durations=15
 
 test-native: $(STAMP)
 	PYTHON=$(BIN)/python tests/native.sh
@@ -37,6 +43,9 @@ $(PEERS_STAMP): tests/interop/requirements.txt | $(STAMP)
 
 test-interop: $(PEERS_STAMP)
 	$(BIN)/pytest tests/interop
+
+wheel: $(STAMP)
+	$(BIN)/python tools/check_wheel.py
 
 clean:
 	rm -rf demo build dist

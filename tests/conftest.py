@@ -16,7 +16,11 @@ os.environ["TRITON_INTERPRET"] = "1"  # Triton asks when it is imported, and the
 FAKES = str(Path(__file__).parent / "fakes")
 sys.path.insert(0, FAKES)  # mxdit registers its Ascend kernels if it can find torch_npu when it is imported
 try:
+    from mxdit.formats import FORMATS
+
+    from mxdit import MXConfig
     from mxdit.backends import cpu
+    from mxdit.conformance.calls import one_thread
 finally:
     sys.path.remove(FAKES)
 
@@ -35,6 +39,37 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation that can answer on this CPU, one after the other."""
     with cpu.using(request.param):
         yield request.param
+
+
+@pytest.fixture
+def single_threaded() -> Iterator[None]:
+    """Beside other tests, waiting for a second thread takes longer than its work."""
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T2V cascade in BF16, one file per expert. Tests edit copies of it."""
+    import tiny  # and with it diffusers, which most tests do without
+
+    return tiny.save(tmp_path_factory.mktemp("source") / "wan")
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def method(request: pytest.FixtureRequest) -> str:
+    """Each format of weights, one after the other."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stored(source: Path, method: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The high-noise expert of `source`, quantized online and saved."""
+    import tiny
+
+    directory = tmp_path_factory.mktemp("stored") / method
+    tiny.load(source / "transformer", MXConfig(method)).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

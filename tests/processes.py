@@ -1,9 +1,12 @@
-"""Running a function in a process of its own, to be killed, limited, or watched. Forked, so that it starts at once."""
+"""Running a function in a process of its own, to be killed, limited, or watched: forked, so that it starts at once. And
+Python from the start, as a user's program runs."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -35,6 +38,21 @@ def code_of(process: BaseProcess) -> int | None:
 def run(output: Path, function: Callable[..., Any], *args: Any) -> tuple[int | None, str]:
     """`function(*args)` to its end: its exit code and what it printed."""
     return code_of(start(output, function, *args)), output.read_text()
+
+
+def python(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` to its end: its exit code and what it printed. Warnings of libraries are left out."""
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=5 * TIMEOUT
+    )
+
+
+def output_of(*arguments: object, **environment: str) -> str:
+    """What `python ARGUMENTS` prints, where it ends well."""
+    done = python(*arguments, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def limit_memory(extra: int) -> None:

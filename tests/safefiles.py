@@ -1,8 +1,9 @@
-"""Safetensors files by hand: any header over any data."""
+"""Safetensors files by hand, any header over any data; and all that a tensor or a directory holds."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,3 +24,8 @@ def bits(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, bytes]:
     """All of a tensor, NaNs included."""
     data = tensor.contiguous().view(-1)
     return tuple(tensor.shape), tensor.dtype, bytes(data.view(torch.uint8).tolist()) if data.numel() else b""
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory, by its path inside."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

@@ -414,6 +414,7 @@ def test_the_reference_computes_in_ieee_fp32_there(device):
 # -- the conformance command -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("single_threaded")
 @pytest.mark.parametrize(
     "case",  # rounding modes and rules are looked at above
     [case for case in conformance.cases() if not any(word in case.name for word in ("round", "floor", "even"))],
@@ -421,12 +422,7 @@ def test_the_reference_computes_in_ieee_fp32_there(device):
 )
 def test_conformance_cases(case):
     """What ``mxdit conformance --device npu`` has to say where everything is as documented."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # beside other tests, waiting for a second thread takes longer than its work
-    try:
-        result = case.run("npu")
-    finally:
-        torch.set_num_threads(threads)
+    result = case.run("npu")
     refused = "w4a8 mxfp4: K = 96" in case.name
     assert result.verdict == (conformance.REFUSED if refused else conformance.PASS), (
         f"{result.reason}\n{result.reproducer}"

@@ -21,14 +21,10 @@ from mxdit import cli
 from mxdit.checkpoint import CheckpointPlan, quantize_checkpoint
 from mxdit.checkpoint.writer import PLAN, new_directory
 from mxdit.errors import CheckpointError, InputError
+from safefiles import contents
 
 SHARD = 60_000  # some five shards an expert
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("source") / "wan")
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +37,6 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 def plan_of(source: Path, destination: Path) -> CheckpointPlan:
     return quantize_checkpoint(source, destination, "mxfp4_dualscale", shard_size=SHARD)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a directory, by its path inside."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def finished(directory: Path) -> dict[str, int]:

@@ -15,18 +15,9 @@ import torch
 import tiny
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import CheckpointError, ConfigError, InputError, MXDiTError
+from safefiles import contents
 
 SHARD = 100_000  # some three shards an expert
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("source") / "wan")
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a directory, by its path inside."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

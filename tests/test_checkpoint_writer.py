@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,19 +18,9 @@ from mxdit.checkpoint.files import CODES, DTYPES, open_tensors, read_header
 from mxdit.checkpoint.writer import Part, Shard, new_directory, shards_of
 from mxdit.errors import CheckpointError, InputError
 from mxdit.numerics.formats import TensorInfo
-from safefiles import bits
+from safefiles import bits, contents
 
 SHARD = 100_000  # some three shards an expert
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("source") / "wan")
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a directory, by its path inside."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def parts_of(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:

@@ -17,6 +17,7 @@ import original
 import tiny
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
 from mxdit.errors import CheckpointError, InputError
+from safefiles import contents
 
 QKV = ["attn1.to_q", "attn1.to_k", "attn1.to_v"]
 KEPT = [f"blocks.0.{name}" for name in (*QKV, "attn2.to_out.0", "ffn.net.2")]
@@ -46,11 +47,6 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole diffusers pipeline."""
     return tiny.save(tmp_path_factory.mktemp("wan") / "pipeline")
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a directory, by its path inside."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def quantize(source: Path, destination: Path, config: dict[str, Any], *args: Any, **kwargs: Any) -> Path:

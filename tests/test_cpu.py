@@ -7,8 +7,6 @@ import itertools
 import math
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -21,6 +19,7 @@ import mxdit
 from agreement import every_pattern
 from mxdit.backends import backends, cpu
 from mxdit.numerics.formats import FORMATS, SCHEMES
+from processes import python
 
 OPS = torch.ops.mxdit
 HALF = [torch.bfloat16, torch.float16]
@@ -355,12 +354,6 @@ def test_calls_from_several_threads_at_once():
     assert not wrong
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("before", ["y()", "torch.randn(1500, 1500) @ torch.randn(1500, 1500)"])
 def test_a_forked_child_computes_the_same(before):
@@ -380,24 +373,27 @@ if child == 0:
 answer, status = os.read(read, 60008), os.waitpid(child, 0)[1]
 print("status", status, answer[8:] == y()[:60000])
 """
-    done = run(code)
+    done = python("-c", code)
     assert done.stdout.split() == ["status", "0", "True"], done.stderr
 
 
 def test_the_environment_forces_a_path():
     code = "import mxdit; from mxdit.backends import cpu; print(cpu.selected(), cpu.why_not())"
     for path in cpu.paths():
-        assert run(code, MXDIT_CPU_PATH=path).stdout.split() == [path, "None"]
-    assert run(code, MXDIT_CPU_PATH="reference").stdout.startswith("reference the reference was chosen (MXDIT_CPU_PATH")
-    assert run(code, MXDIT_CPU_PATH="").stdout.split() == [cpu.paths()[0], "None"]
-    refused = run(
+        assert python("-c", code, MXDIT_CPU_PATH=path).stdout.split() == [path, "None"]
+    assert python("-c", code, MXDIT_CPU_PATH="reference").stdout.startswith(
+        "reference the reference was chosen (MXDIT_CPU_PATH"
+    )
+    assert python("-c", code, MXDIT_CPU_PATH="").stdout.split() == [cpu.paths()[0], "None"]
+    refused = python(
+        "-c",
         f"{code}; import torch; torch.ops.mxdit.quantize(torch.ones(1, 32), 'mxfp4', 'ocp', 'rint')",
         MXDIT_CPU_PATH="sse9",
     )
     assert refused.returncode
     for text in (refused.stdout, refused.stderr):
         assert all(word in text for word in ("MXDIT_CPU_PATH", "'sse9'", "scalar", "reference"))
-    said = run("from mxdit.cli import main; main()", MXDIT_CPU_PATH="sse9")
+    said = python("-c", "from mxdit.cli import main; main()", MXDIT_CPU_PATH="sse9")
     assert "Traceback" not in said.stderr
 
 

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,30 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mxdit
+import original
 import tiny
 from mxdit import MXConfig, MXLinear
-from mxdit.numerics.formats import FORMATS
+from processes import output_of
 
 LAYER = "blocks.1.ffn.net.2"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A T2V cascade in BF16, one file per expert."""
-    return tiny.save(tmp_path_factory.mktemp("bf16"))
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def method(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def stored(source, method, tmp_path_factory):
-    """The high-noise expert of `source`, quantized online and saved."""
-    directory = tmp_path_factory.mktemp("stored") / method
-    tiny.load(source / "transformer", MXConfig(method)).save_pretrained(directory)
-    return directory
 
 
 def test_online_equals_quantizing_in_memory(source, method):
@@ -108,33 +87,11 @@ def test_variant_and_pickle(source, tmp_path, method):
     assert tiny.same(tiny.load(tmp_path / "pickle"), online)
 
 
-def original_name(name: str) -> str:
-    """What the original Wan calls a tensor."""
-    for ours, theirs in (
-        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-        ("condition_embedder.time_proj", "time_projection.1"),
-        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-        ("attn1.", "self_attn."),
-        ("attn2.", "cross_attn."),
-        ("to_out.0", "o"),
-        ("to_", ""),
-        ("ffn.net.0.proj", "ffn.0"),
-        ("ffn.net.2", "ffn.2"),
-        (".norm2.", ".norm3."),
-        ("proj_out", "head.head"),
-    ):
-        name = name.replace(ours, theirs)
-    if name.endswith("scale_shift_table"):
-        return name.replace("scale_shift_table", "modulation") if "." in name else "head.modulation"
-    return name
-
-
 def test_single_file(source, tmp_path, method):
     """A file of the original project or of another tool, quantized while diffusers renames its tensors."""
     weights = load_file(source / "transformer" / tiny.WEIGHTS)
-    save_file({original_name(name): tensor for name, tensor in weights.items()}, tmp_path / "wan.safetensors")
+    theirs = original.names(tiny.BLOCKS)
+    save_file({theirs[name]: tensor for name, tensor in weights.items()}, tmp_path / "wan.safetensors")
     model = WanTransformer3DModel.from_single_file(
         str(tmp_path / "wan.safetensors"),
         config=str(source / "transformer"),
@@ -208,16 +165,6 @@ def test_report_of_a_load(source, caplog):
     assert "WanTransformer3DModel: 10 linears quantized to mxfp4, 16 kept" in caplog.text
 
 
-def run(*arguments: str) -> str:
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True, env=environment, cwd=root
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 README = """
 import numpy
 {imports}
@@ -239,7 +186,7 @@ def test_a_converted_directory_loads_as_the_readme_shows(source, tmp_path, impor
     WanPipeline.from_pretrained(source, torch_dtype=torch.bfloat16, quantization_config=config).save_pretrained(
         tmp_path
     )
-    assert run("-c", README.format(imports=imports, directory=str(tmp_path))).strip() == "20"
+    assert output_of("-c", README.format(imports=imports, directory=str(tmp_path))).strip() == "20"
 
 
 def test_importing_mxdit_imports_no_host_and_leaves_its_modules_as_they_are():
@@ -254,7 +201,7 @@ print(sum(type(finder).__module__.startswith("mxdit.") for finder in sys.meta_pa
 print(type(auto.__loader__).__name__, type(auto.__spec__.loader).__name__)
 print("class DiffusersAutoQuantizer" in inspect.getsource(auto), "mxfp4" in auto.AUTO_QUANTIZER_MAPPING)
 """
-    lines = run("-c", program).splitlines()
+    lines = output_of("-c", program).splitlines()
     assert lines == ["", "1", "0", "SourceFileLoader SourceFileLoader", "True True"]
 
 
@@ -262,7 +209,8 @@ def test_loading_never_holds_a_float_copy(tmp_path):
     """A checkpoint in FP32, as Wan2.2 is published: online and offline peaks of RssAnon under the limit."""
     out = tmp_path / "rows.json"
     sizes = ["--blocks", "2", "--dim", "1024", "--ffn", "4096", "--shard", "60000000", "--source", "float32"]
-    run("benchmarks/load_memory.py", *sizes, "--methods", "mxfp4_dualscale", "--json", str(out))
+    benchmark = Path(__file__).parent.parent / "benchmarks" / "load_memory.py"
+    output_of(benchmark, *sizes, "--methods", "mxfp4_dualscale", "--json", out, OMP_NUM_THREADS="1")
     rows = {row["mode"]: row for row in json.loads(out.read_text())}
     assert set(rows) == {"bf16", "mxfp4_dualscale online", "mxfp4_dualscale offline"}
     for mode in ("mxfp4_dualscale online", "mxfp4_dualscale offline"):

@@ -12,29 +12,9 @@ from safetensors.torch import load_file, save_file
 import mxdit
 import tiny
 from mxdit import CheckpointError, ConfigError, ModelError, MXConfig, MXLinear
-from mxdit.numerics.formats import FORMATS
 
 LAYER = "blocks.1.ffn.net.2"
 QKV = [f"blocks.0.attn1.to_{name}" for name in "qkv"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A T2V cascade in BF16, one file per expert."""
-    return tiny.save(tmp_path_factory.mktemp("bf16"))
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def method(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def stored(source, method, tmp_path_factory):
-    """The high-noise expert of `source`, quantized online and saved."""
-    directory = tmp_path_factory.mktemp("stored") / method
-    tiny.load(source / "transformer", MXConfig(method)).save_pretrained(directory)
-    return directory
 
 
 def edited(directory: Path, target: Path, edit) -> Path:

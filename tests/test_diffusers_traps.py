@@ -9,26 +9,6 @@ from diffusers import WanPipeline, WanTransformer3DModel
 import mxdit
 import tiny
 from mxdit import MXConfig, MXLinear
-from mxdit.numerics.formats import FORMATS
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A T2V cascade in BF16, one file per expert."""
-    return tiny.save(tmp_path_factory.mktemp("bf16"))
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def method(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def stored(source, method, tmp_path_factory):
-    """The high-noise expert of `source`, quantized online and saved."""
-    directory = tmp_path_factory.mktemp("stored") / method
-    tiny.load(source / "transformer", MXConfig(method)).save_pretrained(directory)
-    return directory
 
 
 def test_trap_the_method_is_an_enum_that_is_its_name(source, method):

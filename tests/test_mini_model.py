@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import mxdit
 from mxdit.generation import directory, loading, media
 from mxdit.generation.request import make_request
 from mxdit.generation.run import generate
+from processes import output_of
 
 STOCK = """
 import sys
@@ -37,17 +36,7 @@ def first_frame() -> Path:
 
 @pytest.mark.parametrize("task, cls", [("t2v", "WanPipeline"), ("i2v", "WanImageToVideoPipeline")])
 def test_stock_diffusers_loads_it_without_mxdit(task, cls):
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        STOCK.format(cls=cls),
-        str(directory.bundled(task)),
-        str(first_frame()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of("-c", STOCK.format(cls=cls), directory.bundled(task), first_frame())
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
@@ -67,6 +56,16 @@ def test_shapes_are_the_big_models_in_small(task):
 def test_it_is_small_enough_for_a_repository():
     folder = directory.bundled("t2v").parent
     assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 60e6
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "tokenizer"])
+def test_both_pipelines_have_the_same(component):
+    """The repository holds these files once, as links, and a wheel twice: an edit of one directory alone is a mistake."""
+    t2v, i2v = (
+        {file.name: file.read_bytes() for file in (directory.bundled(task) / component).iterdir()}
+        for task in ("t2v", "i2v")
+    )
+    assert len(t2v) == 2 and t2v == i2v
 
 
 def clip(task: str, method: str | None, source: Path | None = None) -> tuple[np.ndarray, object]:

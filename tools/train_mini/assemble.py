@@ -2,12 +2,14 @@
 
     python tools/train_mini/assemble.py [--out build/mini] [--dst models/src/mxdit_models]
 
-Weights are BF16. The directories load in stock diffusers, without mxdit.
+Weights are BF16. The directories load in stock diffusers, without mxdit. What both pipelines have is stored once: in the I2V
+directory those files are links to the T2V directory's, which a wheel holds as files.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from mxdit_models.digits import NEAR, Spec, render
 from train_experts import SHIFT, TextConditioned
 
 BOUNDARY = {"t2v": 0.875, "i2v": 0.9}  # as Wan2.2-T2V-A14B and -I2V-A14B
+SHARED = ("vae", "text_encoder", "tokenizer")  # the same objects in both pipelines
 
 
 def expert(folder: Path, task: str) -> tuple[WanTransformer3DModel, TextConditioned]:
@@ -45,6 +48,17 @@ def first_frame() -> Image.Image:
     spec = Spec(5, "yellow", "right", "quickly", "green")
     frame = render([spec], np.random.default_rng(2), "test", spread=NEAR)[0, :, 0]
     return Image.fromarray(((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def share(folder: Path, twin: Path) -> None:
+    """Make `folder`'s shared files relative links to those of `twin`, which have to hold the same bytes."""
+    for component in SHARED:
+        for file in sorted((folder / component).iterdir()):
+            original = twin / component / file.name
+            if not filecmp.cmp(file, original, shallow=False):
+                raise SystemExit(f"{file} is not {original}")
+            file.unlink()
+            file.symlink_to(Path("../..") / twin.name / component / file.name)
 
 
 def main() -> None:
@@ -70,6 +84,7 @@ def main() -> None:
         pipeline.save_pretrained(args.dst / task)
         size = sum(f.stat().st_size for f in (args.dst / task).rglob("*") if f.is_file())
         print(f"{args.dst / task}: {size / 1e6:.1f} MB")
+    share(args.dst / "i2v", args.dst / "t2v")
     first_frame().save(args.dst / "first_frame.png")
 
 
