@@ -16,11 +16,10 @@ os.environ["TRITON_INTERPRET"] = "1"  # Triton asks when it is imported, and the
 FAKES = str(Path(__file__).parent / "fakes")
 sys.path.insert(0, FAKES)  # mxdit registers its Ascend kernels if it can find torch_npu when it is imported
 try:
-    from mxdit.formats import FORMATS
-
     from mxdit import MXConfig
     from mxdit.backends import cpu
     from mxdit.conformance.calls import one_thread
+    from mxdit.numerics.formats import FORMATS
 finally:
     sys.path.remove(FAKES)
 
