@@ -1,4 +1,7 @@
-"""What every `ModelSpec` must hold. A new family is done when this file passes; docs/adapting-a-model.md has the order."""
+"""What every `ModelSpec` must hold, against the model's own code, and what becomes of its weights.
+
+A new family is done when this file and test_families_run.py pass; docs/adapting-a-model.md has the order.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import mxdit
@@ -21,25 +22,13 @@ import tiny
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
 from mxdit.checkpoint.files import open_tensors
 from mxdit.errors import InputError
-from mxdit.generation.directory import ModelDirectory, open_model
-from mxdit.generation.loading import load
-from mxdit.generation.request import Request, make_request
-from mxdit.generation.run import Result, generate
+from mxdit.generation.request import Request
 from mxdit.models import COMPONENTS, SPECS, ModelSpec, register_family, spec_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.numerics.formats import FORMATS
-from tiny_families import TINY, Tiny
+from tiny_families import TINY, families, pipelines, tiny_of
 
-families = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-pipelines = pytest.mark.parametrize(
-    "spec, name", [pytest.param(spec, name, id=name) for spec in SPECS.values() for name in spec.pipelines]
-)
 methods = pytest.mark.parametrize("method", FORMATS)
-
-
-def tiny_of(spec: ModelSpec) -> Tiny:
-    assert spec.transformer in TINY, f"write a tiny {spec.transformer} and its pipelines in tests/tiny_families.py"
-    return TINY[spec.transformer]
 
 
 def forward(spec: ModelSpec, model: Any) -> torch.Tensor:
@@ -255,98 +244,6 @@ def test_a_config_makes_the_skeleton(transformers, spec):
     skeleton = skeleton_of(json.loads((where / "config.json").read_text()), str(where))
     assert type(skeleton).__name__ == spec.transformer and spec_of(skeleton) is spec
     assert skeleton.state_dict().keys() == contents(where).keys()
-
-
-# -- running it --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The directory of a whole pipeline, by its class name."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-    for spec in SPECS.values():
-        for name, called in spec.pipelines.items():
-            made[name] = root / name
-            tiny_of(spec).pipeline(called.task).save_pretrained(made[name])
-    return made
-
-
-def request(spec: ModelSpec, model: ModelDirectory, task: str, **options: Any) -> Request:
-    """Two steps, or four where there are two transformers to take turns."""
-    own = tiny_of(spec)
-    if task == "i2v":
-        options["image"] = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    if model.takes(task, "height"):
-        options["size"] = own.size
-    return make_request(
-        model, task, prompt="a red seven moves left", frames=own.frames, steps=2 * len(model.components), **options
-    )
-
-
-def run(path: Path, task: str, wanted: Request, config: Any = None) -> Result:
-    told: list[int] = []
-    result = generate(load(open_model(path), task, config), wanted, lambda done, _: told.append(done))
-    assert told == list(range(1, wanted.steps + 1))
-    assert result.frames.shape == (wanted.frames, wanted.height, wanted.width, 3) and result.frames.dtype == np.uint8
-    return result
-
-
-@pipelines
-def test_the_pipeline_runs_quantized_online_and_offline_alike(saved, tmp_path, spec, name):
-    model, task = open_model(saved[name]), spec.pipelines[name].task
-    assert model.spec is spec and model.tasks[0] == task and model.pipelines[task] == name
-    wanted = request(spec, model, task)
-    exact = run(saved[name], task, wanted).frames.astype(int)
-    online = run(saved[name], task, wanted, mxdit.pipeline_config("mxfp8")).frames
-    assert 0 < np.abs(online - exact).mean() < 32, "quantization changes the pixels, a little"
-    quantize_checkpoint(saved[name], tmp_path / "packed", "mxfp8").write()
-    assert inspect_checkpoint(tmp_path / "packed").clean
-    assert open_model(tmp_path / "packed").stored.keys() == model.components.keys()
-    assert np.array_equal(run(tmp_path / "packed", task, wanted).frames, online)
-
-
-@pipelines
-def test_guidance_changes_the_picture_and_the_pipeline_stays_as_it_was(saved, spec, name):
-    model, task = open_model(saved[name]), spec.pipelines[name].task
-    pipeline = load(model, task)
-    components, config = pipeline.components, dict(pipeline.config)
-    first = generate(pipeline, request(spec, model, task)).frames
-    assert not np.array_equal(first, generate(pipeline, request(spec, model, task, guidance=1.5)).frames)
-    assert np.array_equal(first, generate(pipeline, request(spec, model, task)).frames)
-    assert all(part is components[key] for key, part in pipeline.components.items()) and dict(pipeline.config) == config
-
-
-@pipelines
-def test_a_request_says_what_the_model_does_not_take(saved, spec, name):
-    model, task = open_model(saved[name]), spec.pipelines[name].task
-    options = {"negative_prompt": "x", "size": tiny_of(spec).size, "guidance_2": 2.0, "boundary_ratio": 0.5}
-    for option, value in options.items():
-        field = "height" if option == "size" else option
-        if not model.takes(task, field):
-            called = {"guidance_2": "guidance scale 2"}.get(option, option.replace("_", " "))
-            with pytest.raises(InputError, match=f"takes no {called} for {task}"):
-                request(spec, model, task, **{option: value})
-    with pytest.raises(InputError, match="expected a request for"):
-        make_request(model, "i2i", prompt="x")
-
-
-@families
-def test_presets_are_sizes_that_the_model_takes(saved, spec):
-    for name, called in spec.pipelines.items():
-        model = open_model(saved[name])
-        multiple, temporal = model.geometry.multiple, model.geometry.temporal
-        for preset in (preset for preset in spec.presets if preset.task == called.task):
-            assert not any(side % multiple for side in preset.size), preset.name
-            assert preset.frames == 1 if temporal is None else (preset.frames - 1) % temporal == 0, preset.name
-
-
-def test_the_preset_of_a_published_model_is_found_by_its_config():
-    flux, hunyuan = SPECS["FluxTransformer2DModel"], SPECS["HunyuanVideo15Transformer3DModel"]
-    schnell = flux.preset("t2i", {"guidance_embeds": False}, 1)
-    assert (schnell.name, schnell.steps, schnell.arguments) == ("FLUX.1-schnell", 4, {"max_sequence_length": 256})
-    assert flux.preset("t2i", {"guidance_embeds": True}, 1).name == "FLUX.1-dev"
-    assert hunyuan.preset("i2v", {"target_size": 960}, 1).size == (720, 1280)
-    assert hunyuan.preset("t2v", {"target_size": 640}, 1).size == (480, 848)
 
 
 @pytest.fixture

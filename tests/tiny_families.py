@@ -1,4 +1,4 @@
-"""A tiny pipeline of every family, of the real classes of diffusers and transformers; tests/test_families.py runs them all.
+"""A tiny pipeline of every family, of the real classes of diffusers and transformers, for test_families*.py.
 
 Sizes keep what matters of the big models: several heads, and linears whose K is one 512 group and a part of another.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -40,6 +41,7 @@ from transformers import (
 )
 
 import tiny
+from mxdit.models import SPECS, ModelSpec
 
 TEXT = 32  # width of every text and image encoder
 
@@ -238,3 +240,14 @@ TINY = {
     "FluxTransformer2DModel": Tiny(flux, flux_inputs, flux_pipeline, (16, 24)),
     "HunyuanVideo15Transformer3DModel": Tiny(hunyuan, hunyuan_inputs, hunyuan_pipeline, (16, 24), 5),
 }
+
+
+def tiny_of(spec: ModelSpec) -> Tiny:
+    assert spec.transformer in TINY, f"write a tiny {spec.transformer} and its pipelines in tests/tiny_families.py"
+    return TINY[spec.transformer]
+
+
+families = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+pipelines = pytest.mark.parametrize(
+    "spec, name", [pytest.param(spec, name, id=name) for spec in SPECS.values() for name in spec.pipelines]
+)
