@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mxdit
@@ -14,6 +15,7 @@ from mxdit.checkpoint import inspect_checkpoint, quantize_checkpoint
 from mxdit.errors import InputError
 from mxdit.generation.directory import ModelDirectory, open_model
 from mxdit.generation.loading import load
+from mxdit.generation.recording import Recorder, repeat
 from mxdit.generation.request import Request, make_request
 from mxdit.generation.run import Result, generate
 from mxdit.models import SPECS, ModelSpec
@@ -74,6 +76,19 @@ def test_guidance_changes_the_picture_and_the_pipeline_stays_as_it_was(saved, sp
     assert not np.array_equal(first, generate(pipeline, request(spec, model, task, guidance=1.5)).frames)
     assert np.array_equal(first, generate(pipeline, request(spec, model, task)).frames)
     assert all(part is components[key] for key, part in pipeline.components.items()) and dict(pipeline.config) == config
+
+
+@pipelines
+def test_a_recorded_call_can_be_repeated(saved, spec, name):
+    model, task = open_model(saved[name]), spec.pipelines[name].task
+    pipeline, recorder = load(model, task), Recorder(keep_calls=True)
+    wanted = request(spec, model, task)
+    with recorder.listening(pipeline):
+        generate(pipeline, wanted, on_latents=recorder.on_latents)
+    assert [step["step"] for step in recorder.steps] == list(range(wanted.steps))
+    for call in recorder.calls:
+        assert call["velocity"].shape == recorder.latents[0].shape
+        assert torch.equal(repeat(getattr(pipeline, call["expert"]), call), call["velocity"])
 
 
 @pipelines
