@@ -78,9 +78,9 @@ def test_ti2v_5b_makes_both(tmp_path):
     assert make_request(model, "i2v", prompt="x", image=Image.new("RGB", (64, 64))).height == 928
     with pytest.raises(InputError, match="multiple of 32"):
         make_request(model, "t2v", prompt="x", size=(720, 1280))
-    with pytest.raises(InputError, match="one expert"):
+    with pytest.raises(InputError, match="TI2V-5B takes no guidance scale 2"):
         make_request(model, "t2v", prompt="x", guidance_2=3.0)
-    with pytest.raises(InputError, match="one expert"):
+    with pytest.raises(InputError, match="takes no boundary ratio for t2v"):
         make_request(model, "t2v", prompt="x", boundary_ratio=0.5)
 
 

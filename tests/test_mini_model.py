@@ -43,7 +43,7 @@ def test_stock_diffusers_loads_it_without_mxdit(task, cls):
 def test_shapes_are_the_big_models_in_small(task):
     model = directory.open_model(directory.bundled(task))
     assert set(model.components) == {"transformer", "transformer_2"}
-    assert model.boundary_ratio == {"t2v": 0.875, "i2v": 0.9}[task]
+    assert model.settings["boundary_ratio"] == {"t2v": 0.875, "i2v": 0.9}[task]
     for config in model.components.values():
         width = config["num_attention_heads"] * config["attention_head_dim"]
         assert config["num_attention_heads"] > 1 and config["num_layers"] >= 4

@@ -1,7 +1,7 @@
 """Tiny Wan2.2 pipelines of the real diffusers classes: two experts, VAE, UMT5, tokenizer, scheduler. Built locally, seeded.
 
 Sizes keep what matters of the big model: K of the FFN's second linear spans one 512 group and a part of another, several
-heads, and an I2V expert that takes 36 channels. A new model family adds its transformer here.
+heads, and an I2V expert that takes 36 channels. Other families are in tiny_families.py.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from mxdit.generation.directory import ModelDirectory, bundled, open_model
 from mxdit.generation.loading import load, show_loading
 from mxdit.generation.request import Request
 from mxdit.generation.run import generate
-from mxdit.models import COMPONENTS
+from mxdit.models import COMPONENTS, spec_of
 
 # -- a transformer -------------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def load_transformer(variant: Variant, device: str = "cpu") -> ExpertMemory:
         sampler.rss,
         sampler.device,
         tensor_bytes(model),
-        tensor_bytes(model.blocks[0]),
+        tensor_bytes(model.get_submodule(f"{spec_of(model).blocks[0]}.0")),
         largest,
         sum(file.stat().st_size for file in files),
         seconds,

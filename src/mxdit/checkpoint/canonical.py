@@ -50,14 +50,15 @@ def read_expert(stored: Stored, base: Stored | None = None, *, fallback: bool = 
             where=str(stored.folder),
             hint="Name the unquantized model's directory with --base.",
         )
-    layers, most = config.get("num_layers"), len(stored.tensors) + len(base.tensors if base else ())
-    if isinstance(layers, int) and layers > most:  # or making the model to compare with would take for ever
-        raise CheckpointError(
-            "config.json describes another model than the files hold",
-            where=str(stored.folder),
-            got=f"num_layers {layers}",
-            expected=f"at most {most}, the number of tensors",
-        )
+    most = len(stored.tensors) + len(base.tensors if base else ())
+    for key, layers in config.items():  # num_layers, num_single_layers: too many would take for ever to make
+        if key.endswith("_layers") and isinstance(layers, int) and layers > most:
+            raise CheckpointError(
+                "config.json describes another model than the files hold",
+                where=str(stored.folder),
+                got=f"{key} {layers}",
+                expected=f"at most {most}, the number of tensors",
+            )
     return _Reader(stored, base, config, fallback).expert()
 
 

@@ -27,6 +27,7 @@ from mxdit.checkpoint.sources import CONFIG, INDEX, Source, open_both, open_sour
 from mxdit.checkpoint.writer import STEM, Part, Progress, Shard, check_destination, index_of, new_directory, shards_of
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import CheckpointError, ConfigError, InputError
+from mxdit.models import SPECS
 from mxdit.models.skeleton import skeleton_of
 from mxdit.numerics.formats import TensorInfo, block_format
 from mxdit.quantize.apply import quantized
@@ -243,6 +244,14 @@ def convert_checkpoint(
         under = opened_base.read(name) if opened_base is not None else None
         expert = read_expert(opened.read(name), under, fallback=fallback_from_base)
         expert.require_sound()
+        unknown = None if to == "packed" else expert.unknown_to(to)
+        if unknown:
+            raise InputError(
+                unknown,
+                where=f"convert --to {to}",
+                expected=" or ".join(spec.transformer for spec in SPECS.values() if to in spec.runtimes),
+                hint="Use the packed layout, or give its names in the family's ModelSpec (docs/adapting-a-model.md).",
+            )
         made, gone = _convert_expert(name, expert, to, shard_size)
         experts.append(made)
         lost += [f"{name or 'expert'}: {item}" for item in (*expert.lost, *gone)]

@@ -82,6 +82,12 @@ class Expert:
     findings: tuple[Finding, ...] = ()
     lost: tuple[str, ...] = ()
 
+    def unknown_to(self, runtime: str) -> str | None:
+        """Why there is no telling how a runtime names the layers of this family; None where its spec says so."""
+        if runtime in self.spec.runtimes:
+            return None
+        return f"mxdit does not know by which names it would look for the layers of {self.spec.transformer}"
+
     def require_sound(self) -> None:
         """Raise the first finding, if there is one."""
         if self.findings:

@@ -109,8 +109,8 @@ def _inspected(name: str, expert: Expert, findings: tuple[Finding, ...]) -> Expe
     first = str(findings[0]) if findings else None
     loaders = {
         "diffusers + mxdit": _diffusers(expert) or first,
-        "vLLM-Omni 0.30": vllm_omni.why_not(expert) or first,
-        "SGLang 0.5.23": sglang.why_not(expert) or first,
+        "vLLM-Omni 0.30": expert.unknown_to("vllm-omni") or vllm_omni.why_not(expert) or first,
+        "SGLang 0.5.23": expert.unknown_to("sglang") or sglang.why_not(expert) or first,
     }
     quantized = any(expert.methods.values())
     return ExpertInspection(

@@ -18,7 +18,7 @@ from mxdit.checkpoint.layouts.modelslim import DESCRIPTION, TYPES, WEIGHTS, read
 from mxdit.checkpoint.layouts.vllm_omni import SERIALIZED
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError, InputError
-from mxdit.models import SPECS, ModelSpec
+from mxdit.models import COMPONENTS, SPECS, ModelSpec
 
 CONFIG = "config.json"
 INDEX = "model_index.json"
@@ -51,7 +51,7 @@ def open_source(path: Path) -> Source:
     """
     if not os.path.isdir(path):  # which a path of any length may be asked
         raise InputError("no such directory", where=str(path))
-    for spec in SPECS.values():
+    for spec in _families(path):
         if (path / INDEX).is_file():
             index = read_json(path / INDEX)
             named = {name: index.get(name) for name in spec.components}
@@ -83,6 +83,16 @@ def open_source(path: Path) -> Source:
         expected="model_index.json, transformer/, high_noise_model/ and low_noise_model/, or one expert's .safetensors",
         hint="PyTorch .bin and .pth files are not read.",
     )
+
+
+def _families(path: Path) -> list[ModelSpec]:
+    """The family that a config.json names, the only one to look for then; all where none does, as in an original release."""
+    for folder in (path, *(path / name for name in COMPONENTS)):
+        if (folder / CONFIG).is_file():
+            named = read_json(folder / CONFIG).get("_class_name")
+            if isinstance(named, str) and named in SPECS:
+                return [SPECS[named]]
+    return list(SPECS.values())
 
 
 def open_both(path: Path, base: Path | None) -> tuple[Source, Source | None]:

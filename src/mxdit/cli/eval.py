@@ -98,7 +98,7 @@ def evaluate(
     from mxdit.evals.run import Evaluation
     from mxdit.evals.samples import choose_videos
     from mxdit.generation import loading
-    from mxdit.generation.directory import TASKS, bundled, open_model
+    from mxdit.generation.directory import bundled, open_model, tasks
 
     need("diffusers", "transformers")
     if output is not None:
@@ -107,8 +107,8 @@ def evaluate(
         need("matplotlib", "av")
         if report.exists() and not report.is_dir():
             raise InputError("a file is in the way", where="--report", got=str(report), expected="a directory to make")
-    if task not in (None, *TASKS):
-        raise InputError("no such task", where="--task", got=repr(task), expected=" or ".join(TASKS))
+    if task not in (None, *tasks()):
+        raise InputError("no such task", where="--task", got=repr(task), expected=" or ".join(tasks()))
     patterns = [part.strip() for part in modes.split(",")] if modes is not None else list(QUICK) if quick else None
     chosen = choose(patterns, mode or ())
     missing = unavailable() | {name: why for name in ADAPTERS if (why := ADAPTERS[name].why_not(weights_dir))}

@@ -179,7 +179,7 @@ def info(
             "path": str(directory),
             "preset": model.preset(model.tasks[0]).name,
             "tasks": list(model.tasks),
-            "boundary_ratio": model.boundary_ratio,
+            "settings": dict(model.settings),
             "experts": describe(model),
         }
     if as_json:
@@ -190,8 +190,8 @@ def info(
         say(f"backend {backend['name']} on {backend['device']}: {backend['why_not'] or backend['about']}")
     if directory is not None:
         described = figures["model"]
-        boundary = f", boundary {described['boundary_ratio']}" if described["boundary_ratio"] else ""
-        say(f"\n{described['path']}: {described['preset']}, {' and '.join(described['tasks'])}{boundary}")
+        settings = "".join(f", {key} {value}" for key, value in described["settings"].items() if value is not None)
+        say(f"\n{described['path']}: {described['preset']}, {' and '.join(described['tasks'])}{settings}")
         table = Table("expert", "weights", "quantized linears", "kept", "MiB of files")
         for name, row in described["experts"].items():
             schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items()) or "-"

@@ -71,7 +71,7 @@ def collect(
             "path": str(run.model.path),
             "name": preset.name,
             "task": run.task,
-            "boundary_ratio": run.model.boundary_ratio,
+            "boundary_ratio": run.model.settings.get("boundary_ratio"),
         },
         "settings": {
             "prompts": list(dict.fromkeys(video.request.prompt for video in run.videos)),

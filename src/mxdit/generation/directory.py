@@ -8,23 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from torch import nn
 
 from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError, InputError
 from mxdit.models import SPECS
+from mxdit.models.skeleton import skeleton_of
 from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
 from mxdit.quantize.plan import plan
 
-if TYPE_CHECKING:
-    pass
 
-
-PIPELINES = {name: spec for spec in SPECS.values() for name in spec.pipelines}
-TASKS = tuple(dict.fromkeys(made.task for spec in SPECS.values() for made in spec.pipelines.values()))
+def tasks() -> tuple[str, ...]:
+    """Everything that a model of some family can be asked to make: "t2v", "i2v", "t2i"."""
+    return tuple(dict.fromkeys(made.task for spec in SPECS.values() for made in spec.pipelines.values()))
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ModelDirectory:
         pipelines: task -> name of the pipeline class that does it, the directory's own first.
         components: name of a transformer -> its config.json.
         geometry: the sizes that it takes.
-        boundary_ratio: of a cascade: share of the noise schedule above which the first expert runs; else None.
+        settings: what its model_index.json says beside its components, as a cascade's boundary_ratio.
     """
 
     path: Path
@@ -45,7 +44,7 @@ class ModelDirectory:
     pipelines: Mapping[str, str]
     components: Mapping[str, Mapping[str, Any]]
     geometry: Geometry
-    boundary_ratio: float | None
+    settings: Mapping[str, Any]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -68,6 +67,10 @@ class ModelDirectory:
     def called(self, task: str) -> PipelineSpec:
         """How the pipeline that does `task` is called."""
         return self.spec.pipelines[self.pipelines[task]]
+
+    def takes(self, task: str, name: str) -> bool:
+        """Whether a request for `task` may set this field of it."""
+        return self.called(task).takes(name, self.settings)
 
 
 def bundled(task: str) -> Path:
@@ -100,13 +103,14 @@ def open_model(path: Path) -> ModelDirectory:
         )
     index = read_json(path / "model_index.json")
     own = str(index.get("_class_name"))
-    spec = PIPELINES.get(own)
+    known = {name: spec for spec in SPECS.values() for name in spec.pipelines}
+    spec = known.get(own)
     if spec is None or spec.geometry is None:
         raise InputError(
             "mxdit cannot run this kind of pipeline",
             where=str(path / "model_index.json"),
             got=index.get("_class_name"),
-            expected=" or ".join(PIPELINES),
+            expected=" or ".join(known),
         )
     present = [name for name in spec.components if (index.get(name) or [None])[0] is not None]
     if not present:
@@ -121,25 +125,22 @@ def open_model(path: Path) -> ModelDirectory:
                 expected=", ".join(lacking),
                 hint="Download or convert the model again.",
             )
+    settings = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
     geometry = spec.geometry(components[present[0]], read_json(path / "vae" / "config.json"))
     pipelines = {spec.pipelines[own].task: own}
-    if index.get("expand_timesteps"):  # TI2V: one set of weights, whose first latent frame may be given
+    if spec.shared and settings.get(spec.shared):
         for name, made in spec.pipelines.items():
             pipelines.setdefault(made.task, name)
-    return ModelDirectory(path, spec, pipelines, components, geometry, index.get("boundary_ratio"))
+    return ModelDirectory(path, spec, pipelines, components, geometry, settings)
 
 
 def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
     """Per transformer, from the JSON and the tensors' sizes alone: method, linears by scheme, linears kept, bytes of files."""
-    import diffusers
-
     described = {}
     for name, config in model.components.items():
-        stored = model.stored.get(name)
-        with torch.device("meta"):
-            skeleton = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+        stored, skeleton = model.stored.get(name), skeleton_of(config, str(model.path / name / "config.json"))
         if stored is None:
-            schemes = [None for module in skeleton.modules() if isinstance(module, torch.nn.Linear)]
+            schemes = [None for module in skeleton.modules() if isinstance(module, nn.Linear)]
         else:
             schemes = [decision.scheme for decision in plan(skeleton, stored).values()]
         described[name] = {

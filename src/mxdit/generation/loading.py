@@ -88,9 +88,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
 ) -> DiffusionPipeline:
-    """The pipeline for `task`, on `device`; transformers and text encoder in `dtype`, the VAE in FP32.
-
-    The VAE decodes once and is small, and its BF16 error shows in flat areas: diffusers' own Wan examples load it so.
+    """The pipeline for `task`, on `device`, in `dtype` but for the components that its spec wants in FP32.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the model.
@@ -101,7 +99,7 @@ def load(
 
     pipeline_class = getattr(diffusers, model.pipelines[task])
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
-    dtypes = {"vae": torch.float32, "default": dtype}
+    dtypes = {**dict.fromkeys(model.called(task).float32, torch.float32), "default": dtype}
     try:
         with warnings.catch_warnings():
             # diffusers 0.42 calls it `dtype`; 0.40 knows only the old name.

@@ -1,6 +1,6 @@
 """Recording what a pipeline's transformers are called with, and calling them so again.
 
-A call is everything that one step hands to the expert in charge: the latents (for I2V with the image's), the timestep, the
+A call is everything that one step hands to the transformer in charge: the latents (for I2V with the image's), the timestep, the
 text.
 """
 
@@ -23,12 +23,13 @@ def experts_in(pipeline: Any) -> dict[str, nn.Module]:
 
 
 class Recorder:
-    """Keeps the calls of the experts and the latents after each step of one video.
+    """Keeps the calls of the transformers and the latents after each step of one image or video.
 
     Attributes:
-        calls: {"step", "timestep", "expert", "inputs": {name: tensor}, "velocity": (1, C, T, H, W)}, all on the CPU; the
-            conditional call of a step is first, the unconditional one follows where guidance is on.
-        latents: after each step, fp32.
+        calls: {"step", "timestep", "expert", "inputs": {name: tensor}, "velocity": tensor}, all on the CPU; "expert" is the
+            component's name, "velocity" has the latents' shape. The conditional call of a step is first, the unconditional
+            one follows where guidance is on.
+        latents: after each step, fp32, as the pipeline has them: of a video (1, C, T, H, W).
         steps: {"step", "timestep", "expert"} of each step.
     """
 
@@ -45,7 +46,7 @@ class Recorder:
 
     @contextmanager
     def listening(self, pipeline: Any) -> Iterator[None]:
-        """Record what the pipeline's experts are called with."""
+        """Record what the pipeline's transformers are called with."""
         hooks = [
             model.register_forward_hook(self._hook(name), with_kwargs=True)
             for name, model in experts_in(pipeline).items()
@@ -82,7 +83,7 @@ class Recorder:
 
 
 def repeat(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    """The velocity (1, C, T, H, W) that an expert predicts for a recorded call, on the expert's device."""
+    """The velocity that a transformer predicts for a recorded call, in the latents' shape, on its device."""
     device = next(model.parameters()).device
     with torch.no_grad():
         return model(**{key: value.to(device) for key, value in call["inputs"].items()}, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""A request: one video with every choice made, and its checks against the model.
+"""A request: one image or video with every choice made, and its checks against the model.
 
 Defaults come from the model's preset, so the command line, a server and a script ask in the same words.
 """
@@ -6,8 +6,9 @@ Defaults come from the model's preset, so the command line, a server and a scrip
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from mxdit.errors import InputError
 from mxdit.generation.directory import ModelDirectory
@@ -19,16 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One video: every choice made.
+    """One image or video: every choice made.
 
     Attributes:
         prompt, negative_prompt: text; the negative one only counts where guidance is above 1.
         image: the first frame, for I2V.
-        height, width, frames: size of the video in pixels and frames.
+        height, width, frames: size of the video in pixels and frames; an image is one frame.
         steps: denoising steps.
-        guidance, guidance_2: guidance of the high-noise and the low-noise expert (None: the same).
+        guidance, guidance_2: guidance scale; of a cascade, of its first and its second transformer (None: the same).
         seed: of the starting noise.
-        flow_shift, boundary_ratio: override the scheduler's and the pipeline's own where not None.
+        flow_shift, boundary_ratio: override the scheduler's and the pipeline's own.
+        arguments: of the pipeline's call that no other field names.
+
+    None in a field leaves what the pipeline has.
     """
 
     prompt: str
@@ -38,11 +42,12 @@ class Request:
     width: int
     frames: int
     steps: int
-    guidance: float
+    guidance: float | None
     guidance_2: float | None
     seed: int
     flow_shift: float | None = None
     boundary_ratio: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_request(
@@ -64,31 +69,48 @@ def make_request(
     """Fill in what is not given from the model's preset, and check the whole.
 
     Args:
-        size: (height, width) in pixels. By default the preset's, for I2V in the image's aspect.
+        size: (height, width) in pixels. By default the preset's, for I2V in the image's aspect; a pipeline that chooses
+            the size by the image takes none.
         image: of any size; it is scaled to cover the frame, and what stands over is cut off.
         the others: as in `Request`.
 
     Raises:
         InputError: a choice that this model cannot fulfil.
     """
-    preset = model.preset(task)
     if task not in model.tasks:
         raise InputError(
-            "an image was given to a text-to-video model"
-            if task == "i2v"
-            else "an image-to-video model needs a first frame",
+            "this model does not take an image" if task == "i2v" else "this model does not make that",
             where="--image",
+            got=task,
             expected=f"a request for {' or '.join(model.tasks)}, which is what {model.path} makes",
-            hint="Leave --image out, or name an I2V model." if task == "i2v" else "Add --image FILE.",
+            hint="Leave --image out, or name an I2V model." if task == "i2v" else "An I2V model needs --image FILE.",
         )
+    preset = model.preset(task)
+    asked = {
+        "negative_prompt": negative_prompt, "image": image, "height": size, "frames": frames, "guidance": guidance,
+        "guidance_2": guidance_2, "boundary_ratio": boundary_ratio,
+    }  # fmt: skip
+    for name, value in asked.items():
+        if value is not None and not model.takes(task, name):
+            called = {"height": "size", "guidance": "guidance-scale", "guidance_2": "guidance-scale-2"}.get(name, name)
+            raise InputError(
+                f"{preset.name} takes no {called.replace('-', ' ').replace('_', ' ')} for {task}",
+                where=f"--{called.replace('_', '-')}",
+                got=value,
+                hint="Leave it out.",
+            )
     text = preset.prompt if prompt is None else prompt
     if text is None:
         raise InputError("no prompt", where="--prompt", hint=f"{preset.name} has none of its own: say what to show.")
-    if size is None:
+    chosen = image is not None and not model.takes(task, "height")  # by the pipeline, which then cuts the image, too
+    if size is None and chosen:
+        assert image is not None and model.geometry.of_image is not None
+        size = model.geometry.of_image(image.height, image.width)
+    elif size is None:
         size = (
             preset.size if image is None else fit_size(image, preset.size[0] * preset.size[1], model.geometry.multiple)
         )
-    if guidance_2 is None and model.boundary_ratio is not None:
+    if guidance_2 is None and model.takes(task, "guidance_2"):
         guidance_2 = preset.guidance_2 if guidance is None else guidance
     request = Request(
         prompt=text,
@@ -103,9 +125,10 @@ def make_request(
         seed=seed,
         flow_shift=preset.flow_shift if flow_shift is None else flow_shift,
         boundary_ratio=boundary_ratio,
+        arguments=preset.arguments,
     )
     _check(model, task, request)
-    return request if image is None else replace(request, image=cover(image, *size))
+    return request if image is None or chosen else replace(request, image=cover(image, *size))
 
 
 def _check(model: ModelDirectory, task: str, request: Request) -> None:
@@ -123,13 +146,7 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
                 expected=f"a positive multiple of {multiple}",
                 hint=f"Nearest: {max(multiple, round(value / multiple) * multiple)}.",
             )
-    if temporal is None:
-        if request.frames != 1:
-            raise InputError(
-                "this model makes images", where="--frames", got=request.frames, expected="1, or none given"
-            )
-        temporal = 1
-    elif request.frames < 1 or (request.frames - 1) % temporal:
+    if temporal is not None and (request.frames < 1 or (request.frames - 1) % temporal):
         nearest = max(0, round((request.frames - 1) / temporal)) * temporal + 1
         raise InputError(
             "the number of frames does not fit the video VAE",
@@ -138,6 +155,7 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
             expected=f"1 more than a multiple of {temporal}",
             hint=f"Nearest: {nearest}.",
         )
+    temporal = temporal or 1  # an image is one frame
     longest = max((request.frames - 1) // temporal + 1, request.height // multiple, request.width // multiple)
     if positions is not None and longest > positions:
         raise InputError(
@@ -148,23 +166,13 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
         )
     if request.steps < 1:
         raise InputError("there must be at least one step", where="--steps", got=request.steps)
-    if request.guidance_2 is not None and model.boundary_ratio is None:
+    if request.boundary_ratio is not None and not 0 < request.boundary_ratio < 1:
         raise InputError(
-            "this model has one expert, so there is no second guidance scale",
-            where="--guidance-scale-2",
-            got=request.guidance_2,
-            hint="Use --guidance-scale.",
+            "the boundary is a share of the schedule",
+            where="--boundary-ratio",
+            got=request.boundary_ratio,
+            expected="0 to 1",
         )
-    if request.boundary_ratio is not None:
-        if model.boundary_ratio is None:
-            raise InputError("this model has one expert, so there is no boundary", where="--boundary-ratio")
-        if not 0 < request.boundary_ratio < 1:
-            raise InputError(
-                "the boundary is a share of the schedule",
-                where="--boundary-ratio",
-                got=request.boundary_ratio,
-                expected="0 to 1",
-            )
     if request.flow_shift is not None and not 0 < request.flow_shift < math.inf:
         raise InputError("the flow shift must be positive", where="--flow-shift", got=request.flow_shift)
     for option, value in (("--guidance-scale", request.guidance), ("--guidance-scale-2", request.guidance_2)):

@@ -7,24 +7,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from mxdit.errors import InputError, ModelError
+from mxdit.errors import ModelError
+from mxdit.generation.calling import call_of, called_as
 from mxdit.generation.request import Request
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Result:
-    """A video and what it took.
+    """An image or a video and what it took.
 
     Attributes:
-        frames: (frames, height, width, 3) uint8.
+        frames: (frames, height, width, 3) uint8; an image is one frame.
         step_seconds: of each denoising step.
         seconds: the whole call, text encoder and VAE included.
         peak_bytes: most memory held: of the accelerator, or the process's resident memory on a CPU.
@@ -42,31 +40,19 @@ def generate(
     on_step: Callable[[int, int], None] | None = None,
     on_latents: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Result:
-    """Make one video with a loaded pipeline.
+    """Make one image or video with a loaded pipeline.
 
     Args:
         pipeline: from `mxdit.generation.directory.load`.
         request: from `make_request`.
         on_step: called with (steps done, steps in all) after each step.
-        on_latents: called with (the step's index, its latents (1, C, T, H, W) fp32 on the pipeline's device) before that.
+        on_latents: called with (the step's index, its latents on the pipeline's device, as the pipeline has them: of a
+            video (1, C, T, H, W)) before that.
 
     Raises:
-        InputError: a flow shift for a scheduler that has none.
+        InputError: a flow shift for a scheduler that has none, or a pipeline of no family that mxdit knows.
         ModelError: pixels that are no numbers.
     """
-    scheduler, boundary_ratio = pipeline.scheduler, pipeline.config.boundary_ratio
-    if request.flow_shift is not None:
-        key = next((key for key in ("flow_shift", "shift") if key in scheduler.config), None)
-        if key is None:
-            raise InputError(
-                "this model's scheduler has no flow shift",
-                where="--flow-shift",
-                got=type(scheduler).__name__,
-                expected="UniPCMultistepScheduler, as Wan2.2 has it, or FlowMatchEulerDiscreteScheduler",
-            )
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config, **{key: request.flow_shift})
-    if request.boundary_ratio is not None:
-        pipeline.register_to_config(boundary_ratio=request.boundary_ratio)
     pipeline.set_progress_bar_config(disable=True)
     device = torch.device(pipeline.device)
     accelerator = torch.get_device_module(device) if device.type in ("cuda", "npu") else None
@@ -74,37 +60,29 @@ def generate(
         accelerator.reset_peak_memory_stats(device)
     marks: list[float] = []
 
-    def step_done(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def step_done(latents: torch.Tensor) -> None:
         if accelerator is not None:
             accelerator.synchronize(device)
         marks.append(time.perf_counter())
         if on_latents:
-            on_latents(step, tensors["latents"])
+            on_latents(len(marks) - 1, latents)
         if on_step:
-            on_step(step + 1, request.steps)
-        return tensors
+            on_step(len(marks), request.steps)
 
-    options: dict[str, Any] = {} if request.image is None else {"image": request.image}
+    call = call_of(pipeline, request, step_done)
+    own = {name: getattr(pipeline, name) for name in call.components}
+    config = {key: pipeline.config[key] for key in call.config}
+    generator = torch.Generator("cpu").manual_seed(request.seed)
     started = time.perf_counter()
     try:
-        frames = pipeline(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            height=request.height,
-            width=request.width,
-            num_frames=request.frames,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            guidance_scale_2=request.guidance_2,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            callback_on_step_end=step_done,
-            callback_on_step_end_tensor_inputs=["latents"],
-            output_type="np",
-            **options,
-        ).frames[0]
+        pipeline.register_modules(**call.components)
+        pipeline.register_to_config(**call.config)
+        made = pipeline(**call.arguments, generator=generator, output_type="np")
     finally:  # the next request starts from the pipeline as it was loaded
-        pipeline.scheduler = scheduler
-        pipeline.register_to_config(boundary_ratio=boundary_ratio)
+        pipeline.register_modules(**own)
+        pipeline.register_to_config(**config)
+    frames = getattr(made, called_as(pipeline).output)[0]
+    frames = frames if frames.ndim == 4 else frames[None]
     finished = time.perf_counter()
     if accelerator is not None:
         peak = accelerator.max_memory_allocated(device)

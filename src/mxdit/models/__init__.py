@@ -5,11 +5,23 @@ from __future__ import annotations
 from torch import nn
 
 from mxdit.errors import ModelError
+from mxdit.models.flux import FLUX
+from mxdit.models.hunyuan import HUNYUAN_VIDEO_15
 from mxdit.models.spec import ModelSpec
 from mxdit.models.wan import WAN
 
-SPECS: dict[str, ModelSpec] = {spec.transformer: spec for spec in (WAN,)}
-COMPONENTS = tuple(dict.fromkeys(name for spec in SPECS.values() for name in spec.components))
+SPECS: dict[str, ModelSpec] = {}  # by the class name of the transformer
+COMPONENTS: list[str] = []  # every name that a pipeline of any family gives a transformer
+
+
+def register_family(spec: ModelSpec) -> None:
+    """Let mxdit know a family, in place of one of the same transformer class; docs/adapting-a-model.md says how to write it."""
+    SPECS[spec.transformer] = spec
+    COMPONENTS.extend(name for name in spec.components if name not in COMPONENTS)
+
+
+for _spec in (WAN, FLUX, HUNYUAN_VIDEO_15):
+    register_family(_spec)
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
@@ -26,4 +38,4 @@ def spec_of(model: nn.Module) -> ModelSpec:
     )
 
 
-__all__ = ["COMPONENTS", "SPECS", "ModelSpec", "spec_of"]
+__all__ = ["COMPONENTS", "SPECS", "ModelSpec", "register_family", "spec_of"]

@@ -15,11 +15,14 @@ class Geometry:
     temporal   the number of frames is 1 more than a multiple of it; None for a model of images.
     positions  most positions that its position table has along one axis, in patches or latent frames; None where it has
                no table.
+    of_image   (height, width) of an image -> (height, width) that a pipeline makes of it, where it chooses them itself
+               and its call takes none.
     """
 
     multiple: int
     temporal: int | None = None
     positions: int | None = None
+    of_image: Callable[[int, int], tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,11 @@ class Preset:
     frames      1 more than a multiple of the geometry's `temporal`; 1 for an image.
     fps         frames per second of the written video.
     steps       denoising steps.
-    guidance, guidance_2   classifier-free guidance; of a cascade, of the high-noise and the low-noise expert.
+    guidance, guidance_2   guidance scale; of a cascade, of its first and its second transformer. None keeps what the
+                directory's own pipeline has.
     flow_shift  of the noise schedule; None keeps the scheduler's own.
     prompt, negative_prompt  used when none is given; None means that a prompt must be given.
+    arguments   of the pipeline's call that no field of a request names, and their values.
     """
 
     name: str
@@ -45,13 +50,14 @@ class Preset:
     frames: int
     fps: int
     steps: int
-    guidance: float
+    guidance: float | None = None
     guidance_2: float | None = None
     flow_shift: float | None = None
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     components: int | None = None
     prompt: str | None = None
     negative_prompt: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def fits(self, config: Mapping[str, Any], components: int) -> bool:
         """Whether it is this model's, by the config.json of its first transformer and how many it has."""
@@ -62,15 +68,25 @@ class Preset:
 class PipelineSpec:
     """A pipeline class of diffusers that runs the model.
 
-    task    what it makes: "t2v", "i2v", "t2i".
-    call    field of a `generation.request.Request` -> argument of the pipeline's call; a field that is not here cannot be
-            asked for.
-    output  attribute of what the call returns, a batch of (frames, height, width, 3) or (height, width, 3) arrays.
+    task       what it makes: "t2v", "i2v", "t2i".
+    call       field of a `generation.request.Request` -> where the pipeline takes it: an argument of its call
+               ("num_frames"), or for that one call a key of its own config ("config.KEY") or of a component's
+               ("COMPONENT.KEY"). A field that is not here cannot be asked for; the seed and the flow shift, which the
+               scheduler takes, always can.
+    only_with  field -> key of model_index.json that must be set for it to be asked for.
+    output     attribute of what the call returns, a batch of (frames, height, width, 3) or (height, width, 3) arrays.
+    float32    components that are loaded in FP32, whatever the dtype of the rest.
     """
 
     task: str
     call: Mapping[str, str] = field(hash=False)
+    only_with: Mapping[str, str] = field(default_factory=dict, hash=False)
     output: str = "frames"
+    float32: tuple[str, ...] = ()
+
+    def takes(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether a request may set this field, by the pipeline's own settings in model_index.json."""
+        return name in self.call and (name not in self.only_with or settings.get(self.only_with[name]) is not None)
 
 
 class Place(NamedTuple):
@@ -90,9 +106,10 @@ class ModelSpec:
                  blocks are ever quantized.
     groups       linears of a block, by their path inside it, that share an input: runtimes fuse them into one product, so
                  they must have one precision and one `mul_scale`. Members that a block does not have are passed over.
-    keep         globs of linears, by their path inside a block, that stay in their float dtype unless told otherwise.
+    keep         globs of linears, by their path inside a block, that stay in their float dtype.
     components   names that pipelines give their transformers; a cascade has several.
     pipelines    pipeline class name -> how it is called. The first that is listed for a task is the one that runs it.
+    shared       key of model_index.json that is true where one set of weights serves all of `pipelines`.
     needed       keys that a transformer's config.json must have for `geometry`.
     geometry     the sizes that a model takes, given its transformer's and its VAE's config.json.
     presets      defaults, the first that fits counts; for each task the last must fit any model of the family.
@@ -101,7 +118,8 @@ class ModelSpec:
     original_mark        prefix of a tensor's name that only such a transformer has, in the release and in diffusers.
     original_components  folder of a component in the model's own release -> ours.
     original_config      makes our transformer's config of the release's, given (config, tensor name -> shape).
-    runtimes     runtime -> {linear of a block -> its name there}; others are called as here.
+    runtimes     runtime -> {linear, by its path inside a block or its whole path outside them -> its name there}; others
+                 are called as here. A runtime that is not here does not run the family, as far as mxdit knows.
     """
 
     transformer: str
@@ -110,6 +128,7 @@ class ModelSpec:
     keep: tuple[str, ...] = ()
     components: tuple[str, ...] = ("transformer",)
     pipelines: Mapping[str, PipelineSpec] = field(default_factory=dict)
+    shared: str | None = None
     needed: tuple[str, ...] = ()
     geometry: Callable[[Mapping[str, Any], Mapping[str, Any]], Geometry] | None = None
     presets: tuple[Preset, ...] = ()
@@ -156,6 +175,11 @@ class ModelSpec:
     def runtime_name(self, path: str, runtime: str) -> str:
         """What a runtime calls the module at `path`."""
         place, names = self.place_of(path), self.runtimes.get(runtime, {})
-        if place is None or place.inside not in names:
-            return path
-        return f"{place.blocks}.{place.index}.{names[place.inside]}"
+        if place is None:
+            return names.get(path, path)
+        return f"{place.blocks}.{place.index}.{names.get(place.inside, place.inside)}"
+
+    def looked_up(self, path: str, runtime: str) -> bool:
+        """Whether a runtime looks for the module at `path` by the name that the spec gives for it."""
+        place = self.place_of(path)
+        return (path if place is None else place.inside) in self.runtimes.get(runtime, {})

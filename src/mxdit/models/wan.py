@@ -53,7 +53,13 @@ _CALL = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
     "guidance_2": "guidance_scale_2",
+    "boundary_ratio": "config.boundary_ratio",
 }
+# Share of the noise schedule above which the first of two transformers runs: where it is not set there is no second.
+_ONLY_WITH = {"guidance_2": "boundary_ratio", "boundary_ratio": "boundary_ratio"}
+_FLOAT32 = (
+    "vae",
+)  # it decodes once and is small, and its BF16 error shows in flat areas: diffusers' examples load it so
 
 # Source of the figures: the generation configs of the Wan2.2 release (docs/wan22.md). The guidance pair there is (low, high);
 # here, as in diffusers, `guidance` belongs to the high-noise expert and `guidance_2` to the low-noise one.
@@ -89,9 +95,10 @@ WAN = ModelSpec(
     ),
     components=("transformer", "transformer_2"),
     pipelines={
-        "WanPipeline": PipelineSpec("t2v", _CALL),
-        "WanImageToVideoPipeline": PipelineSpec("i2v", {**_CALL, "image": "image"}),
+        "WanPipeline": PipelineSpec("t2v", _CALL, _ONLY_WITH, float32=_FLOAT32),
+        "WanImageToVideoPipeline": PipelineSpec("i2v", {**_CALL, "image": "image"}, _ONLY_WITH, float32=_FLOAT32),
     },
+    shared="expand_timesteps",  # TI2V: its first latent frame may be given
     needed=("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "rope_max_seq_len"),
     geometry=_geometry,
     presets=_PRESETS,
@@ -148,6 +155,7 @@ WAN = ModelSpec(
             "attn2.to_out.0": "attn2.to_out",
             "ffn.net.0.proj": "ffn.fc_in",
             "ffn.net.2": "ffn.fc_out",
+            "proj_out": "proj_out",
         },
     },
 )

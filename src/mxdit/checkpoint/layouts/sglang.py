@@ -38,7 +38,7 @@ def why_not(expert: Expert) -> str | None:
         if method == "mxfp4" and weight is not None and weight.info.dtype is not torch.uint8:
             return f"{path}.weight holds one value a byte, and it takes two codes"
         name = expert.spec.runtime_name(path, "sglang")
-        looked_up = not method and (name != path or path == "proj_out")
+        looked_up = not method and expert.spec.looked_up(path, "sglang")
         if looked_up and (stored.description or {}).get(f"{name}.weight") != "FLOAT":
             return f"{path} is float, and the description has no FLOAT under {name}.weight, where it looks"
     return None

@@ -380,10 +380,10 @@ def _shape(text: str) -> tuple[int, int, int, int]:
 
 def _open(directory: str, task: str) -> Any:
     """The pipeline's directory, for a task that it can do."""
-    from mxdit.generation.directory import TASKS, bundled, open_model
+    from mxdit.generation.directory import bundled, open_model, tasks
 
     need("diffusers", "transformers")
-    _choices("--task", [task], TASKS)
+    _choices("--task", [task], tasks())
     opened = open_model(bundled(task) if directory == "bundled" else Path(directory))
     if task not in opened.tasks:
         raise InputError("the model has another task", where="--task", got=task, expected=" or ".join(opened.tasks))

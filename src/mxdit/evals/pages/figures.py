@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mxdit.evals.pages.reading import Row
+from mxdit.models import SPECS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 EXPERTS = {"transformer": "high-noise expert", "transformer_2": "low-noise expert"}
-KINDS = (("attn1", "self-attention"), ("attn2", "cross-attention"), ("ffn", "feed-forward"))
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -109,6 +108,7 @@ def layers(rows: Sequence[Row]) -> Figure | None:
         return None
     experts.sort()
     kinds = sorted({_place(layer["path"])[1] for row in shown for layer in row.mode["layers"]}, key=_order)
+    groups = sorted({_order(kind)[0] for kind in kinds})
     figure = _figure(12, 1.1 + 2.0 * len(shown))
     axes = figure.subplots(len(shown), len(experts), squeeze=False, sharex=True, sharey=True)
     for line, row in zip(axes, shown, strict=True):
@@ -128,8 +128,17 @@ def layers(rows: Sequence[Row]) -> Figure | None:
                         kinds.index(kind) / max(len(kinds) - 1, 1) - 0.5
                     )  # so that marks do not hide each other
                     x, y = np.array(sorted(found)).T
-                    axis.plot(x + aside, y, mark, color=COLORS[group], label=kind, markersize=5.5, alpha=0.85)
-            axis.set_title(f"{row.label} · {EXPERTS.get(expert, expert)}", fontsize=10)
+                    axis.plot(
+                        x + aside,
+                        y,
+                        mark,
+                        color=COLORS[groups.index(group) % len(COLORS)],
+                        label=kind,
+                        markersize=5.5,
+                        alpha=0.85,
+                    )
+            of = f" · {EXPERTS.get(expert, expert)}" if len(experts) > 1 else ""
+            axis.set_title(f"{row.label}{of}", fontsize=10)
             axis.grid(alpha=0.3, linewidth=0.5)
             axis.xaxis.get_major_locator().set_params(integer=True)
         line[0].set_ylabel("SQNR, dB ↑")
@@ -144,13 +153,19 @@ def layers(rows: Sequence[Row]) -> Figure | None:
 
 
 def _place(path: str) -> tuple[int, str]:
-    """(block, kind) of a linear: "blocks.3.attn1.to_q" is (3, "attn1.to_q"); one outside the blocks is in block -1."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", path)
-    return (int(found[1]), found[2]) if found else (-1, path)
+    """(block, kind) of a linear: "blocks.3.attn1.to_q" is (3, "attn1.to_q"); one outside the blocks is in block -1.
+
+    Lists of blocks other than a family's first number theirs anew, so the list is in the kind.
+    """
+    for spec in SPECS.values():
+        place = spec.place_of(path)
+        if place:
+            return place.index, place.inside if place.blocks == spec.blocks[0] else f"{place.blocks}.{place.inside}"
+    return -1, path
 
 
-def _order(kind: str) -> tuple[int, str]:
-    return next((i for i, (prefix, _) in enumerate(KINDS) if kind.startswith(prefix)), len(KINDS)), kind
+def _order(kind: str) -> tuple[str, str]:
+    return kind.partition(".")[0], kind
 
 
 def distribution(rows: Sequence[Row], metric: str, title: str) -> Figure | None:

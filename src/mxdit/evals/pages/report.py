@@ -226,9 +226,10 @@ def _method(results: Mapping[str, Any]) -> list[Text | Table | Picture]:
     guidance = settings["guidance"]
     if settings["guidance_2"] is not None and settings["guidance_2"] != guidance:
         guidance = f"{guidance:g} and {settings['guidance_2']:g} (high and low noise)"
+    boundary = "" if model["boundary_ratio"] is None else f", boundary ratio {model['boundary_ratio']}"
     missing = [DEFINITIONS[metric].title for metric in VIDEO_METRICS if metric not in results["metrics"]]
     facts = [
-        f"Model `{model['path']}` ({model['name']}), boundary ratio {model['boundary_ratio']}, guidance {guidance}, "
+        f"Model `{model['path']}` ({model['name']}){boundary}, guidance {guidance}, "
         f"{settings['fps']:g} frames a second; {results['seconds']:.0f} s in all.",
         f"Layer and model level: the first {_count(settings['probe_samples'], 'video')}; all else: all {settings['samples']}.",
         "Intervals resample whole prompts (of I2V with their images) with all their seeds, 2000 times. Differences between modes are taken video by "

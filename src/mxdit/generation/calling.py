@@ -1,0 +1,84 @@
+"""A request in the words of one pipeline class: arguments of its call, and what of it is other for that one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mxdit.errors import InputError
+from mxdit.generation.request import Request
+from mxdit.models import SPECS
+from mxdit.models.spec import PipelineSpec
+
+
+class Call(NamedTuple):
+    """How one request is run: `pipeline(**arguments)`, with these components and keys of its config in place of its own."""
+
+    arguments: dict[str, Any]
+    components: dict[str, Any]
+    config: dict[str, Any]
+
+
+def called_as(pipeline: Any) -> PipelineSpec:
+    """How a loaded pipeline is called. Raises InputError for a class that no spec names."""
+    name = type(pipeline).__name__
+    known = {name: called for spec in SPECS.values() for name, called in spec.pipelines.items()}
+    if name not in known:
+        raise InputError(
+            "mxdit cannot run this kind of pipeline", where="generate", got=name, expected=" or ".join(known)
+        )
+    return known[name]
+
+
+def call_of(pipeline: Any, request: Request, on_step: Callable[[Tensor], None]) -> Call:
+    """What runs `request` with a loaded pipeline, which stays as it is.
+
+    Args:
+        pipeline: of a class that a spec names.
+        request: its fields that the pipeline does not take are passed over, and so are those that are None.
+        on_step: is told the latents after each step. All pipelines ask their scheduler for a step, and not all of them
+            have a callback, so the scheduler of this call tells.
+
+    Raises InputError for a flow shift that the scheduler does not have.
+    """
+    arguments, changes = dict(request.arguments), {"scheduler": _shift_of(pipeline.scheduler, request.flow_shift)}
+    for name, place in called_as(pipeline).call.items():
+        component, dot, key = place.rpartition(".")
+        value = getattr(request, name)
+        if value is not None:
+            (changes.setdefault(component, {}) if dot else arguments)[key] = value
+    config = changes.pop("config", {})
+    components = {}
+    for name, keys in changes.items():
+        component = getattr(pipeline, name)
+        made = type(component) if name != "scheduler" else _telling(type(component), on_step)
+        components[name] = made.from_config(component.config, **keys)
+    return Call(arguments, components, config)
+
+
+def _shift_of(scheduler: Any, shift: float | None) -> dict[str, float]:
+    if shift is None:
+        return {}
+    key = next((key for key in ("flow_shift", "shift") if key in scheduler.config), None)
+    if key is None or scheduler.config.get("use_dynamic_shifting"):
+        raise InputError(
+            "this model's scheduler has no flow shift" if key is None else "this model's flow shift follows the size",
+            where="--flow-shift",
+            got=type(scheduler).__name__,
+            expected="UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler, without use_dynamic_shifting",
+        )
+    return {key: shift}
+
+
+def _telling(scheduler: type, tell: Callable[[Tensor], None]) -> Any:
+    """A scheduler class that does what `scheduler` does, and tells the latents of each step that it made."""
+
+    class Telling(scheduler):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().step(*args, **kwargs)
+            tell(made[0])
+            return made
+
+    return Telling

@@ -1,0 +1,269 @@
+"""What every `ModelSpec` must hold, against the model's own code, and what becomes of its weights.
+
+A new family is done when this file and test_families_run.py pass; docs/adapting-a-model.md has the order.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import defaultdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import mxdit
+import tiny
+from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
+from mxdit.checkpoint.files import open_tensors
+from mxdit.errors import InputError
+from mxdit.generation.request import Request
+from mxdit.models import COMPONENTS, SPECS, ModelSpec, register_family, spec_of
+from mxdit.models.skeleton import skeleton_of
+from mxdit.numerics.formats import FORMATS
+from tiny_families import TINY, families, pipelines, tiny_of
+
+methods = pytest.mark.parametrize("method", FORMATS)
+
+
+def forward(spec: ModelSpec, model: Any) -> torch.Tensor:
+    """One call of a transformer on the family's seeded inputs."""
+    with torch.no_grad():
+        return model(**tiny_of(spec).inputs(model), return_dict=False)[0]
+
+
+def linears_inside(spec: ModelSpec, model: nn.Module) -> dict[str, str]:
+    """Path of each linear of the blocks -> its path inside its block."""
+    found = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {path: place.inside for path in found if (place := spec.place_of(path))}
+
+
+# -- the spec against the model's own code -----------------------------------------------------------------------------
+
+
+@families
+def test_the_spec_says_all_that_is_needed(spec):
+    assert getattr(diffusers, spec.transformer, None), f"diffusers has no {spec.transformer}"
+    assert spec.blocks, "name the ModuleLists of the transformer's blocks in `blocks`"
+    assert spec.pipelines, "name the pipeline classes that run the model in `pipelines`"
+    assert spec.geometry, "say in `geometry` what sizes the model takes"
+    config = dict(tiny_of(spec).transformer().config)
+    assert set(spec.needed) <= set(config), "`needed` names keys that the transformer's config does not have"
+    for made in spec.pipelines.values():
+        fitting = [preset for preset in spec.presets if preset.task == made.task]
+        assert fitting, f"give a preset for {made.task}"
+        assert fitting[-1].fits({}, 7), f"the last preset for {made.task} must fit any model of the family"
+        assert len(fitting) == len({preset.name for preset in fitting}), "two presets for one task have one name"
+
+
+@families
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "more"])
+def test_every_linear_of_a_block_is_decided(spec, more):
+    own = tiny_of(spec)
+    with torch.device("meta"):
+        model = own.transformer(**(own.more if more else {}))
+    inside = linears_inside(spec, model)
+    decided = mxdit.plan(model, "mxfp4")
+    for path, decision in decided.items():
+        kept = any(fnmatchcase(inside.get(path, ""), pattern) for pattern in spec.keep)
+        assert bool(decision.scheme) is (path in inside and not kept), path
+    for blocks in spec.blocks:
+        assert any(path.startswith(f"{blocks}.") and decided[path].scheme for path in inside), (
+            f"no linear of {blocks} is quantized: leave it out of `blocks`"
+        )
+
+
+@families
+def test_every_name_in_the_spec_is_one_of_the_models(spec):
+    own = tiny_of(spec)
+    models = [own.transformer(), own.transformer(**own.more)]
+    inside = {name for model in models for name in linears_inside(spec, model).values()}
+    paths = {path for model in models for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for pattern in spec.keep:
+        assert any(fnmatchcase(name, pattern) for name in inside), f"`keep` {pattern!r} matches no linear of a block"
+    for name in (name for group in spec.groups for name in group):
+        assert name in inside, f"`groups` names {name!r}, which no block has (or give Tiny.more a config that has it)"
+    for runtime, names in spec.runtimes.items():
+        for name in names:
+            assert name in inside | paths, f"`runtimes` of {runtime} name {name!r}, which the model does not have"
+
+
+@families
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "more"])
+def test_groups_are_the_linears_that_share_an_input_and_one_row_a_sample_stays(spec, more):
+    """The model's own forward tells: which linears of a block are given the same tensor, and which see one row."""
+    own = tiny_of(spec)
+    model = own.transformer(**(own.more if more else {}))
+    inside, inputs, hooks = linears_inside(spec, model), {}, []
+    for path in inside:
+        hook = model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: inputs.__setitem__(path, args[0])
+        )
+        hooks.append(hook)
+    forward(spec, model)
+    assert inputs.keys() == inside.keys(), f"a forward never calls {inside.keys() - inputs.keys()}"
+    together = defaultdict(set)
+    for path, tensor in inputs.items():
+        place = spec.place_of(path)
+        assert place is not None
+        kept = any(fnmatchcase(place.inside, pattern) for pattern in spec.keep)
+        rows = tensor.numel() // tensor.shape[-1]
+        assert kept is (rows == 1), f"{path} sees {rows} rows: name it in `keep` if it sees one a sample, and only then"
+        together[place.blocks, place.index, id(tensor)].add(place.inside)
+    groups = [set(group) for group in spec.groups]
+    for (blocks, index, _), names in together.items():
+        present = {name for path, name in inside.items() if path.startswith(f"{blocks}.{index}.")}
+        if len(names) > 1:
+            assert names in [group & present for group in groups], f"{sorted(names)} of {blocks}.{index} share an input"
+    for path, name in inside.items():
+        place = spec.place_of(path)
+        assert place is not None
+        shared = next(names for key, names in together.items() if key[:2] == place[:2] and name in names)
+        for group in groups:
+            if name in group:
+                missing = {other for other in group - shared if f"{path[: -len(name)]}{other}" in inside}
+                assert not missing, f"`groups`: {name} and {sorted(missing)} do not share an input in {place.blocks}"
+
+
+@families
+def test_the_first_blocks_are_counted_in_running_order(spec):
+    with torch.device("meta"):
+        model = tiny_of(spec).transformer()
+    lists = [len(model.get_submodule(blocks)) for blocks in spec.blocks]
+    first = lists[0] + 1 if len(lists) > 1 else 1
+    decided = mxdit.plan(model, {"quant_method": "mxfp4", "num_bf16_fallback_layers": first})
+    kept = {path.rpartition(f".{place.inside}")[0] for path in decided if (place := spec.place_of(path))}
+    kept -= {
+        path.rpartition(f".{place.inside}")[0]
+        for path, decision in decided.items()
+        if (place := spec.place_of(path)) and decision.scheme
+    }
+    order = [f"{blocks}.{i}" for blocks, n in zip(spec.blocks, lists, strict=True) for i in range(n)]
+    assert kept == set(order[:first])
+
+
+@pipelines
+def test_the_pipeline_takes_what_the_spec_hands_it(spec, name):
+    pipeline = getattr(diffusers, name, None)
+    assert pipeline is not None, f"diffusers has no {name}"
+    called, fields = spec.pipelines[name], set(Request.__dataclass_fields__)
+    arguments = set(inspect.signature(pipeline.__call__).parameters)
+    components = set(inspect.signature(pipeline.__init__).parameters)
+    assert components & set(spec.components), f"{name} has no component named {' or '.join(spec.components)}"
+    assert {"generator", "output_type"} <= arguments and set(called.float32) <= components
+    for field, place in called.call.items():
+        component, _, argument = place.rpartition(".")
+        assert field in fields, f"a Request has no field {field!r}"
+        if component == "config":
+            assert argument in components, f"{name} has no setting {argument!r}"
+        elif component:
+            assert component in components, f"{name} has no component {component!r}"
+        else:
+            assert argument in arguments, f"{name}'s call takes no {argument!r}"
+    for preset in spec.presets:
+        if preset.task == called.task:
+            assert set(preset.arguments) <= arguments - set(called.call.values())
+
+
+# -- quantize, save, reload, convert, inspect ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A float transformer's directory of every family."""
+    root = tmp_path_factory.mktemp("transformers")
+    for name, own in TINY.items():
+        own.transformer().bfloat16().save_pretrained(root / name)
+    return {name: root / name for name in TINY}
+
+
+def loaded(spec: ModelSpec, directory: Path, config: Any = None) -> Any:
+    transformer = getattr(diffusers, spec.transformer)
+    return transformer.from_pretrained(directory, torch_dtype=torch.bfloat16, quantization_config=config)
+
+
+@families
+@methods
+def test_quantize_save_reload(transformers, tmp_path, spec, method):
+    model, floats = (loaded(spec, transformers[spec.transformer]) for _ in range(2))
+    report = mxdit.quantize_(model, method)
+    assert report.quantized and {layer.method for layer in report.quantized} == {method}
+    exact, output = forward(spec, floats).float(), forward(spec, model)
+    assert 0 < (output.float() - exact).norm() / exact.norm() < 0.5
+    model.save_pretrained(tmp_path)
+    again = loaded(spec, tmp_path)
+    assert tiny.same(again, model) and torch.equal(forward(spec, again), output)
+
+
+def contents(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.read() for name, tensor in open_tensors(directory).items()}
+
+
+@families
+@methods
+def test_offline_as_online_then_every_layout_and_back(transformers, tmp_path, spec, method):
+    source = transformers[spec.transformer]
+    loaded(spec, source, mxdit.MXConfig(method)).save_pretrained(tmp_path / "online")
+    quantize_checkpoint(source, tmp_path / "packed", method).write()
+    online, packed = contents(tmp_path / "online"), contents(tmp_path / "packed")
+    assert online.keys() == packed.keys()
+    for name, tensor in packed.items():
+        assert torch.equal(tensor, online[name].to(tensor.dtype)), (
+            name
+        )  # what diffusers keeps in FP32 was BF16 in the file
+    assert inspect_checkpoint(source).clean
+    inspection = inspect_checkpoint(tmp_path / "packed")
+    assert inspection.clean and inspection.experts[0].loaders["diffusers + mxdit"] is None
+    assert set(inspection.experts[0].kept) == {
+        path for path, name in linears_inside(spec, tiny_of(spec).transformer()).items()
+        if any(fnmatchcase(name, pattern) for pattern in spec.keep)
+    }  # fmt: skip
+
+    for to in ("packed", "vllm-omni", "sglang"):
+        if to != "packed" and to not in spec.runtimes:
+            with pytest.raises(InputError, match=f"layers of {spec.transformer}; expected .*packed layout"):
+                convert_checkpoint(tmp_path / "packed", tmp_path / to, to)
+            runtime = {"vllm-omni": "vLLM-Omni 0.30", "sglang": "SGLang 0.5.23"}[to]
+            assert spec.transformer in str(inspection.experts[0].loaders[runtime])
+            continue
+        convert_checkpoint(tmp_path / "packed", tmp_path / f"to {to}", to, allow_loss=True).write()
+        assert inspect_checkpoint(tmp_path / f"to {to}").clean
+        convert_checkpoint(tmp_path / f"to {to}", tmp_path / f"from {to}", "packed", allow_loss=True).write()
+        back = contents(tmp_path / f"from {to}")
+        assert back.keys() == packed.keys() and all(torch.equal(back[name], packed[name]) for name in packed)
+
+
+@families
+def test_a_config_makes_the_skeleton(transformers, spec):
+    where = transformers[spec.transformer]
+    skeleton = skeleton_of(json.loads((where / "config.json").read_text()), str(where))
+    assert type(skeleton).__name__ == spec.transformer and spec_of(skeleton) is spec
+    assert skeleton.state_dict().keys() == contents(where).keys()
+
+
+@pytest.fixture
+def registry():
+    specs, components = dict(SPECS), list(COMPONENTS)
+    yield
+    SPECS.clear()
+    SPECS.update(specs)
+    COMPONENTS[:] = components
+
+
+def test_a_family_can_be_registered_at_run_time(registry):
+    class TinyTransformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"up": nn.Linear(64, 64), "gate": nn.Linear(64, 64)}) for _ in "ab"
+            )
+
+    register_family(ModelSpec("TinyTransformer", blocks=("layers",), keep=("gate",), components=("backbone",)))
+    assert COMPONENTS[-1] == "backbone"
+    report = mxdit.quantize_(TinyTransformer(), "mxfp4")
+    assert [layer.path for layer in report.quantized] == ["layers.0.up", "layers.1.up"]
