@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,33 @@ def test_imports_go_down_only(path):
     name = name_of(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     own = room(name)
-    assert own in FLOOR, f"{path.name}: room {own!r} has no floor; give it one here and in docs/design.md"
+    assert own in FLOOR, f"{path.name}: room {own!r} has no floor; give it one here and in docs/architecture.md"
     for other in imports(ast.parse(path.read_text()), package):
         if other == "mxdit":
             raise AssertionError(f"{name} imports mxdit itself: import the module that defines the name")
         if other.startswith("mxdit.") and room(other) != own:
             lower = FLOOR.get(room(other), len(FLOORS)) < FLOOR[own]
             assert lower, f"{name} imports {other}, which is not on a floor below"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Inside a room, too: what two modules need of each other is one thing, or belongs in a third."""
+    trees = {name_of(path): ast.parse(path.read_text()) for path in FILES}
+    graph = {}
+    for name, tree in trees.items():
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mxdit."):
+                # `from package import module` imports the module.
+                whole = {f"{node.module}.{alias.name}" for alias in node.names} & trees.keys()
+                found |= whole or {node.module}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        graph[name] = (found & trees.keys()) - {name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(f"modules import each other: {' -> '.join(error.args[1])}") from None
 
 
 def test_the_floor_test_sees_through_functions_and_relative_imports():
