@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mxdit.generation.run import generate
 
 import mxdit
 from mxdit.generation import directory, loading, media
 from mxdit.generation.request import make_request
-from mxdit.generation.run import generate
 
 STOCK = """
 import sys

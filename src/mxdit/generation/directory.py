@@ -20,6 +20,8 @@ from mxdit.models.skeleton import skeleton_of
 from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
 from mxdit.quantize.plan import plan
 
+KINDS = {"t2v": "a text-to-video", "i2v": "an image-to-video", "t2i": "a text-to-image"}
+
 
 def tasks() -> tuple[str, ...]:
     """Everything that a model of some family can be asked to make: "t2v", "i2v", "t2i"."""
@@ -68,6 +70,17 @@ class ModelDirectory:
         """How the pipeline that does `task` is called."""
         return self.spec.pipelines[self.pipelines[task]]
 
+    def check_task(self, task: str) -> None:
+        """Raise InputError for a task that this model does not do."""
+        if task not in self.tasks:
+            raise InputError(
+                f"this is {' and '.join(KINDS.get(own, own) for own in self.tasks)} model",
+                where=str(self.path),
+                got=task,
+                expected=" or ".join(self.tasks),
+                hint="Leave the image out, or name a model that takes one." if task == "i2v" else None,
+            )
+
     def takes(self, task: str, name: str) -> bool:
         """Whether a request for `task` may set this field of it."""
         return self.called(task).takes(name, self.settings)
@@ -80,7 +93,7 @@ def bundled(task: str) -> Path:
         raise InputError(
             "the bundled model is not installed",
             where="mxdit_models",
-            hint="Install it with `pip install ./models` from a checkout of mxdit, or name a model with --model.",
+            hint="Install it with `pip install ./models` from a checkout of mxdit, or name the directory of a model.",
         )
     return Path(next(iter(spec.submodule_search_locations))) / task
 
