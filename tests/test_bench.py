@@ -327,8 +327,9 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, args, s
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(monkeypatch):
-    from mxdit.cli import bench, console
+    from mxdit.cli import console
+    from mxdit.cli.bench import options
 
     monkeypatch.setattr(console, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"matplotlib.*mxdit\[eval\]"):
-        bench._check_outputs(None, Path("a.png"))
+        options.check_outputs(None, Path("a.png"))

@@ -40,7 +40,7 @@ CLIP, FIGURES, LATENTS, CALLS = "clip.npy", "figures.json", "latents.pt", "calls
 
 
 class Run:
-    """The machine that carries out an evaluation.
+    """The machine that carries out an evaluation, with one pipeline in memory.
 
     Args:
         settings: what is compared.
@@ -56,8 +56,8 @@ class Run:
         self._reference: list[Path] = []  # BF16's clips, and what its layers saw
         self._captured: list[Path] = []
 
-    def run(self) -> dict[str, Any]:
-        """All results, JSON-serializable, in the schema of `results`."""
+    def results(self) -> dict[str, Any]:
+        """Everything computed, or taken from the cache, JSON-serializable, in the schema of `results`."""
         started, done, owners = time.perf_counter(), [], {}
         for mode in self.settings.modes:
             found = self._measure(mode, owners)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mxdit.errors import InputError
 from mxdit.evals.metrics.judge import Judge
 from mxdit.evals.metrics.networks import FVD_FRAMES
-from mxdit.evals.modes import Mode
-from mxdit.evals.samples import Video
+from mxdit.evals.modes import QUICK, Mode, choose
+from mxdit.evals.samples import Video, choose_videos
 from mxdit.generation.directory import ModelDirectory, open_model
 from mxdit.generation.loading import quantization
 from mxdit.models.skeleton import skeleton_of
 from mxdit.quantize.plan import plan
+
+SMALL = 1 << 30  # bytes of the transformers' files, below which more videos are looked into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,64 @@ class Settings:
     weights: Path | None = None
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
-    probes: int = 4
+    probes: int = 6
     rows: int = 256
+
+    @classmethod
+    def choose(
+        cls,
+        model: ModelDirectory,
+        *,
+        task: str | None = None,
+        modes: Sequence[str] | None = None,
+        custom: Sequence[str] = (),
+        prompts: Path | None = None,
+        count: int | None = None,
+        seeds: int | None = None,
+        quick: bool = False,
+        probes: int | None = None,
+        request: Mapping[str, Any],
+        **settings: Any,
+    ) -> Settings:
+        """Fill in what is not given.
+
+        Args:
+            model, task: as in `Settings`; the task is by default what the model makes.
+            modes, custom: for `modes.choose`.
+            prompts, count, seeds: for `samples.choose_videos`; by default 32 prompts or all of `prompts`, and 2 seeds.
+            quick: by default fewer of all: 4 prompts, one seed, `modes.QUICK`.
+            probes: by default 6, and 1 of a model of more than `SMALL` bytes.
+            request: more fields of every request.
+            settings: the other fields of `Settings`.
+
+        Raises what `Settings` and those raise.
+        """
+        task = model.tasks[0] if task is None else task
+        model.check_task(task)
+        chosen = choose(QUICK if quick and modes is None else modes, custom)
+        few = quick and count is None and prompts is None
+        videos, judge = choose_videos(
+            model,
+            task,
+            prompts=prompts,
+            count=4 if few else count,
+            seeds=(1 if quick else 2) if seeds is None else seeds,
+            options=request,
+        )
+        if probes is not None and probes < 1:
+            raise InputError("there must be at least one", field="probes", got=probes)
+        files = [file for name in model.components for file in (model.path / name).glob("*.safetensors")]
+        small = sum(file.stat().st_size for file in files) < SMALL
+        return cls(
+            model=model,
+            task=task,
+            modes=chosen,
+            videos=videos,
+            judge=judge,
+            probes=(6 if small else 1) if probes is None else probes,
+            rows=256 if small else 64,
+            **settings,
+        )
 
     def __post_init__(self) -> None:
         if self.model.stored:

@@ -139,7 +139,13 @@ def open_model(path: Path) -> ModelDirectory:
                 hint="Download or convert the model again.",
             )
     settings = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
-    geometry = spec.geometry(components[present[0]], read_json(path / "vae" / "config.json"))
+    vae = read_json(path / "vae" / "config.json")
+    try:
+        geometry = spec.geometry(components[present[0]], vae)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(
+            "no sizes can be told from the configs of the transformer and the VAE", where=str(path), got=str(error)
+        ) from None
     pipelines = {spec.pipelines[own].task: own}
     if spec.shared and settings.get(spec.shared):
         for name, made in spec.pipelines.items():
@@ -160,6 +166,27 @@ def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
             "quant_method": stored and str(stored.quant_method),
             "schemes": dict(Counter(scheme for scheme in schemes if scheme)),
             "kept": schemes.count(None),
-            "bytes": sum(file.stat().st_size for file in (model.path / name).glob("*.safetensors")),
+            "bytes": sum(file.stat().st_size for file in _weights_in(model.path / name)),
         }
     return described
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """The files of one transformer's weights. Raises CheckpointError where one that its index names is missing."""
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        named = read_json(index).get("weight_map")
+        missing = (
+            sorted({str(name) for name in named.values()} - {file.name for file in files})
+            if isinstance(named, dict)
+            else []
+        )
+        if missing:
+            raise CheckpointError(
+                "a file of weights is missing",
+                where=str(folder),
+                got=f"no {', '.join(missing)}",
+                expected=f"all files that {index.name} names",
+                hint="Download or convert the model again.",
+            )
+    return files

@@ -190,7 +190,7 @@ class Session:
             _check_stop(stop)
 
         call = call_of(pipeline, called, request, step_done)
-        view = copy.copy(pipeline)  # shares the modules; what is registered below is the view's alone
+        view: Any = copy.copy(pipeline)  # shares the modules; what is registered below is the view's alone
         view.set_progress_bar_config(disable=True)
         view.register_modules(**call.components)
         view.register_to_config(**call.config)
@@ -198,7 +198,7 @@ class Session:
         started = time.perf_counter()
         with Sampler(self.device, LOOK) as memory:
             try:
-                made: Any = view(**call.arguments, generator=generator, output_type="np")
+                made = view(**call.arguments, generator=generator, output_type="np")
             finally:
                 view.maybe_free_model_hooks()  # a call that ends early leaves caches and offloaded modules as they are
         finished = time.perf_counter()

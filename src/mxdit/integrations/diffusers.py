@@ -250,7 +250,7 @@ def pipeline_config(method: str, **overrides: Any) -> Any:
                 "neither a key of the config nor a component", where="pipeline_config", got=repr(key), hint=hint
             )
     found = configs_of(COMPONENTS, method, shared, own)
-    mapping = {name: config for name, config in found.items() if config is not None}
+    mapping: dict[str, Any] = {name: config for name, config in found.items() if config is not None}
     if not mapping:
         raise ConfigError(
             "every component is left as it is", where="pipeline_config", hint="Load without quantization_config."
