@@ -23,9 +23,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from mxdit.bench.processes import Sampler, status
 from mxdit.bench.shapes import A14B, Wan
 from mxdit.bench.standins import make_checkpoint
+from mxdit.generation.memory import Sampler, status
 
 MIB = 2**20
 

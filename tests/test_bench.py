@@ -23,13 +23,14 @@ from mxdit.bench import gemm, memory, pipeline, timing, totals
 from mxdit.bench.ceilings import Ceilings
 from mxdit.bench.modes import MODES, variants
 from mxdit.bench.plot import gemm as draw
-from mxdit.bench.processes import TIDY, Sampler, alone, status
+from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.products import Product, products
 from mxdit.bench.shapes import A14B, MINI, PUBLISHED, SEED, TI2V_5B
 from mxdit.bench.standins import block_inputs, make_checkpoint, quantized, random_block, skeleton
 from mxdit.bench.timing import Times, alternate
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import BackendError, InputError
+from mxdit.generation.memory import Sampler, status
 
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parent.parent / "docs"
@@ -326,8 +327,9 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, args, s
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(monkeypatch):
-    from mxdit.cli import bench, console
+    from mxdit.cli import console
+    from mxdit.cli.bench import options
 
     monkeypatch.setattr(console, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"matplotlib.*mxdit\[eval\]"):
-        bench._check_outputs(None, Path("a.png"))
+        options.check_outputs(None, Path("a.png"))

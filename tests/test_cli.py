@@ -15,7 +15,6 @@ from PIL import Image
 import mxdit
 import tiny
 from command import mxdit_command
-from mxdit.generation import directory, loading
 
 SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4"]
 
@@ -50,8 +49,8 @@ def test_generate_in_every_mode(monkeypatch, capsys, tmp_path, models, image, ta
     output = tmp_path / "clip.mp4"
     extra = ["--image", image] if task == "i2v" else []
     code, out, _ = mxdit_command(
-        monkeypatch, capsys, "generate", "-m", models[task], "--prompt", "a red seven", *SMALL, *extra,
-        "--quantization", method, "--fps", 12, "-o", output, "--json",
+        monkeypatch, capsys, "generate", models[task], "--prompt", "a red seven", *SMALL, *extra,
+        "--method", method, "--fps", 12, "-o", output, "--json",
     )  # fmt: skip
     assert code == 0
     figures = json.loads(out)
@@ -69,8 +68,8 @@ def test_generate_in_every_mode(monkeypatch, capsys, tmp_path, models, image, ta
 def test_what_each_expert_runs_is_said(monkeypatch, capsys, tmp_path, models):
     config = {"transformer_2": {"ignored_layers": ["blocks.0.*"]}}
     code, out, err = mxdit_command(
-        monkeypatch, capsys, "generate", "-m", models["t2v"], "--prompt", "x", *SMALL, "-o", tmp_path / "a.mp4",
-        "--quantization", "mxfp4", "--activation", "mxfp8", "--quantization-config", json.dumps(config),
+        monkeypatch, capsys, "generate", models["t2v"], "--prompt", "x", *SMALL, "-o", tmp_path / "a.mp4",
+        "--method", "mxfp4", "--activation", "mxfp8", "--config", json.dumps(config),
     )  # fmt: skip
     assert code == 0
     assert "transformer: 20 linears mxfp4 w4a8" in err
@@ -79,28 +78,28 @@ def test_what_each_expert_runs_is_said(monkeypatch, capsys, tmp_path, models):
 
 
 def test_a_quantized_directory_runs_as_it_is_stored_and_says_so(monkeypatch, capsys, tmp_path, models):
-    model = directory.open_model(models["t2v"])
-    loading.load(model, "t2v", mxdit.pipeline_config("mxfp4", transformer_2=None)).save_pretrained(tmp_path / "packed")
+    session = mxdit.Session.open(models["t2v"], method="mxfp4", components={"transformer_2": None})
+    session.load().save_pretrained(tmp_path / "packed")
     args = ["--prompt", "x", *SMALL]
     first, second = tmp_path / "online.mp4", tmp_path / "offline.mp4"
     config = json.dumps({"transformer_2": None})
     code, _, _ = mxdit_command(
-        monkeypatch, capsys, "generate", "-m", models["t2v"], *args, "-o", first, "--quantization", "mxfp4",
-        "--quantization-config", config,
+        monkeypatch, capsys, "generate", models["t2v"], *args, "-o", first, "--method", "mxfp4",
+        "--config", config,
     )  # fmt: skip
     assert code == 0
-    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args, "-o", second)
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", tmp_path / "packed", *args, "-o", second)
     assert code == 0 and "transformer: 20 linears mxfp4 w4a4" in err and "transformer_2: 26 linears unquantized" in err
     assert np.array_equal(read_mp4(first)[0], read_mp4(second)[0])
 
     # The run-time choice goes on top of what is stored; another method, or none, cannot.
     code, _, err = mxdit_command(
-        monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args, "-o", second, "--activation", "bf16"
+        monkeypatch, capsys, "generate", tmp_path / "packed", *args, "-o", second, "--activation", "bf16"
     )
     assert code == 0 and "transformer: 20 linears mxfp4 w4a16" in err
     for method in ("mxfp8", "none"):
         code, _, err = mxdit_command(
-            monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args, "-o", second, "--quantization", method
+            monkeypatch, capsys, "generate", tmp_path / "packed", *args, "-o", second, "--method", method
         )
         assert code == 2 and err.count("error:") == 1 and "mxfp4" in err
 
@@ -119,17 +118,17 @@ BAD = {
     "more than the position table": (["--size", "1024x16"], "position table"),
     "no steps": (["--steps", "0"], "at least one step"),
     "an empty prompt": (["--prompt", " "], "the prompt is empty"),
-    "an unknown method": (["--quantization", "mxpf4"], "mxfp4_dualscale"),
+    "an unknown method": (["--method", "mxpf4"], "mxfp4_dualscale"),
     "an unknown dtype": (["--dtype", "bf61"], "bf16"),
     "a device that is not here": (["--device", "npu"], "--device"),
-    "options without a method": (["--activation", "bf16"], "--quantization"),
+    "options without a method": (["--activation", "bf16"], "error: --method "),
     "an unknown config key": (
-        ["--quantization", "mxfp4", "--quantization-config", '{"ignored_layer": []}'],
+        ["--method", "mxfp4", "--config", '{"ignored_layer": []}'],
         "ignored_layers",
     ),
-    "a config that is no JSON": (["--quantization-config", "{"], "not JSON"),
-    "a config file that is not there": (["--quantization-config", "none.json"], "none.json"),
-    "a layer that is not there": (["--quantization", "mxfp4", "--ignored-layers", "blocks.7.*"], "matches nothing"),
+    "a config that is no JSON": (["--config", "{"], "not JSON"),
+    "a config file that is not there": (["--config", "none.json"], "none.json"),
+    "a layer that is not there": (["--method", "mxfp4", "--ignored-layers", "blocks.7.*"], "matches nothing"),
     "an image that is none": (["--image", __file__], "not a readable image"),
     "an image that is not there": (["--image", "none.png"], "no such file"),
     "a boundary out of range": (["--boundary-ratio", "2"], "0 to 1"),
@@ -139,30 +138,27 @@ BAD = {
     "a seed out of range": (["--seed", str(10**20)], "--seed"),
     "guidance that is no number": (["--guidance-scale", "nan"], "finite"),
     "a shift that is no number": (["--flow-shift", "nan"], "positive"),
-    "a binary config file": (["--quantization-config", sys.executable], "neither JSON nor"),
+    "a binary config file": (["--config", sys.executable], "neither JSON nor"),
     "two methods": (
-        ["--quantization", "mxfp4", "--quantization-config", '{"quant_method": "mxfp8"}'],
+        ["--method", "mxfp4", "--config", '{"quant_method": "mxfp8"}'],
         "two methods at once; got 'mxfp8'; expected 'mxfp4'",
     ),
     "every expert left out": (
-        ["--quantization", "mxfp4", "--quantization-config", '{"transformer": null, "transformer_2": null}'],
-        "every expert is left unquantized",
+        ["--method", "mxfp4", "--config", '{"transformer": null, "transformer_2": null}'],
+        "every component is left unquantized",
     ),
-    "a path with brackets": (["-m", "/none/[/x]"], "/none/[/x]: no such directory"),
-    "a glob with brackets": (["--quantization", "mxfp4", "--ignored-layers", "*.to_[xy]"], "'*.to_[xy]'"),
-    "an impossible path": (["-m", "x" * 5000], "no such directory"),
+    "a glob with brackets": (["--method", "mxfp4", "--ignored-layers", "*.to_[xy]"], "'*.to_[xy]'"),
     "an impossible file name": (["-o", "x" * 250 + ".mp4"], "cannot be written"),
     "an output on a file system that takes none": (["-o", "/proc/clip.mp4"], "cannot be written"),
     "an output of another kind": (["-o", "clip.gif"], ".mp4"),
     "an output in no directory": (["-o", "none/clip.mp4"], "does not exist"),
-    "a model that is not there": (["-m", "none"], "no such directory"),
 }
 
 
 @pytest.mark.parametrize("args, said", BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, models, args, said):
     monkeypatch.chdir(tmp_path)
-    base = ["generate", "-m", models["t2v"], "--prompt", "x", *SMALL, "-o", "clip.mp4"]
+    base = ["generate", models["t2v"], "--prompt", "x", *SMALL, "-o", "clip.mp4"]
     code, out, err = mxdit_command(monkeypatch, capsys, *base, *args)
     assert code == 2 and out == ""
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -170,17 +166,44 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, models,
     assert not list(tmp_path.iterdir())  # nothing written
 
 
+@pytest.mark.parametrize("directory", ["/none/[/x]", "x" * 5000, "none"])
+def test_a_directory_that_is_not_there(monkeypatch, capsys, tmp_path, directory):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mxdit_command(monkeypatch, capsys, "generate", directory, "--prompt", "x")
+    assert code == 2 and out == "" and err.startswith(f"error: {directory}: no such directory")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (["--model", "DIR"], "DIR as an argument"),
+        (["-m", "DIR"], "DIR as an argument"),
+        (["-mDIR"], "DIR as an argument"),
+        (["--quantization", "mxfp4"], "--method"),
+        (["--quantization=mxfp4"], "--method"),
+        (["--quantization-config", "{}"], "--config"),
+    ],
+)
+def test_the_old_name_of_an_option_says_the_new_one(monkeypatch, capsys, tmp_path, old, new):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mxdit_command(monkeypatch, capsys, "generate", *old)
+    assert (
+        code == 2 and out == "" and err.rstrip().endswith(f"expected {new}") and err.startswith(f"error: {old[0][:2]}")
+    )
+
+
 def test_prompts_may_hold_brackets(monkeypatch, capsys, tmp_path, models):
     args = ["--prompt", "a red [/b] seven", *SMALL, "-o", tmp_path / "clip.mp4"]
-    code, out, _ = mxdit_command(monkeypatch, capsys, "generate", "-m", models["t2v"], *args)
+    code, out, _ = mxdit_command(monkeypatch, capsys, "generate", models["t2v"], *args)
     assert code == 0 and "a red [/b] seven" in out
 
 
 def test_experts_of_different_methods(monkeypatch, capsys, tmp_path, models):
-    config = mxdit.pipeline_config("mxfp4", transformer_2={"quant_method": "mxfp8", "ignored_layers": ["blocks.0.*"]})
-    loading.load(directory.open_model(models["t2v"]), "t2v", config).save_pretrained(tmp_path / "packed")
+    own = {"transformer_2": {"quant_method": "mxfp8", "ignored_layers": ["blocks.0.*"]}}
+    session = mxdit.Session.open(models["t2v"], method="mxfp4", components=own)
+    session.load().save_pretrained(tmp_path / "packed")
     args = ["--prompt", "x", *SMALL, "-o", tmp_path / "clip.mp4", "--activation", "mxfp8"]
-    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", tmp_path / "packed", *args)
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", tmp_path / "packed", *args)
     assert code == 0
     assert "transformer: 20 linears mxfp4 w4a8" in err and "transformer_2: 10 linears mxfp8 w8a8" in err
     code, out, _ = mxdit_command(monkeypatch, capsys, "info", tmp_path / "packed", "--json")
@@ -195,14 +218,14 @@ def test_experts_of_different_methods(monkeypatch, capsys, tmp_path, models):
 
 def test_task_and_model_must_agree(monkeypatch, capsys, tmp_path, models, image):
     base = ["--prompt", "x", *SMALL, "-o", tmp_path / "clip.mp4"]
-    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", models["t2v"], "--image", image, *base)
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", models["t2v"], "--image", image, *base)
     assert code == 2 and "text-to-video model" in err
-    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", models["i2v"], *base)
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", models["i2v"], *base)
     assert code == 2 and "needs a first frame" in err
 
 
 def test_a_model_without_defaults_needs_a_prompt(monkeypatch, capsys, tmp_path, models):
-    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", models["t2v"], "-o", tmp_path / "clip.mp4")
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", models["t2v"], "-o", tmp_path / "clip.mp4")
     assert code == 2 and "no prompt" in err
 
 
@@ -232,10 +255,33 @@ def test_damaged_weights(monkeypatch, capsys, tmp_path, models, method, damage):
         weights.write_bytes(weights.read_bytes()[:5000])
     else:
         weights.unlink()
-    args = ["--prompt", "x", *SMALL, "--quantization", method, "-o", tmp_path / "clip.mp4"]
-    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", tmp_path / "model", *args)
+    args = ["--prompt", "x", *SMALL, "--method", method, "-o", tmp_path / "clip.mp4"]
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", tmp_path / "model", *args)
     assert code == 2 and "transformer_2" in err and "damaged" in err and err.count("error:") == 1
     assert not (tmp_path / "clip.mp4").exists()
+
+
+def test_info_says_what_is_damaged_in_one_line(monkeypatch, capsys, tmp_path, models):
+    tiny.pipeline().save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    shards = sorted((tmp_path / "sharded" / "transformer").glob("*.safetensors"))
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", tmp_path / "sharded", "--json")
+    assert code == 0 and len(shards) > 2
+    total = sum(shard.stat().st_size for shard in shards)
+    assert json.loads(out)["model"]["experts"]["transformer"]["bytes"] == total
+    shards[1].unlink()
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "sharded")
+    assert code == 2 and err.count("error:") == 1 and f"got no {shards[1].name}" in err and "Traceback" not in err
+
+    for name, changes, said in (
+        ("class", {"_class_name": "NoTransformer3DModel"}, "does not know this kind of model"),
+        ("patch", {"patch_size": None}, "no sizes can be told"),
+        ("heads", {"num_attention_heads": 0}, "no model can be built"),
+    ):
+        shutil.copytree(models["t2v"], tmp_path / name)
+        config = tmp_path / name / "transformer" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / name)
+        assert code == 2 and err.count("error:") == 1 and said in err and "Traceback" not in err
 
 
 def test_info_lists_versions_and_backends(monkeypatch, capsys):

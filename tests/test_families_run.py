@@ -10,15 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-import mxdit
+from mxdit import Session
 from mxdit.checkpoint import inspect_checkpoint, quantize_checkpoint
 from mxdit.errors import InputError
-from mxdit.generation.directory import ModelDirectory, open_model
-from mxdit.generation.loading import load
+from mxdit.generation.directory import open_model
 from mxdit.generation.recording import Recorder, repeat
-from mxdit.generation.request import Request, make_request
-from mxdit.generation.run import Result, generate
-from mxdit.models import SPECS, ModelSpec
+from mxdit.generation.request import Request
+from mxdit.generation.session import Result
+from mxdit.models import SPECS
 from tiny_families import families, pipelines, tiny_of
 
 
@@ -33,21 +32,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def request(spec: ModelSpec, model: ModelDirectory, task: str, **options: Any) -> Request:
+def request(session: Session, **options: Any) -> Request:
     """Two steps, or four where there are two transformers to take turns."""
-    own = tiny_of(spec)
-    if task == "i2v":
+    own = tiny_of(session.model.spec)
+    if session.task == "i2v":
         options["image"] = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    if model.takes(task, "height"):
+    if session.model.takes(session.task, "height"):
         options["size"] = own.size
-    return make_request(
-        model, task, prompt="a red seven moves left", frames=own.frames, steps=2 * len(model.components), **options
-    )
+    steps = 2 * len(session.model.components)
+    return session.request(**{"prompt": "a red seven moves left", "frames": own.frames, "steps": steps, **options})
 
 
-def run(path: Path, task: str, wanted: Request, config: Any = None) -> Result:
-    told: list[int] = []
-    result = generate(load(open_model(path), task, config), wanted, lambda done, _: told.append(done))
+def run(session: Session) -> Result:
+    told, wanted = list[int](), request(session)
+    result = session.run(wanted, lambda done, _: told.append(done))
     assert told == list(range(1, wanted.steps + 1))
     assert result.frames.shape == (wanted.frames, wanted.height, wanted.width, 3) and result.frames.dtype == np.uint8
     return result
@@ -55,64 +53,63 @@ def run(path: Path, task: str, wanted: Request, config: Any = None) -> Result:
 
 @pipelines
 def test_the_pipeline_runs_quantized_online_and_offline_alike(saved, tmp_path, spec, name):
-    model, task = open_model(saved[name]), spec.pipelines[name].task
-    assert model.spec is spec and model.tasks[0] == task and model.pipelines[task] == name
-    wanted = request(spec, model, task)
-    exact = run(saved[name], task, wanted).frames.astype(int)
-    online = run(saved[name], task, wanted, mxdit.pipeline_config("mxfp8")).frames
-    assert 0 < np.abs(online - exact).mean() < 32, "quantization changes the pixels, a little"
+    session = Session.open(saved[name])
+    assert session.model.spec is spec and session.task == spec.pipelines[name].task
+    assert session.model.pipelines[session.task] == name
+    exact = run(session).frames.astype(int)
+    online = run(Session.open(saved[name], method="mxfp8"))
+    assert 0 < np.abs(online.frames - exact).mean() < 32, "quantization changes the pixels, a little"
     quantize_checkpoint(saved[name], tmp_path / "packed", "mxfp8").write()
     assert inspect_checkpoint(tmp_path / "packed").clean
-    assert open_model(tmp_path / "packed").stored.keys() == model.components.keys()
-    assert np.array_equal(run(tmp_path / "packed", task, wanted).frames, online)
+    packed = Session.open(tmp_path / "packed")
+    assert packed.model.stored.keys() == packed.model.components.keys()
+    assert np.array_equal(run(packed).frames, online.frames)
+    online.save(tmp_path / ("clip.png" if session.task == "t2i" else "clip.mp4"))
 
 
 @pipelines
 def test_guidance_changes_the_picture_and_the_pipeline_stays_as_it_was(saved, spec, name):
-    model, task = open_model(saved[name]), spec.pipelines[name].task
-    pipeline = load(model, task)
+    session = Session.open(saved[name])
+    pipeline = session.load()
     components, config = pipeline.components, dict(pipeline.config)
-    first = generate(pipeline, request(spec, model, task)).frames
-    assert not np.array_equal(first, generate(pipeline, request(spec, model, task, guidance=1.5)).frames)
-    assert np.array_equal(first, generate(pipeline, request(spec, model, task)).frames)
+    first = session.run(request(session)).frames
+    assert not np.array_equal(first, session.run(request(session, guidance=1.5)).frames)
+    assert np.array_equal(first, session.run(request(session)).frames)
     assert all(part is components[key] for key, part in pipeline.components.items()) and dict(pipeline.config) == config
 
 
 @pipelines
 def test_a_recorded_call_can_be_repeated(saved, spec, name):
-    model, task = open_model(saved[name]), spec.pipelines[name].task
-    pipeline, recorder = load(model, task), Recorder(keep_calls=True)
-    wanted = request(spec, model, task)
-    with recorder.listening(pipeline):
-        generate(pipeline, wanted, on_latents=recorder.on_latents)
+    session, recorder = Session.open(saved[name]), Recorder(keep_calls=True)
+    wanted = request(session)
+    with recorder.listening(session.load()):
+        session.run(wanted, on_latents=recorder.on_latents)
     assert [step["step"] for step in recorder.steps] == list(range(wanted.steps))
     for call in recorder.calls:
         assert call["velocity"].shape == recorder.latents[0].shape
-        assert torch.equal(repeat(getattr(pipeline, call["expert"]), call), call["velocity"])
+        assert torch.equal(repeat(getattr(session.load(), call["expert"]), call), call["velocity"])
 
 
 @pipelines
 def test_a_request_says_what_the_model_does_not_take(saved, spec, name):
-    model, task = open_model(saved[name]), spec.pipelines[name].task
+    session = Session.open(saved[name])
     options = {"negative_prompt": "x", "size": tiny_of(spec).size, "guidance_2": 2.0, "boundary_ratio": 0.5}
     for option, value in options.items():
-        field = "height" if option == "size" else option
-        if not model.takes(task, field):
-            called = {"guidance_2": "guidance scale 2"}.get(option, option.replace("_", " "))
-            with pytest.raises(InputError, match=f"takes no {called} for {task}"):
-                request(spec, model, task, **{option: value})
-    with pytest.raises(InputError, match="expected a request for"):
-        make_request(model, "i2i", prompt="x")
+        if not session.model.takes(session.task, "height" if option == "size" else option):
+            with pytest.raises(InputError, match=f"takes no .* for {session.task}") as caught:
+                request(session, **{option: value})
+            assert caught.value.field == option
+    with pytest.raises(InputError, match=f"got i2i; expected {session.task}"):
+        Session.open(saved[name], task="i2i")
 
 
 @families
 def test_presets_are_sizes_that_the_model_takes(saved, spec):
     for name, called in spec.pipelines.items():
-        model = open_model(saved[name])
-        multiple, temporal = model.geometry.multiple, model.geometry.temporal
+        geometry = open_model(saved[name]).geometry
         for preset in (preset for preset in spec.presets if preset.task == called.task):
-            assert not any(side % multiple for side in preset.size), preset.name
-            assert preset.frames == 1 if temporal is None else (preset.frames - 1) % temporal == 0, preset.name
+            assert not any(side % geometry.multiple for side in preset.size), preset.name
+            assert preset.frames == 1 if geometry.temporal is None else preset.frames % geometry.temporal == 1
 
 
 def test_the_preset_of_a_published_model_is_found_by_its_config():

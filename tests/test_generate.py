@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from mxdit.generation.run import generate
 from PIL import Image
 
 import tiny
@@ -17,7 +18,6 @@ from mxdit.errors import InputError, ModelError
 from mxdit.generation import media
 from mxdit.generation.directory import open_model
 from mxdit.generation.request import Request, make_request
-from mxdit.generation.run import generate
 from mxdit.models import SPECS
 
 

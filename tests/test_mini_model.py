@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import mxdit
-from mxdit.generation import directory, loading, media
-from mxdit.generation.request import make_request
-from mxdit.generation.run import generate
+from mxdit.generation import directory, media
+from mxdit.generation.session import Session
 from processes import output_of
 
 STOCK = """
@@ -70,11 +69,9 @@ def test_both_pipelines_have_the_same(component):
 
 def clip(task: str, method: str | None, source: Path | None = None) -> tuple[np.ndarray, object]:
     """A short T2V or I2V clip, and the pipeline that made it."""
-    model = directory.open_model(source or directory.bundled(task))
-    config = None if method is None else loading.quantization(model, method, {})
-    pipe = loading.load(model, task, config)
+    session = Session.open(source or directory.bundled(task), task=task, method=method)
     image = media.read_image(first_frame()) if task == "i2v" else None
-    return generate(pipe, make_request(model, task, image=image, frames=9, steps=6)).frames, pipe
+    return session.run(session.request(image=image, frames=9, steps=6)).frames, session.load()
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])

@@ -24,8 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from mxdit.generation import directory, loading, media
-from mxdit.generation.request import make_request
-from mxdit.generation.run import generate
+from mxdit.generation.session import Session
 
 METHODS = ("mxfp8", "mxfp4", "mxfp4_dualscale")
 MODES = ("bf16", *(f"{method} {how}" for method in METHODS for how in ("online", "offline")))
@@ -40,16 +39,14 @@ def work(task: str, mode: str, scratch: Path) -> None:
     loading.show_loading(False)
     saved = scratch / f"{task}-{method}"
     source = saved if how == "offline" else directory.bundled(task)
-    model = directory.open_model(source)
-    config = loading.quantization(model, method, {}) if how == "online" else None
+    session = Session.open(source, task=task, method=method if how == "online" else None)
     image = media.read_image(directory.bundled(task).parent / "first_frame.png") if task == "i2v" else None
     started = time.perf_counter()
-    pipeline = loading.load(model, task, config)
+    session.load()
     load_seconds = time.perf_counter() - started
-    result = generate(pipeline, make_request(model, task, image=image))
-    preset = model.preset(task)
+    result = session.run(session.request(image=image))
     np.save(scratch / f"{task}-{mode}.npy", result.frames)
-    reports = loading.experts_of(pipeline)
+    reports = session.reports()
     figures = {
         "experts": {name: loading.summary(report) for name, report in reports.items()},
         "bytes": sum(report.bytes_after for report in reports.values()),
@@ -58,12 +55,12 @@ def work(task: str, mode: str, scratch: Path) -> None:
         "load_seconds": load_seconds,
         "step_seconds": float(np.median(result.step_seconds)),
         "seconds": result.seconds,
-        "fps": preset.fps,
-        "prompt": preset.prompt,
+        "fps": result.request.fps,
+        "prompt": result.request.prompt,
     }
     (scratch / f"{task}-{mode}.json").write_text(json.dumps(figures))
     if how == "online":
-        pipeline.save_pretrained(saved)
+        session.load().save_pretrained(saved)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -101,7 +98,7 @@ def table(figures: dict[tuple[str, str], dict[str, Any]], clips: dict[tuple[str,
     head = ["mode"]
     for task in TASKS:
         head += [f"{task.upper()} PSNR dB", f"{task.upper()} SSIM"]
-    head += ["linears MiB", "experts' files MiB", "peak RSS MiB", "load s", "ms/step", "clip s"]
+    head += ["linears MiB", "experts' files MiB", "peak memory MiB", "load s", "ms/step", "clip s"]
     rows = [head, ["---"] * len(head)]
     for mode in MODES:
         row = [mode]
@@ -110,7 +107,8 @@ def table(figures: dict[tuple[str, str], dict[str, Any]], clips: dict[tuple[str,
             row += ["-", "-"] if mode == "bf16" else [f"{psnr(clip, reference):.2f}", f"{ssim(clip, reference):.4f}"]
         runs = [figures[task, mode] for task in TASKS]
         row += [f"{runs[0][key] / 2**20:.2f}" for key in ("bytes", "file_bytes")]
-        row.append(f"{max(run['peak_bytes'] for run in runs) / 2**20:.0f}")
+        peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"]]
+        row.append(f"{max(peaks) / 2**20:.0f}" if peaks else "-")
         load, step, whole = (
             sum(run[key] for run in runs) / len(runs) for key in ("load_seconds", "step_seconds", "seconds")
         )

@@ -1,10 +1,14 @@
 """mxdit: 4-bit microscaling floats for video diffusion transformers, the same numerics on every device."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mxdit import backends as backends  # register torch.ops.mxdit and its kernels; the aliases say that they are
 from mxdit import ops as ops  # meant to be here
 from mxdit.config import MXConfig
 from mxdit.errors import (
     BackendError,
+    Cancelled,
     CheckpointError,
     ConfigError,
     FormatError,
@@ -22,10 +26,29 @@ from mxdit.quantize.report import QuantReport, report_of
 from mxdit.version import __version__
 from mxdit.weights import quantize_weight
 
+if TYPE_CHECKING:
+    from mxdit.generation.request import Request
+    from mxdit.generation.session import Result, Session
+
 register_when_imported()
+
+# Imported when they are first asked for, so that `import mxdit` stays as fast for those who only quantize.
+_LATER = {
+    "Request": "mxdit.generation.request",
+    "Result": "mxdit.generation.session",
+    "Session": "mxdit.generation.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
+
 
 __all__ = [
     "BackendError",
+    "Cancelled",
     "CheckpointError",
     "ConfigError",
     "FormatError",
@@ -36,7 +59,10 @@ __all__ = [
     "ModelError",
     "Packed",
     "QuantReport",
+    "Request",
+    "Result",
     "Scales",
+    "Session",
     "__version__",
     "decode",
     "encode",

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mxdit.generation import directory, loading
-from mxdit.generation.request import make_request
-from mxdit.generation.run import generate
+from mxdit.generation import loading
+from mxdit.generation.session import Session
 from mxdit_models.digits import first_frames, heldout_specs
 from mxdit_models.judge import Judge
 
@@ -60,15 +59,12 @@ def main() -> None:
     stills = first_frames()[args.skip :][: args.prompts]
     results: dict[str, dict[str, float]] = {"judge": {"digit": judge.accuracy}}
     for task in [args.task] if args.task else list(TARGETS):
-        model = directory.open_model(args.models / task)
-        pipeline = loading.load(model, task)
+        session = Session.open(args.models / task)
         right = {"digit": 0, "color": 0, "direction": 0, "background": 0}
         psnrs, clips = [], []
         for i, spec in enumerate(specs):
             image = Image.fromarray(stills[i]) if task == "i2v" else None
-            request = make_request(
-                model,
-                task,
+            request = session.request(
                 prompt=spec.caption,
                 image=image,
                 seed=args.skip + i,
@@ -76,7 +72,7 @@ def main() -> None:
                 guidance=args.guidance,
                 guidance_2=args.guidance_2,
             )
-            frames = generate(pipeline, request).frames
+            frames = session.run(request).frames
             clips.append(frames)
             reading = judge.read(torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1)
             wrong = [key for key in right if getattr(reading, key) != getattr(spec, key)]

@@ -14,8 +14,8 @@ from mxdit.bench.memory import weight_files
 from mxdit.bench.modes import Variant, variants
 from mxdit.bench.processes import alone
 from mxdit.bench.timing import Times
-from mxdit.generation.directory import ModelDirectory, open_model
-from mxdit.generation.loading import load, show_loading
+from mxdit.generation.directory import ModelDirectory
+from mxdit.generation.loading import show_loading
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ def run(
 
 def _loads(variant: Variant, task: str, rounds: int, device: str) -> list[float]:
     seconds = []
-    model = open_model(variant.path)
     for _ in range(rounds + 1):
         started = time.perf_counter()
         show_loading(False)
-        pipeline = load(model, task, variant.config(model), device=device)
+        session = variant.session(task, device)
+        session.load()
         if device != "cpu":
             torch.get_device_module(device).synchronize(device)
         seconds.append(time.perf_counter() - started)
-        del pipeline
+        del session
         gc.collect()
     return seconds

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 
 from mxdit.bench.modes import Variant, variants
-from mxdit.bench.processes import TIDY, Sampler, alone, status
+from mxdit.bench.processes import TIDY, alone
 from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
-from mxdit.generation.directory import ModelDirectory, bundled, open_model
-from mxdit.generation.loading import load, show_loading
+from mxdit.generation.directory import ModelDirectory, bundled
+from mxdit.generation.loading import show_loading
+from mxdit.generation.memory import Sampler, status
 from mxdit.generation.request import Request
-from mxdit.generation.run import generate
+from mxdit.generation.session import Session
 from mxdit.models import COMPONENTS, spec_of
+from mxdit.models.skeleton import skeleton_of
 
 # -- a transformer -------------------------------------------------------------------------------------------------------
 
@@ -56,16 +58,15 @@ class ExpertMemory:
 
 def load_transformer(variant: Variant, device: str = "cpu") -> ExpertMemory:
     """Load a transformer's directory in this process, which is best a fresh one (`alone`), and say what that took."""
-    import diffusers
     from safetensors import safe_open
 
     show_loading(False)
     config = None if variant.method is None else MXConfig(variant.method)
-    name = read_json(variant.path / "config.json")["_class_name"]
+    where = variant.path / "config.json"
+    kind: Any = type(skeleton_of(read_json(where), str(where)))
 
     def loaded(path: Path, config: MXConfig | None) -> Any:
-        model = getattr(diffusers, name).from_pretrained(path, torch_dtype=torch.bfloat16, quantization_config=config)
-        return model.to(device)
+        return kind.from_pretrained(path, torch_dtype=torch.bfloat16, quantization_config=config).to(device)
 
     # A small load first: what imports, thread pools and allocators take once in a process is not the model's.
     loaded(bundled("t2v") / "transformer", config or MXConfig("mxfp4_dualscale"))
@@ -162,18 +163,15 @@ def measure(
 
 def _measure(variant: Variant, request: Request, device: str) -> dict[str, Any]:
     show_loading(False)
-    model = open_model(variant.path)
-    task = "t2v" if request.image is None else "i2v"
     # The bundled model first: what imports, thread pools and allocators take once in a process is not the model's.
-    small = open_model(bundled("t2v"))
-    load(small, "t2v", variant.config(small), device=device)
+    Session.open(method=variant.method, device=device).load()
     gc.collect()
-    baseline = status("RssAnon")
+    baseline, session = status("RssAnon"), variant.session(request.task, device)
     with Sampler(device) as loading:
-        pipeline = load(model, task, variant.config(model), device=device)
+        pipeline = session.load()
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     with Sampler(device) as generating:
-        generate(pipeline, request)
+        session.run(request)
     return {
         "mode": variant.name,
         "files": weight_files(variant.path),

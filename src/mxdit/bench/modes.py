@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mxdit.checkpoint import quantize_checkpoint
-from mxdit.generation.directory import ModelDirectory
-from mxdit.generation.loading import quantization
+from mxdit.generation.session import Session
 
 BF16 = "bf16"
 MODES = {  # the weight's format and the activation
@@ -36,9 +34,9 @@ class Variant:
     path: Path
     method: str | None = None
 
-    def config(self, model: ModelDirectory) -> Any:
-        """The `quantization_config` that `model` is loaded with."""
-        return None if self.method is None else quantization(model, self.method, {})
+    def session(self, task: str, device: str) -> Session:
+        """What loads a pipeline's directory in this mode."""
+        return Session.open(self.path, task=task, method=self.method, device=device)
 
 
 def variants(

@@ -19,10 +19,10 @@ from mxdit.bench.standins import block_inputs, quantized, random_block
 from mxdit.bench.timing import Times, alternate, timer
 from mxdit.errors import BackendError
 from mxdit.generation.directory import ModelDirectory
-from mxdit.generation.loading import load, quantization, show_loading
+from mxdit.generation.loading import show_loading
+from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request
-from mxdit.generation.run import generate
-from mxdit.models import COMPONENTS
+from mxdit.generation.session import Session
 
 FORWARD = "mxdit.bench: forward"  # what the profiler calls a transformer's forward
 LINEARS = ("mxdit::linear", "aten::linear")
@@ -67,29 +67,24 @@ def run(
         tell: is told of each.
     """
     show_loading(False)
-    task, baseline = "t2v" if request.image is None else "i2v", None
+    baseline = None
     for mode in ("as stored",) if model.stored else (*modes, AGAIN):
         tell(mode)
-        pipeline = load(model, task, _config(model, mode), device=device)
-        generate(pipeline, replace(request, steps=2))  # does not count: allocators and thread pools begin
-        times = Times.of(generate(pipeline, request).step_seconds)
-        experts = [expert for name in COMPONENTS if (expert := getattr(pipeline, name, None)) is not None]
-        with _marked(experts), profile(activities=_activities(device)) as profiler:
-            result = generate(pipeline, request)
+        method, activation = MODES.get(mode, (None, "mxfp4"))
+        keys = {} if activation == "mxfp4" else {"activation": activation}
+        session = Session.open(model.path, task=request.task, method=method, keys=keys, device=device)
+        session.run(replace(request, steps=2))  # does not count: allocators and thread pools begin
+        times = Times.of(session.run(request).step_seconds)
+        transformers = transformers_of(session.load()).values()
+        with _marked(transformers), profile(activities=_activities(device)) as profiler:
+            result = session.run(request)
         whole = sum(result.step_seconds) / len(result.step_seconds) * request.steps
         linear, attention, _ = split(profiler.events() or (), device)
         baseline = times.median if mode == BF16 else baseline
         ratio = None if baseline is None else baseline / times.median
         yield StepTime(mode, times, linear / whole, attention / whole, ratio)
-        del pipeline, experts
+        del session, transformers
         gc.collect()
-
-
-def _config(model: ModelDirectory, mode: str) -> Any:
-    if mode not in MODES:
-        return None
-    method, activation = MODES[mode]
-    return quantization(model, method, {} if activation == "mxfp4" else {"activation": activation})
 
 
 @torch.inference_mode()

@@ -227,9 +227,9 @@ def convert_checkpoint(
     Raises InputError, ConfigError and CheckpointError for what cannot be done, before anything is written.
     """
     if to not in TARGETS:
-        raise InputError("no such layout", where="--to", got=repr(to), expected=", ".join(TARGETS))
+        raise InputError("no such layout", field="to", got=repr(to), expected=", ".join(TARGETS))
     if fallback_from_base and base is None:
-        raise InputError("--fallback-from-base without a --base", where="convert")
+        raise InputError("no base is named to keep layers from", field="fallback_from_base")
     check_destination(destination)
     opened, opened_base = open_both(source, base)
     if opened_base is not None and set(opened_base.experts) != set(opened.experts):

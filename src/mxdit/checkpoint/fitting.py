@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mxdit.checkpoint.files import read_header
-from mxdit.config import MXConfig, near_names
+from mxdit.config import MXConfig
+from mxdit.config.choices import near_names
 from mxdit.errors import CheckpointError
 from mxdit.layers import MXLinear
 from mxdit.numerics.formats import TensorInfo

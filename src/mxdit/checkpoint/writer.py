@@ -87,7 +87,7 @@ def shards_of(parts: Mapping[str, Part], limit: int, stem: str = STEM) -> list[S
         if nbytes > limit:
             raise InputError(
                 "a shard cannot hold one module",
-                where="--shard-size",
+                field="shard_size",
                 got=f"{limit} bytes, and {path} has {nbytes}",
                 hint="Allow larger shards.",
             )

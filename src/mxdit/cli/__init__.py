@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mxdit.cli import bench, checkpoints, conformance, eval, generate  # each registers its commands
-from mxdit.cli.console import app, tell
+from mxdit.cli.console import app, option, tell
 from mxdit.errors import MXDiTError
 
 __all__ = ["app", "bench", "checkpoints", "conformance", "eval", "generate", "main"]
@@ -16,5 +16,5 @@ def main() -> None:
     try:
         app()
     except MXDiTError as error:
-        tell(f"error: {error}")
+        tell(f"error: {error.line(option)}")
         sys.exit(2)

@@ -11,10 +11,26 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from mxdit.cli.console import FallbackBlocks, IgnoredLayers, app, dtype_of, err, need, out, read_config, say, tell
+from mxdit.cli.console import (
+    METHODS,
+    Config,
+    Dtype,
+    FallbackBlocks,
+    IgnoredLayers,
+    app,
+    dtype_of,
+    err,
+    need,
+    out,
+    read_keys,
+    say,
+    tell,
+)
+from mxdit.config import DEFAULT_SCALE_ALG, SCALE_RULES
+from mxdit.config.components import configs_of
 from mxdit.errors import InputError
 
-RULES = {"ocp": 0, "uos": 2}
+RULES = {name: number for number, name in SCALE_RULES.items()}
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 Source = Annotated[Path, typer.Argument(help="A pipeline, a cascade of two experts, or one expert.", metavar="SRC")]
@@ -29,22 +45,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def quantize(
     source: Source,
     destination: Destination,
-    method: Annotated[str | None, typer.Option(help="mxfp4, mxfp4_dualscale or mxfp8.", metavar="METHOD")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {METHODS}.", metavar="METHOD")] = None,
     ignored_layers: IgnoredLayers = None,
     num_bf16_fallback_layers: FallbackBlocks = None,
-    rule: Annotated[str | None, typer.Option(help="Scale rule of mxfp4: uos (default) or ocp.", metavar="RULE")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Scale rule of mxfp4: {' or '.join(RULES)}. Default: {SCALE_RULES[DEFAULT_SCALE_ALG]}.",
+            metavar="RULE",
+        ),
+    ] = None,
     activation: Annotated[
         str | None, typer.Option(help="Activations the checkpoint asks for: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
     ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            help="More keys, as JSON or a JSON file; under 'transformer' and 'transformer_2' for one expert only.",
-            metavar="JSON|FILE",
-        ),
-    ] = None,
+    config: Config = None,
     shard_size: ShardSize = "2GiB",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: of everything that is not quantized.")] = "bf16",
+    dtype: Dtype = "bf16",
     copy: Copy = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -57,35 +73,27 @@ def quantize(
         mxdit quantize Wan2.2-T2V-A14B-Diffusers Wan2.2-T2V-A14B-mxfp4 --method mxfp4_dualscale
     """
     from mxdit.checkpoint import quantize_checkpoint
-    from mxdit.models import COMPONENTS
 
     need("diffusers")
-    keys = read_config(config)
-    overrides = {name: keys.pop(name) for name in list(keys) if name in COMPONENTS}
-    named = keys.pop("quant_method", None)
-    chosen = method or named
+    keys, own = read_keys(
+        config,
+        ignored_layers=list(ignored_layers) if ignored_layers else None,
+        num_bf16_fallback_layers=num_bf16_fallback_layers,
+        activation=activation,
+    )
+    chosen = method or keys.get("quant_method")
     if chosen is None:
-        raise InputError("no method", where="--method", expected="mxfp4, mxfp4_dualscale or mxfp8")
-    if named not in (None, chosen):
-        raise InputError("two methods at once", where="--config", got=repr(named), expected=repr(chosen))
-    if rule is not None and (chosen != "mxfp4" or rule not in RULES):
-        raise InputError(
-            "no such scale rule", where="--rule", got=f"{rule!r} for {chosen}", expected="uos or ocp, for mxfp4"
-        )
-    given = {
-        "ignored_layers": list(ignored_layers) if ignored_layers else None,
-        "num_bf16_fallback_layers": num_bf16_fallback_layers,
-        "activation": activation,
-        "mxfp4_scale_alg": None if rule is None else RULES[rule],
-    }
-    keys = {"quant_method": chosen, **keys, **{key: value for key, value in given.items() if value is not None}}
+        raise InputError("no method", where="--method", expected=METHODS)
+    if rule is not None:
+        if chosen != "mxfp4" or rule not in RULES:
+            got, expected = f"{rule!r} for {chosen}", f"{' or '.join(RULES)}, for mxfp4"
+            raise InputError("no such scale rule", where="--rule", got=got, expected=expected)
+        keys["mxfp4_scale_alg"] = RULES[rule]
+    configs = configs_of(("", *own), method, keys, own)  # the first is that of all others
+    shared = configs.pop("")
+    assert shared is not None
     plan = quantize_checkpoint(
-        source,
-        destination,
-        keys,
-        {name: None if own is None else {**keys, **_object(name, own)} for name, own in overrides.items()},
-        dtype=dtype_of(dtype),
-        shard_size=_bytes(shard_size),
+        source, destination, shared, configs, dtype=dtype_of(dtype), shard_size=_bytes(shard_size)
     )
     _run(plan, copy, dry_run, as_json)
 
@@ -213,12 +221,6 @@ def _bytes(text: str) -> int:
     if number < 1:
         raise InputError("not a size", where="--shard-size", got=repr(text), expected="something like 2GiB or 500MB")
     return int(number)
-
-
-def _object(name: str, value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError("not a JSON object", where=f"--config, {name}", got=repr(value), expected="keys, or null")
-    return value
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -11,11 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from mxdit.backends import backends
+from mxdit.config.components import split_keys
 from mxdit.errors import InputError
+from mxdit.models import COMPONENTS
+from mxdit.numerics.formats import FORMATS
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -27,21 +32,40 @@ out = Console()
 say = partial(out.print, highlight=False, soft_wrap=True, markup=False)
 tell = partial(err.print, highlight=False, soft_wrap=True, markup=False)
 
-METHODS = ("none", "mxfp4", "mxfp4_dualscale", "mxfp8")
-DTYPES = ("bf16", "fp16", "fp32")
+METHODS = ", ".join(FORMATS)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The option of a request's field, or of an argument, that is not called as the field is.
+OPTIONS = {"guidance": "--guidance-scale", "guidance_2": "--guidance-scale-2"}
 
+Model = Annotated[str, typer.Argument(help="A pipeline's directory, or 'bundled'.", metavar="DIR|bundled")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="More keys, as JSON or a JSON file; under 'transformer' or 'transformer_2' for that one only.",
+        metavar="JSON|FILE",
+    ),
+]
 IgnoredLayers = Annotated[
     list[str] | None,
     typer.Option(help="Linear (path or glob) that stays unquantized. May be repeated.", metavar="GLOB"),
 ]
 FallbackBlocks = Annotated[int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the model's own.", metavar="WxH")]
+Frames = Annotated[int | None, typer.Option(help="Number of frames. Default: the model's own.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ...")]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: of everything that is not quantized.")]
+
+
+def option(field: str) -> str:
+    """The option that sets a field of a request, or an argument of a function, which errors name."""
+    return OPTIONS.get(field, f"--{field.replace('_', '-')}")
 
 
 @app.callback()
 def settings(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log, too.")] = False,
 ) -> None:
-    """4-bit microscaling (MXFP4, W4A4) for video diffusion transformers: Wan2.2 text-to-video and image-to-video."""
+    """4-bit microscaling (MXFP4, W4A4) for diffusion transformers: Wan2.2 text-to-video and image-to-video, and others."""
     # Nothing may reach for a model hub: what is not in the directory is an error at once, not after a time-out.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     handler = RichHandler(console=err, show_time=False, show_path=False)
@@ -59,10 +83,21 @@ def need(*modules: str) -> None:
             raise InputError("a package is not installed", where=module, hint=hint)
 
 
-def read_config(text: str | None) -> dict[str, Any]:
+def path_of(directory: str) -> Path | None:
+    """The directory that was named, None for the bundled model's."""
+    return None if directory == "bundled" else Path(directory)
+
+
+def read_keys(config: str | None, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(keys for every transformer, transformer -> keys for it alone) of --config, and of other options where they are given."""
+    keys, own = split_keys(_read_json(config), COMPONENTS)
+    return {**keys, **{key: value for key, value in given.items() if value is not None}}, own
+
+
+def _read_json(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
-    where = "--quantization-config"
+    where = "--config"
     if not text.lstrip().startswith("{"):
         try:
             text = Path(text).read_text()
@@ -77,12 +112,10 @@ def read_config(text: str | None) -> dict[str, Any]:
     return value
 
 
-def dtype_of(name: str) -> Any:
-    import torch
-
+def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise InputError("unknown dtype", where="--dtype", got=repr(name), expected=", ".join(DTYPES))
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    return DTYPES[name]
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -95,10 +128,6 @@ def size_of(text: str) -> tuple[int, int]:
 
 def device_of(name: str) -> str:
     """The name of a torch device, after a tensor has been there and back."""
-    import torch
-
-    from mxdit.backends import backends
-
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
@@ -108,10 +137,11 @@ def device_of(name: str) -> str:
     return name
 
 
-def check_output(path: Path, suffix: str = "") -> None:
+def check_output(path: Path, *suffixes: str) -> None:
     """Raise InputError, before any work is done, for a path that no file of this kind can be written to."""
-    if not path.name.lower().endswith(suffix):
-        raise InputError("the output is of another kind", where=str(path), expected=f"a name that ends in {suffix}")
+    if suffixes and path.suffix.lower() not in suffixes:
+        expected = f"a name that ends in {' or '.join(suffixes)}"
+        raise InputError("the output is of another kind", where=str(path), expected=expected)
     if path.is_dir():
         raise InputError("the output path is a directory", where=str(path), expected="a file name in it")
     trial = path.with_name(f".{path.name}.partial")

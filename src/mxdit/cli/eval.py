@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mxdit.cli.bench.tables import aligned
-from mxdit.cli.console import app, check_output, device_of, dtype_of, err, need, say, size_of, tell
+from mxdit.cli.console import (
+    Device,
+    Dtype,
+    Frames,
+    Size,
+    app,
+    check_output,
+    device_of,
+    dtype_of,
+    err,
+    need,
+    path_of,
+    say,
+    size_of,
+    tell,
+)
 from mxdit.errors import InputError
 from mxdit.evals.metrics.statistics import LEAST
-from mxdit.evals.modes import QUICK, STANDARD, choose
+from mxdit.evals.modes import STANDARD
+from mxdit.generation.directory import tasks
+
+if TYPE_CHECKING:
+    from mxdit.evals.settings import Settings
 
 MODES = ", ".join(mode.name for mode in STANDARD)
-SMALL = 1 << 30  # bytes of experts' files, below which more videos are looked into
 COLUMNS = (
     "sqnr_db", "velocity_error", "latent_error", "psnr_db", "ssim", "ms_ssim", "cvvdp_jod", "flip", "flicker", "lpips", "fvd", "digit",
     "color", "direction", "first_frame_psnr_db",
@@ -26,10 +45,10 @@ COLUMNS = (
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[
+    directory: Annotated[
         str, typer.Argument(help="The unquantized model's directory, or 'bundled'.", metavar="DIR|bundled")
     ],
-    task: Annotated[str | None, typer.Option(help="t2v or i2v. Default: what the model makes.")] = None,
+    task: Annotated[str | None, typer.Option(help=f"{', '.join(tasks())}. Default: what the model makes.")] = None,
     modes: Annotated[
         str | None,
         typer.Option(
@@ -56,8 +75,8 @@ def evaluate(
         bool, typer.Option("--quick", help="A first look: 4 prompts, one seed, three modes beside bf16.")
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.", metavar="WxH")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames, 1 more than a multiple of 4.")] = None,
+    size: Size = None,
+    frames: Frames = None,
     probes: Annotated[
         int | None,
         typer.Option(help="Videos whose steps are looked into (layers, velocities). Default: 6; 1 for a big model."),
@@ -69,8 +88,8 @@ def evaluate(
         Path | None,
         typer.Option(help="Weights of the networks that lpips, fvd and vbench need; nothing is downloaded."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: of everything that is not quantized.")] = "bf16",
+    device: Device = "cpu",
+    dtype: Dtype = "bf16",
     cache: Annotated[
         Path,
         typer.Option(
@@ -93,12 +112,11 @@ def evaluate(
         mxdit eval bundled --modes bf16 --mode 'first={"quant_method": "mxfp4", "num_bf16_fallback_layers": 1}'
     """
     from mxdit.evals.cache import Cache
-    from mxdit.evals.metrics.networks import ADAPTERS
-    from mxdit.evals.metrics.video_metrics import VIDEO_METRICS, unavailable
-    from mxdit.evals.run import Evaluation
-    from mxdit.evals.samples import choose_videos
+    from mxdit.evals.metrics.choice import choose_metrics
+    from mxdit.evals.run import Run
+    from mxdit.evals.settings import Settings
     from mxdit.generation import loading
-    from mxdit.generation.directory import bundled, open_model, tasks
+    from mxdit.generation.directory import bundled, open_model
 
     need("diffusers", "transformers")
     if output is not None:
@@ -109,68 +127,29 @@ def evaluate(
             raise InputError("a file is in the way", where="--report", got=str(report), expected="a directory to make")
     if task not in (None, *tasks()):
         raise InputError("no such task", where="--task", got=repr(task), expected=" or ".join(tasks()))
-    patterns = [part.strip() for part in modes.split(",")] if modes is not None else list(QUICK) if quick else None
-    chosen = choose(patterns, mode or ())
-    missing = unavailable() | {name: why for name in ADAPTERS if (why := ADAPTERS[name].why_not(weights_dir))}
-    possible = [name for name in (*VIDEO_METRICS, *ADAPTERS) if name not in missing]
-    named = possible if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
-    for name in named:
-        if name not in possible:
-            got, expected = missing.get(name, repr(name)), ", ".join(possible)
-            raise InputError(f"{name} cannot be computed", where="--metrics", got=got, expected=expected)
-    path = bundled(task or "t2v") if model == "bundled" else Path(model)
-    directory = open_model(path)
-    task = task or directory.tasks[0]
-    videos, judge = choose_videos(
-        directory,
-        task,
+    chosen = choose_metrics(_names(metrics), weights_dir)
+    settings = Settings.choose(
+        open_model(path_of(directory) or bundled(task or "t2v")),
+        task=task,
+        modes=_names(modes),
+        custom=mode or (),
         prompts=prompts,
-        count=4 if quick and count is None and prompts is None else count,
-        seeds=(1 if quick else 2) if seeds is None else seeds,
-        options={"steps": steps, "size": None if size is None else size_of(size), "frames": frames},
+        count=count,
+        seeds=seeds,
+        quick=quick,
+        probes=probes,
+        request={"steps": steps, "size": None if size is None else size_of(size), "frames": frames},
+        metrics=chosen.video,
+        networks=chosen.networks,
+        weights=weights_dir,
+        dtype=dtype_of(dtype),
+        device=device_of(device),
     )
-    files = [file for name in directory.components for file in (path / name).glob("*.safetensors")]
-    small = sum(file.stat().st_size for file in files) < SMALL
-    if probes is None:
-        probes = 6 if small else 1
-    elif probes < 1:
-        raise InputError("there must be at least one", where="--probes", got=probes)
-    used, where = dtype_of(dtype), device_of(device)
-
-    if prompts is None and judge is None:
-        tell("without digit, color and direction: the judge knows clips of the model's own size only")
-    if metrics is None:
-        brought = set() if weights_dir else set(ADAPTERS)
-        for name, reason in missing.items():
-            if name not in brought:
-                tell(f"without {name}: {reason}")
-        if brought:
-            tell(
-                f"without {', '.join(ADAPTERS)}: no --weights-dir is given; `--metrics lpips` and so on say what it would hold"
-            )
-    request = videos[0].request
-    clips = f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps"
-    tell(f"{directory.preset(task).name} from {path}: {len(videos)} videos ({clips}) in {len(chosen)} modes")
+    _tell_what(settings, prompts, chosen.missing if metrics is None else {})
     loading.show_loading(False)
     with _Shown() as shown:
-        evaluation = Evaluation(
-            directory,
-            task,
-            chosen,
-            videos,
-            Cache(cache),
-            judge,
-            [name for name in named if name in VIDEO_METRICS],
-            directory.preset(task).fps,
-            [name for name in named if name in ADAPTERS],
-            weights_dir,
-            dtype=used,
-            device=where,
-            probes=probes,
-            rows=256 if small else 64,
-            progress=shown.progress,
-        )
-        results = evaluation.run()
+        run = Run(settings, Cache(cache), shown.progress)
+        results = run.results()
     if output is not None:
         output.write_text(json.dumps(results, indent=1) + "\n")
     _show(results)
@@ -179,8 +158,33 @@ def evaluate(
 
         report.mkdir(parents=True, exist_ok=True)
         (report / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        write_report(results, evaluation.clips, report)
+        write_report(results, run.clips, report)
         say(f"{report}/: report.html, report.md, results.json")
+
+
+def _names(text: str | None) -> list[str] | None:
+    """What is separated by commas."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _tell_what(settings: Settings, prompts: Path | None, missing: Mapping[str, str]) -> None:
+    """What is left out, and what begins."""
+    from mxdit.evals.metrics.networks import ADAPTERS
+
+    if prompts is None and settings.judge is None:
+        tell("without digit, color and direction: the judge knows clips of the model's own size only")
+    brought = set(ADAPTERS) if missing and settings.weights is None else set()
+    for name, reason in missing.items():
+        if name not in brought:
+            tell(f"without {name}: {reason}")
+    if brought:
+        tell(
+            f"without {', '.join(ADAPTERS)}: no --weights-dir is given; `--metrics lpips` and so on say what it would hold"
+        )
+    request, model = settings.videos[0].request, settings.model
+    clips = f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps"
+    name = model.preset(settings.task).name
+    tell(f"{name} from {model.path}: {len(settings.videos)} videos ({clips}) in {len(settings.modes)} modes")
 
 
 class _Shown:

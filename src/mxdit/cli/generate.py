@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
+from mxdit.backends import backends
 from mxdit.cli.console import (
     METHODS,
+    Config,
+    Device,
+    Dtype,
     FallbackBlocks,
+    Frames,
     IgnoredLayers,
+    Model,
+    Size,
     app,
     check_output,
     device_of,
@@ -21,7 +30,8 @@ from mxdit.cli.console import (
     err,
     need,
     out,
-    read_config,
+    path_of,
+    read_keys,
     say,
     size_of,
     tell,
@@ -29,89 +39,93 @@ from mxdit.cli.console import (
 from mxdit.errors import InputError
 from mxdit.version import installed
 
+if TYPE_CHECKING:
+    from mxdit.generation.session import Result
+    from mxdit.quantize.report import QuantReport
 
-@app.command()
+RENAMED = {
+    "--model": "DIR as an argument",
+    "-m": "DIR as an argument",
+    "--quantization": "--method",
+    "--quantization-config": "--config",
+}
+
+
+class Generate(TyperCommand):
+    """Says the new name of an option that had another one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for arg in args:
+            name = arg.partition("=")[0] if arg.startswith("--") else arg[:2]
+            if name in RENAMED:
+                raise InputError("this option has another name", where=name, expected=RENAMED[name])
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=Generate)
 def generate(
-    model: Annotated[
-        Path | None,
-        typer.Option("--model", "-m", help="Diffusers pipeline directory. Default: the bundled mini model."),
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    directory: Model = "bundled",
+    prompt: Annotated[str | None, typer.Option(help="What it shows.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     image: Annotated[Path | None, typer.Option(help="First frame: makes it image-to-video.")] = None,
-    quantization: Annotated[
+    method: Annotated[
         str | None,
-        typer.Option(
-            help="none, mxfp4, mxfp4_dualscale or mxfp8. Default: as the directory is stored.", metavar="METHOD"
-        ),
+        typer.Option(help=f"none, {METHODS}. Default: as the directory is stored.", metavar="METHOD"),
     ] = None,
     ignored_layers: IgnoredLayers = None,
     num_bf16_fallback_layers: FallbackBlocks = None,
     activation: Annotated[
         str | None, typer.Option(help="Activations over the same weights: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
     ] = None,
-    quantization_config: Annotated[
-        str | None,
-        typer.Option(
-            help="More keys, as JSON or a JSON file; under 'transformer' and 'transformer_2' for one expert only.",
-            metavar="JSON|FILE",
-        ),
-    ] = None,
+    config: Config = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the (high-noise) expert.")] = None,
-    guidance_scale_2: Annotated[float | None, typer.Option(help="Guidance of the low-noise expert.")] = None,
-    boundary_ratio: Annotated[float | None, typer.Option(help="Where the low-noise expert takes over, 0 to 1.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance, of a cascade its first expert's.")] = None,
+    guidance_scale_2: Annotated[float | None, typer.Option(help="Guidance of a cascade's second expert.")] = None,
+    boundary_ratio: Annotated[float | None, typer.Option(help="Where the second expert takes over, 0 to 1.")] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.", metavar="WxH")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames, 1 more than a multiple of 4.")] = None,
+    size: Size = None,
+    frames: Frames = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the MP4.")] = None,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: of everything that is not quantized.")] = "bf16",
-    output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.")] = Path("video.mp4"),
+    device: Device = "cpu",
+    dtype: Dtype = "bf16",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The MP4 to write, or PNG of an image. Default: video.mp4, or image.png."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Make a video. Without any option: a text-to-video clip with the bundled model, in about a minute on a CPU.
+    """Make a video or an image. Without any option: a clip of the bundled model, in about a minute on a CPU.
 
     What is not given takes the model's own default (guidance, shift, frames, size, fps).
 
-        mxdit generate --quantization mxfp4 -o seven.mp4
+        mxdit generate --method mxfp4 -o seven.mp4
 
-        mxdit generate -m Wan2.2-I2V-A14B-Diffusers --image first.png --prompt "..." --quantization mxfp4_dualscale
+        mxdit generate Wan2.2-I2V-A14B-Diffusers --image first.png --prompt "..." --method mxfp4_dualscale
     """
     from mxdit.generation import loading, media
-    from mxdit.generation.directory import bundled, open_model
-    from mxdit.generation.request import make_request
-    from mxdit.generation.run import generate as run
-    from mxdit.models import COMPONENTS
+    from mxdit.generation.session import Session
 
     need("diffusers", "transformers", "av", "PIL")
-    check_output(output, ".mp4")
-    extra = read_config(quantization_config)
-    components = {name: extra.pop(name) for name in list(extra) if name in COMPONENTS}
-    named = extra.pop("quant_method", None)
-    method = quantization or named
-    if named not in (None, method):
-        raise InputError("two methods at once", where="--quantization-config", got=f"{named!r}", expected=repr(method))
-    if method is not None and method not in METHODS:
-        raise InputError("unknown method", where="--quantization", got=repr(method), expected=", ".join(METHODS))
-    keys = {
-        "ignored_layers": list(ignored_layers) if ignored_layers else None,
-        "num_bf16_fallback_layers": num_bf16_fallback_layers,
-        "activation": activation,
-    }
-    keys = {**extra, **{key: value for key, value in keys.items() if value is not None}}
-    torch_dtype, torch_device = dtype_of(dtype), device_of(device)
+    if output is not None:
+        check_output(output, *media.KINDS)
+    keys, own = read_keys(
+        config,
+        ignored_layers=list(ignored_layers) if ignored_layers else None,
+        num_bf16_fallback_layers=num_bf16_fallback_layers,
+        activation=activation,
+    )
     picture = None if image is None else media.read_image(image)
-    task = "t2v" if picture is None else "i2v"
-    directory = open_model(bundled(task) if model is None else model)
-    preset = directory.preset(task)
-    rate = preset.fps if fps is None else fps
-    if not 1 <= rate <= 1000:
-        raise InputError("no such frame rate", where="--fps", got=rate, expected="1 to 1000 frames a second")
-    request = make_request(
-        directory,
-        task,
+    session = Session.open(
+        path_of(directory),
+        task=None if picture is None else "i2v",
+        method=method,
+        keys=keys,
+        components=own,
+        dtype=dtype_of(dtype),
+        device=device_of(device),
+    )
+    request = session.request(
         prompt=prompt,
         negative_prompt=negative_prompt,
         image=picture,
@@ -121,29 +135,36 @@ def generate(
         guidance=guidance_scale,
         guidance_2=guidance_scale_2,
         seed=seed,
+        fps=fps,
         flow_shift=flow_shift,
         boundary_ratio=boundary_ratio,
     )
-    config = loading.quantization(directory, method, keys, components)
+    if output is None:
+        output = Path("image.png" if request.still else "video.mp4")
+        check_output(output)
+    media.check_kind(output, request.frames)
 
-    tell(f"{preset.name} from {directory.path}")
+    tell(f"{session.model.preset(session.task).name} from {session.model.path}")
     loading.show_loading(err.is_terminal)
-    pipeline = loading.load(directory, task, config, dtype=torch_dtype, device=torch_device)
-    experts = loading.experts_of(pipeline)
-    for name, report in experts.items():
+    reports = session.reports()
+    for name, report in reports.items():
         tell(f"  {name}: {loading.summary(report)}")
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("", total=request.steps)
-        result = run(pipeline, request, lambda done, _: progress.update(bar, completed=done))
-    media.write_mp4(output, result.frames, rate)
+        result = session.run(request, lambda done, _: progress.update(bar, completed=done))
+    result.save(output)
+    _show_result(output, result, reports, as_json)
 
-    step = sum(result.step_seconds) / len(result.step_seconds)
+
+def _show_result(output: Path, result: Result, reports: Mapping[str, QuantReport], as_json: bool) -> None:
+    request, step = result.request, sum(result.step_seconds) / len(result.step_seconds)
     if as_json:
         figures = {
             "output": str(output),
             "prompt": request.prompt,
-            "experts": {name: {k: v for k, v in r.to_dict().items() if k != "layers"} for name, r in experts.items()},
+            "request": request.to_dict(),
+            "experts": {name: {k: v for k, v in r.to_dict().items() if k != "layers"} for name, r in reports.items()},
             "seconds": result.seconds,
             "seconds_per_step": step,
             "peak_bytes": result.peak_bytes,
@@ -151,18 +172,19 @@ def generate(
         out.print_json(json.dumps(figures))
     else:
         say(f"{output}: {request.width}x{request.height}, {request.frames} frames, “{request.prompt}”")
-        peak = f"peak memory {result.peak_bytes / 2**30:.2f} GiB"
-        say(f"{step:.3f} s per step, {result.seconds:.1f} s in all, {peak}")
+        peak = "" if result.peak_bytes is None else f", peak memory {result.peak_bytes / 2**30:.2f} GiB"
+        say(f"{step:.3f} s per step, {result.seconds:.1f} s in all{peak}")
 
 
 @app.command()
 def info(
-    directory: Annotated[Path | None, typer.Argument(help="A pipeline directory to describe.")] = None,
+    directory: Annotated[
+        str | None, typer.Argument(help="A pipeline's directory to describe, or 'bundled'.", metavar="[DIR|bundled]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Versions, backends and why not; for a directory, how each of its experts is quantized."""
-    from mxdit.backends import backends
-    from mxdit.generation.directory import describe, open_model
+    """Versions, backends and why not; for a directory, how each of its transformers is quantized."""
+    from mxdit.generation.directory import bundled, describe, open_model
 
     packages = ("mxdit", "torch", "diffusers", "transformers", "safetensors", "av")
     figures: dict[str, Any] = {
@@ -174,9 +196,9 @@ def info(
     }
     if directory is not None:
         need("diffusers")
-        model = open_model(directory)
+        model = open_model(path_of(directory) or bundled("t2v"))
         figures["model"] = {
-            "path": str(directory),
+            "path": str(model.path),
             "preset": model.preset(model.tasks[0]).name,
             "tasks": list(model.tasks),
             "settings": dict(model.settings),
@@ -192,7 +214,7 @@ def info(
         described = figures["model"]
         settings = "".join(f", {key} {value}" for key, value in described["settings"].items() if value is not None)
         say(f"\n{described['path']}: {described['preset']}, {' and '.join(described['tasks'])}{settings}")
-        table = Table("expert", "weights", "quantized linears", "kept", "MiB of files")
+        table = Table("transformer", "weights", "quantized linears", "kept", "MiB of files")
         for name, row in described["experts"].items():
             schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items()) or "-"
             size = f"{row['bytes'] / 2**20:.1f}"

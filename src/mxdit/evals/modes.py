@@ -9,9 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mxdit.config import MXConfig, near_names
+from mxdit.config.choices import near_names
+from mxdit.config.components import configs_of, split_keys
 from mxdit.errors import ConfigError, InputError
 from mxdit.models import COMPONENTS
+from mxdit.numerics.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Mode:
     Attributes:
         name: what results call it.
         method: format of the weights; None for BF16, and for a directory, which says its own.
-        keys: more keys of MXConfig, and under an expert's name keys that hold there only.
+        keys: keys of MXConfig, for every transformer.
+        components: transformer -> keys that differ there, or None to leave it as it is.
         how: "float"; "online", quantized while the BF16 model loads; "offline", quantized on disk before.
         directory: the quantized model, where the mode is one.
     """
@@ -31,16 +34,7 @@ class Mode:
     keys: Mapping[str, Any] = field(default_factory=dict)
     how: str = "online"
     directory: Path | None = None
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """The keys that hold for one expert only, by its name."""
-        return {name: self.keys[name] for name in COMPONENTS if name in self.keys}
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """The keys that hold for every expert."""
-        return {key: value for key, value in self.keys.items() if key not in COMPONENTS}
+    components: Mapping[str, Any] = field(default_factory=dict)
 
 
 BF16 = Mode("bf16", None, how="float")  # the reference, first in every evaluation
@@ -76,13 +70,13 @@ def choose(patterns: Sequence[str] | None, custom: Sequence[str] = ()) -> tuple[
         if not found:
             names = [mode.name for mode in STANDARD]
             hint = near_names(pattern, names)
-            raise InputError("no such mode", where="--modes", got=repr(pattern), expected=", ".join(names), hint=hint)
+            raise InputError("no such mode", field="modes", got=repr(pattern), expected=", ".join(names), hint=hint)
         chosen |= found
     modes = [mode for mode in STANDARD if mode.name in chosen]
     for text in custom:
         modes.append(_custom(text))
         if modes[-1].name in {mode.name for mode in modes[:-1]}:
-            raise InputError("two modes of one name", where="--mode", got=repr(modes[-1].name))
+            raise InputError("two modes of one name", field="mode", got=repr(modes[-1].name))
     return tuple(modes)
 
 
@@ -90,24 +84,19 @@ def _custom(text: str) -> Mode:
     name, equals, value = (part.strip() for part in text.partition("="))
     form = "NAME=DIR or NAME={JSON of config keys}"
     if not (name and equals and value):
-        raise InputError("not a mode", where="--mode", got=repr(text), expected=form)
+        raise InputError("not a mode", field="mode", got=repr(text), expected=form)
     if not value.startswith("{"):
         directory = Path(value)
         if not (directory / "model_index.json").is_file():
-            raise InputError("no such model", where=f"--mode {name}", got=repr(value), expected=form)
+            raise InputError("no such model", field="mode", where=name, got=repr(value), expected=form)
         return Mode(name, None, how="offline", directory=directory)
     try:
         keys = json.loads(value)
     except ValueError as error:
-        raise InputError("not JSON", where=f"--mode {name}", got=str(error), expected=form) from None
+        raise InputError("not JSON", field="mode", where=name, got=str(error), expected=form) from None
     method = keys.pop("quant_method", None)
     if method is None:
-        raise ConfigError("no quant_method", where=f"--mode {name}", expected="mxfp4, mxfp4_dualscale or mxfp8")
-    mode = Mode(name, method, keys)
-    for expert, part in mode.components.items():
-        if not isinstance(part, Mapping | None):
-            form = "an object of config keys, or null"
-            raise ConfigError(f"no config for {expert}", where=f"--mode {name}", got=repr(part), expected=form)
-    for own in (mode.common, *(mode.common | part for part in mode.components.values() if part is not None)):
-        MXConfig.of({"quant_method": method, **own})  # a wrong key is said before anything runs
-    return mode
+        raise ConfigError("no quant_method", field="mode", where=name, expected=" or ".join(FORMATS))
+    shared, own = split_keys(keys, COMPONENTS)
+    configs_of(COMPONENTS, method, shared, own)  # a wrong key is said before anything runs
+    return Mode(name, method, shared, components=own)

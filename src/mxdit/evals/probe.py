@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxdit.generation.recording import experts_in, repeat
+from mxdit.generation.recording import repeat, transformers_of
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
 
@@ -33,7 +33,7 @@ def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]]) -> list[d
 
     Returns {"step", "velocity_error", "velocity_cosine"}, each the mean over the step's calls.
     """
-    experts, steps = experts_in(pipeline), {}
+    experts, steps = transformers_of(pipeline), {}
     for call in calls:
         found = compare(repeat(experts[call["expert"]], call), call["velocity"])
         steps.setdefault(call["step"], []).append(found)
@@ -54,7 +54,7 @@ def capture_layers(pipeline: Any, calls: Sequence[Mapping[str, Any]], rows: int,
     {path: (x (R, K) in the model's dtype, y (R, N) fp32)}; R is at most `rows`, a choice that is the same in every run. y is
     computed in fp32 from the float weight.
     """
-    for name, model in experts_in(pipeline).items():
+    for name, model in transformers_of(pipeline).items():
         steps = {call["step"]: call for call in reversed(calls) if call["expert"] == name}  # a step's first call wins
         ordered = sorted(steps)
         for step in sorted(
@@ -103,7 +103,7 @@ def layer_errors(pipeline: Any, captured: Sequence[Path]) -> list[dict[str, Any]
     Returns {"expert", "path", "shape": [N, K], "sqnr_db", "n": rows}.
     """
     found = []
-    for name, model in experts_in(pipeline).items():
+    for name, model in transformers_of(pipeline).items():
         layers = {path: module for path, module in model.named_modules() if isinstance(module, MXLinear)}
         sums = {path: [0.0, 0.0, 0] for path in layers}
         for file in sorted(file for directory in captured for file in directory.glob(f"{name}-*.pt")):

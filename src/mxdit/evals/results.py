@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mxdit.evals.metrics.definitions import DEFINITIONS
 from mxdit.evals.metrics.statistics import interval
 from mxdit.evals.modes import Mode
-from mxdit.generation.recording import experts_in
+from mxdit.evals.settings import Settings
+from mxdit.generation.recording import transformers_of
 from mxdit.layers import MXLinear
 from mxdit.quantize.report import QuantReport
 from mxdit.version import installed
-
-if TYPE_CHECKING:
-    from mxdit.evals.run import Evaluation
 
 SCHEMA = 1
 PACKAGES = ("mxdit", "torch", "diffusers", "transformers", "torchmetrics", "cvvdp", "flip-evaluator")
@@ -31,7 +29,7 @@ STEPWISE = ("velocity_error", "velocity_cosine", "latent_error", "latent_cosine"
 
 def describe(mode: Mode, pipeline: Any, reports: Mapping[str, QuantReport]) -> dict[str, Any]:
     """What a loaded mode is: formats, how many linears, bytes of the experts' tensors."""
-    experts = experts_in(pipeline).values()
+    experts = transformers_of(pipeline).values()
     layers = [module for model in experts for module in model.modules() if isinstance(module, MXLinear)]
 
     def all_of(attribute: str) -> str | None:
@@ -50,54 +48,60 @@ def describe(mode: Mode, pipeline: Any, reports: Mapping[str, QuantReport]) -> d
 
 
 def collect(
-    run: Evaluation, measured: Sequence[dict[str, Any]], where: Mapping[str, Any], seconds: float
+    settings: Settings, measured: Sequence[dict[str, Any]], where: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
     """The whole, of what each mode measured."""
     modes: list[dict[str, Any]] = []
     for found in measured:
         same = next((mode for mode in modes if mode["name"] == found["same_as"]), None)
-        parts = {key: same[key] for key in ("summary", "steps", "layers", "samples")} if same else _parts(run, found)
+        parts = (
+            {key: same[key] for key in ("summary", "steps", "layers", "samples")} if same else _parts(settings, found)
+        )
         head = {
             key: value
             for key, value in found.items()
             if key not in ("figures", "velocities", "compared", "adapted", "judged")
         }
         modes.append(head | parts)
-    request, preset = run.videos[0].request, run.model.preset(run.task)
+    request, preset = settings.videos[0].request, settings.model.preset(settings.task)
     names = {name for mode in modes for name in mode["summary"]}
     return {
         "schema": SCHEMA,
         "model": {
-            "path": str(run.model.path),
+            "path": str(settings.model.path),
             "name": preset.name,
-            "task": run.task,
-            "boundary_ratio": run.model.settings.get("boundary_ratio"),
+            "task": settings.task,
+            "boundary_ratio": settings.model.settings.get("boundary_ratio"),
         },
         "settings": {
-            "prompts": list(dict.fromkeys(video.request.prompt for video in run.videos)),
-            "seeds": sorted({video.request.seed for video in run.videos}),
+            "prompts": list(dict.fromkeys(video.request.prompt for video in settings.videos)),
+            "seeds": sorted({video.request.seed for video in settings.videos}),
             "steps": request.steps,
             "guidance": request.guidance,
             "guidance_2": request.guidance_2,
             "height": request.height,
             "width": request.width,
             "frames": request.frames,
-            "fps": run.fps,
-            "samples": len(run.videos),
-            "groups": len({video.group for video in run.videos}),
-            "probe_samples": min(run.probes, len(run.videos)),
+            "fps": settings.fps,
+            "samples": len(settings.videos),
+            "groups": len({video.group for video in settings.videos}),
+            "probe_samples": min(settings.probes, len(settings.videos)),
         },
-        "environment": {**where, "packages": {name: installed(name) for name in PACKAGES}, "dtype": str(run.dtype)},
+        "environment": {
+            **where,
+            "packages": {name: installed(name) for name in PACKAGES},
+            "dtype": str(settings.dtype),
+        },
         "metrics": {name: asdict(metric) for name, metric in DEFINITIONS.items() if name in names},
         "modes": modes,
         "seconds": seconds,
     }
 
 
-def _parts(run: Evaluation, found: Mapping[str, Any]) -> dict[str, Any]:
+def _parts(settings: Settings, found: Mapping[str, Any]) -> dict[str, Any]:
     """Summary, steps, layers and samples of one mode."""
     samples, steps = [], [dict(step) for step in found["figures"][0]["steps"]]
-    for video, figures, judged in zip(run.videos, found["figures"], found["judged"], strict=True):
+    for video, figures, judged in zip(settings.videos, found["figures"], found["judged"], strict=True):
         i, last = video.index, figures["steps"][-1]
         sample = {"index": i, "prompt": video.request.prompt, "seed": video.request.seed, "group": video.group}
         sample |= {name: last[name] for name in STEPWISE if name in last}
@@ -107,7 +111,7 @@ def _parts(run: Evaluation, found: Mapping[str, Any]) -> dict[str, Any]:
                 sample[name] = sum(step[name] for step in taken) / len(taken)
         if found["compared"]:
             sample |= found["compared"][i]
-        sample |= {name: values[i] for name, values in found["adapted"].items() if len(values) == len(run.videos)}
+        sample |= {name: values[i] for name, values in found["adapted"].items() if len(values) == len(settings.videos)}
         if judged:
             sample |= judged["scores"] | {"meaning": {"asked": judged["asked"], "read": judged["read"]}}
         samples.append(sample)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +33,10 @@ class Video:
     asked: Sample | None
 
     @property
-    def key(self) -> dict[str, Any]:
-        """The request, JSON-serializable; an image is the hash of its pixels."""
-        image = self.request.image
-        found = asdict(replace(self.request, image=None))
-        return found | {"image": None if image is None else hashlib.sha256(image.tobytes()).hexdigest()}
-
-    @property
     def group(self) -> str:
         """What it has in common with its other seeds: the prompt and the image."""
-        return hashlib.sha256(repr((self.key["prompt"], self.key["image"])).encode()).hexdigest()[:12]
+        request = self.request.to_dict()
+        return hashlib.sha256(repr((request["prompt"], request["image"])).encode()).hexdigest()[:12]
 
 
 def choose_videos(
@@ -65,9 +59,9 @@ def choose_videos(
 
     Raises InputError where there are no such prompts, or a request that the model cannot fulfil.
     """
-    for option, number in (("--count", count), ("--seeds", seeds)):
+    for name, number in (("count", count), ("seeds", seeds)):
         if number is not None and number < 1:
-            raise InputError("there must be at least one", where=option, got=number)
+            raise InputError("there must be at least one", field=name, got=number)
     judge = judge_for(model, task) if prompts is None else None
     if prompts is not None:
         rows: Sequence[tuple[str, Image | None, Sample | None]] = [
@@ -77,9 +71,9 @@ def choose_videos(
         rows = [(sample.prompt, sample.image, sample) for sample in judge.samples(count or 32)]
     else:
         hint = "Give a file, one prompt a line; for image-to-video a tab and an image's path follow it."
-        raise InputError("this model has no prompts of its own", where="--prompts", got=str(model.path), hint=hint)
+        raise InputError("this model has no prompts of its own", field="prompts", got=str(model.path), hint=hint)
     if count is not None and count > len(rows):
-        raise InputError("there are fewer prompts", where="--count", got=count, expected=f"at most {len(rows)}")
+        raise InputError("there are fewer prompts", field="count", got=count, expected=f"at most {len(rows)}")
     # The judge knows clips of one size only.
     plain = options.get("size") is None and options.get("frames") is None
     judge = judge if plain else None
@@ -97,9 +91,9 @@ def choose_videos(
         if (video.request.height, video.request.width) != (first.height, first.width):
             raise InputError(
                 "the first frames have different aspects",
-                where="--prompts",
+                field="prompts",
                 got=f"{video.request.width}x{video.request.height} beside {first.width}x{first.height}",
-                hint="Give the --size of all videos.",
+                hint="Give the size of all videos.",
             )
     return tuple(videos), judge
 

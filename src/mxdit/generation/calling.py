@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mxdit.errors import InputError
 from mxdit.generation.request import Request
-from mxdit.models import SPECS
 from mxdit.models.spec import PipelineSpec
 
 
@@ -21,22 +20,12 @@ class Call(NamedTuple):
     config: dict[str, Any]
 
 
-def called_as(pipeline: Any) -> PipelineSpec:
-    """How a loaded pipeline is called. Raises InputError for a class that no spec names."""
-    name = type(pipeline).__name__
-    known = {name: called for spec in SPECS.values() for name, called in spec.pipelines.items()}
-    if name not in known:
-        raise InputError(
-            "mxdit cannot run this kind of pipeline", where="generate", got=name, expected=" or ".join(known)
-        )
-    return known[name]
-
-
-def call_of(pipeline: Any, request: Request, on_step: Callable[[Tensor], None]) -> Call:
+def call_of(pipeline: Any, called: PipelineSpec, request: Request, on_step: Callable[[Tensor], None]) -> Call:
     """What runs `request` with a loaded pipeline, which stays as it is.
 
     Args:
-        pipeline: of a class that a spec names.
+        pipeline: loaded.
+        called: how its class is called.
         request: its fields that the pipeline does not take are passed over, and so are those that are None.
         on_step: is told the latents after each step. All pipelines ask their scheduler for a step, and not all of them
             have a callback, so the scheduler of this call tells.
@@ -44,7 +33,7 @@ def call_of(pipeline: Any, request: Request, on_step: Callable[[Tensor], None]) 
     Raises InputError for a flow shift that the scheduler does not have.
     """
     arguments, changes = dict(request.arguments), {"scheduler": _shift_of(pipeline.scheduler, request.flow_shift)}
-    for name, place in called_as(pipeline).call.items():
+    for name, place in called.call.items():
         component, dot, key = place.rpartition(".")
         value = getattr(request, name)
         if value is not None:
@@ -65,7 +54,7 @@ def _shift_of(scheduler: Any, shift: float | None) -> dict[str, float]:
     if key is None or scheduler.config.get("use_dynamic_shifting"):
         raise InputError(
             "this model's scheduler has no flow shift" if key is None else "this model's flow shift follows the size",
-            where="--flow-shift",
+            field="flow_shift",
             got=type(scheduler).__name__,
             expected="UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler, without use_dynamic_shifting",
         )

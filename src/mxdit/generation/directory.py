@@ -20,6 +20,8 @@ from mxdit.models.skeleton import skeleton_of
 from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
 from mxdit.quantize.plan import plan
 
+KINDS = {"t2v": "a text-to-video", "i2v": "an image-to-video", "t2i": "a text-to-image"}
+
 
 def tasks() -> tuple[str, ...]:
     """Everything that a model of some family can be asked to make: "t2v", "i2v", "t2i"."""
@@ -68,6 +70,17 @@ class ModelDirectory:
         """How the pipeline that does `task` is called."""
         return self.spec.pipelines[self.pipelines[task]]
 
+    def check_task(self, task: str) -> None:
+        """Raise InputError for a task that this model does not do."""
+        if task not in self.tasks:
+            raise InputError(
+                f"this is {' and '.join(KINDS.get(own, own) for own in self.tasks)} model",
+                where=str(self.path),
+                got=task,
+                expected=" or ".join(self.tasks),
+                hint="Leave the image out, or name a model that takes one." if task == "i2v" else None,
+            )
+
     def takes(self, task: str, name: str) -> bool:
         """Whether a request for `task` may set this field of it."""
         return self.called(task).takes(name, self.settings)
@@ -80,7 +93,7 @@ def bundled(task: str) -> Path:
         raise InputError(
             "the bundled model is not installed",
             where="mxdit_models",
-            hint="Install it with `pip install ./models` from a checkout of mxdit, or name a model with --model.",
+            hint="Install it with `pip install ./models` from a checkout of mxdit, or name the directory of a model.",
         )
     return Path(next(iter(spec.submodule_search_locations))) / task
 
@@ -126,7 +139,13 @@ def open_model(path: Path) -> ModelDirectory:
                 hint="Download or convert the model again.",
             )
     settings = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
-    geometry = spec.geometry(components[present[0]], read_json(path / "vae" / "config.json"))
+    vae = read_json(path / "vae" / "config.json")
+    try:
+        geometry = spec.geometry(components[present[0]], vae)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(
+            "no sizes can be told from the configs of the transformer and the VAE", where=str(path), got=str(error)
+        ) from None
     pipelines = {spec.pipelines[own].task: own}
     if spec.shared and settings.get(spec.shared):
         for name, made in spec.pipelines.items():
@@ -147,6 +166,27 @@ def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
             "quant_method": stored and str(stored.quant_method),
             "schemes": dict(Counter(scheme for scheme in schemes if scheme)),
             "kept": schemes.count(None),
-            "bytes": sum(file.stat().st_size for file in (model.path / name).glob("*.safetensors")),
+            "bytes": sum(file.stat().st_size for file in _weights_in(model.path / name)),
         }
     return described
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """The files of one transformer's weights. Raises CheckpointError where one that its index names is missing."""
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        named = read_json(index).get("weight_map")
+        missing = (
+            sorted({str(name) for name in named.values()} - {file.name for file in files})
+            if isinstance(named, dict)
+            else []
+        )
+        if missing:
+            raise CheckpointError(
+                "a file of weights is missing",
+                where=str(folder),
+                got=f"no {', '.join(missing)}",
+                expected=f"all files that {index.name} names",
+                hint="Download or convert the model again.",
+            )
+    return files

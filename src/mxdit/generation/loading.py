@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mxdit.errors import CheckpointError, ConfigError
+from mxdit.config import MXConfig
+from mxdit.config.components import configs_of
+from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.generation.directory import ModelDirectory
-from mxdit.integrations.diffusers_hook import pipeline_config
-from mxdit.models import COMPONENTS
-from mxdit.quantize.report import QuantReport, report_of
+from mxdit.numerics.formats import FORMATS
+from mxdit.quantize.report import QuantReport
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,82 +25,85 @@ def quantization(
     model: ModelDirectory,
     method: str | None,
     keys: Mapping[str, Any],
-    components: Mapping[str, Any] | None = None,
-) -> Any:
-    """What to pass as `quantization_config` so that `model` runs as asked; None to load it as it is.
+    own: Mapping[str, Any] | None = None,
+) -> dict[str, MXConfig | None]:
+    """The config that each transformer of `model` is loaded with, None for one that is loaded as it is.
 
     Args:
         model: the directory.
-        method: "mxfp4", "mxfp4_dualscale", "mxfp8", "none", or None, which means as stored.
-        keys: MXConfig keys for every expert, those not given left out.
-        components: per expert, keys that differ there, or None to leave that expert alone.
+        method: "mxfp4", "mxfp4_dualscale", "mxfp8", "none", or None, which means as `keys` say, or as stored.
+        keys: keys of `MXConfig` for every transformer.
+        own: component -> keys that differ there, an MXConfig that replaces all, or None to leave it as it is.
 
     Raises:
         ConfigError: keys without a method, or a method that the stored weights do not have.
     """
-    stored = model.stored
-    components = dict(components or {})
-    unknown = [name for name in components if name not in model.components]
-    if unknown:
-        raise ConfigError(
-            "a config for an expert that the model does not have",
-            where=str(model.path),
-            got=unknown[0],
-            expected=" or ".join(model.components),
-        )
+    stored, where = model.stored, str(model.path)
+    if method not in (None, "none", *FORMATS):
+        raise InputError("unknown method", field="method", got=repr(method), expected=", ".join(("none", *FORMATS)))
     if method == "none" and stored:
         raise ConfigError(
             "the weights are stored quantized and cannot be run unquantized",
-            where=str(model.path),
+            where=where,
             got=", ".join(f"{name}: {config.quant_method}" for name, config in stored.items()),
-            hint="Load the BF16 model instead, or leave --quantization out.",
+            hint="Load the BF16 model instead, or leave the method out.",
         )
-    if method in (None, "none"):
-        if not keys and not components:
-            return None
-        if not stored or method == "none":
+    given = (*keys, *(own or {}))
+    if not given and method in (None, "none"):
+        return dict.fromkeys(model.components)
+    if method is None and "quant_method" not in keys:
+        if not stored:
             raise ConfigError(
                 "quantization options without a method",
-                where=str(model.path),
-                got=", ".join([*keys, *components]),
-                hint="Add --quantization mxfp4, mxfp4_dualscale or mxfp8.",
+                field="method",
+                where=where,
+                got=", ".join(given),
+                expected=", ".join(FORMATS),
             )
-        # Run-time choices over weights whose methods, one for each expert, are what they are.
+        # Run-time choices over weights whose methods, one for each component, are what they are.
         method = str(next(iter(stored.values())).quant_method)
+        own = dict(own or {})
         for name, config in stored.items():
-            components[name] = {"quant_method": str(config.quant_method), **(components.get(name) or {})}
-    for name in model.components:
-        if stored and name not in stored:
-            components[name] = None  # stored unquantized on purpose
-    if all(components.get(name, {}) is None for name in model.components):
+            mine = own.get(name) or {}
+            own[name] = {"quant_method": str(config.quant_method), **mine} if isinstance(mine, Mapping) else mine
+    configs = configs_of(model.components, method, keys, own)
+    if stored:  # what is stored unquantized is so on purpose
+        configs = {name: config if name in stored else None for name, config in configs.items()}
+    if not any(configs.values()):
         raise ConfigError(
-            "every expert is left unquantized",
-            where=str(model.path),
+            "every component is left unquantized",
+            where=where,
             got=f"method {method!r}, and null for {', '.join(model.components)}",
-            hint="Leave --quantization out to run the model as it is.",
+            hint="Leave the method out to run the model as it is.",
         )
-    return pipeline_config(method, **keys, **components)
+    return configs
 
 
 def load(
     model: ModelDirectory,
     task: str,
-    quantization_config: Any = None,
+    configs: Mapping[str, MXConfig | None],
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
 ) -> DiffusionPipeline:
     """The pipeline for `task`, on `device`, in `dtype` but for the components that its spec wants in FP32.
 
+    Args:
+        configs: from `quantization`.
+
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the model.
-        ConfigError: the quantization config does not fit the model.
+        ConfigError: a config does not fit the model.
     """
     import diffusers
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
     from safetensors import SafetensorError
 
-    pipeline_class = getattr(diffusers, model.pipelines[task])
-    options = {} if quantization_config is None else {"quantization_config": quantization_config}
+    with _without_import_warnings():
+        pipeline_class = getattr(diffusers, model.pipelines[task])
+    mapping: Any = {name: config for name, config in configs.items() if config is not None}
+    options = {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)} if mapping else {}
     dtypes = {**dict.fromkeys(model.called(task).float32, torch.float32), "default": dtype}
     try:
         with warnings.catch_warnings():
@@ -117,6 +122,20 @@ def load(
     return pipeline.to(device)
 
 
+@contextmanager
+def _without_import_warnings() -> Iterator[None]:
+    """While a pipeline's class is imported, transformers warns where torchvision is missing for classes that the pipeline may
+    never use. That is its own affair; what it warns of later, about weights, is not."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def show_loading(show: bool) -> None:
     """Show the hosts' progress bars while weights load, or not."""
     from diffusers.utils import logging as diffusers_logging
@@ -124,12 +143,6 @@ def show_loading(show: bool) -> None:
 
     for host in (diffusers_logging, transformers_logging):
         (host.enable_progress_bar if show else host.disable_progress_bar)()
-
-
-def experts_of(pipeline: Any) -> dict[str, QuantReport]:
-    """What the linears of each expert of a loaded pipeline are."""
-    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
-    return {name: report_of(model) for name, model in found.items() if model is not None}
 
 
 def summary(report: QuantReport) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,7 @@ def read_image(path: Path) -> Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
-        raise InputError("no such file", where=str(path), hint="Name an image with --image.") from None
+        raise InputError("no such file", where=str(path), hint="Name an image.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(
             "not a readable image", where=str(path), got=str(error), expected="PNG, JPEG, WebP, ..."
@@ -45,22 +47,63 @@ def cover(image: Image, height: int, width: int) -> Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def _partial(path: Path) -> Path:
-    """The name that an unfinished file has."""
-    return path.with_name(f".{path.name}.partial")
+KINDS = (".mp4", ".png")
+
+
+def check_kind(path: Path, frames: int) -> None:
+    """Raise InputError where so many frames cannot be a file of this name."""
+    suffix = path.suffix.lower()
+    if suffix not in KINDS:
+        raise InputError("no kind of file that is written", where=str(path), expected=" or ".join(KINDS))
+    if suffix == ".png" and frames != 1:
+        raise InputError("a PNG holds one frame", where=str(path), got=frames, expected="a name that ends in .mp4")
+
+
+def write(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write frames (n, height, width, 3) uint8 as an MP4, or one frame as a PNG, by the name's ending.
+
+    The file appears whole or not at all. Raises InputError where it cannot be written.
+    """
+    check_kind(path, len(frames))
+    if path.suffix.lower() == ".png":
+        write_png(path, frames[0])
+    else:
+        write_mp4(path, frames, fps)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when the block ends without an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_png(path: Path, frame: np.ndarray) -> None:
+    """Write one frame (height, width, 3) uint8."""
+    from PIL import Image
+
+    try:
+        with _whole(path) as partial:
+            Image.fromarray(frame).save(partial, "PNG")
+    except OSError as error:
+        raise InputError("the image could not be written", where=str(path), got=str(error)) from None
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
     """Write frames (n, height, width, 3) uint8 as H.264, yuv420p, near-lossless (crf 12).
 
-    The file appears whole or not at all. Height and width must be even, which all sizes of Wan are.
+    The file appears whole or not at all. Height and width must be even, which all sizes of video models are.
     """
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
-    partial = _partial(path)
+    options = {"movflags": "faststart"}
     try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        with _whole(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
             stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "medium"})
             stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
             # Players take untagged video for BT.709 from 720 lines up: convert to it and say so.
@@ -70,8 +113,5 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
                 picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
                 container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
             container.mux(stream.encode())
-        os.replace(partial, path)
     except (OSError, av.FFmpegError) as error:
         raise InputError("the video could not be written", where=str(path), got=str(error)) from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mxdit.models import COMPONENTS
 
 
-def experts_in(pipeline: Any) -> dict[str, nn.Module]:
+def transformers_of(pipeline: Any) -> dict[str, nn.Module]:
     """The transformers of a pipeline, by component name."""
     found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
     return {name: model for name, model in found.items() if model is not None}
@@ -49,7 +49,7 @@ class Recorder:
         """Record what the pipeline's transformers are called with."""
         hooks = [
             model.register_forward_hook(self._hook(name), with_kwargs=True)
-            for name, model in experts_in(pipeline).items()
+            for name, model in transformers_of(pipeline).items()
         ]
         try:
             yield

@@ -5,9 +5,10 @@ Defaults come from the model's preset, so the command line, a server and a scrip
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mxdit.errors import InputError
@@ -18,36 +19,50 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One image or video: every choice made.
 
     Attributes:
+        task: what is made: "t2v", "i2v", "t2i".
         prompt, negative_prompt: text; the negative one only counts where guidance is above 1.
         image: the first frame, for I2V.
         height, width, frames: size of the video in pixels and frames; an image is one frame.
         steps: denoising steps.
         guidance, guidance_2: guidance scale; of a cascade, of its first and its second transformer (None: the same).
         seed: of the starting noise.
+        fps: frames a second of the file that is written.
         flow_shift, boundary_ratio: override the scheduler's and the pipeline's own.
         arguments: of the pipeline's call that no other field names.
 
     None in a field leaves what the pipeline has.
     """
 
+    task: str
     prompt: str
-    negative_prompt: str
-    image: Image | None
+    negative_prompt: str = ""
+    image: Image | None = None
     height: int
     width: int
     frames: int
     steps: int
-    guidance: float | None
-    guidance_2: float | None
-    seed: int
+    guidance: float | None = None
+    guidance_2: float | None = None
+    seed: int = 0
+    fps: int
     flow_shift: float | None = None
     boundary_ratio: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def still(self) -> bool:
+        """Whether an image is asked for rather than a video."""
+        return self.task.endswith("2i")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serializable; an image is the SHA-256 of its pixels."""
+        image = None if self.image is None else hashlib.sha256(self.image.tobytes()).hexdigest()
+        return {**asdict(replace(self, image=None)), "image": image}
 
 
 def make_request(
@@ -63,45 +78,38 @@ def make_request(
     guidance: float | None = None,
     guidance_2: float | None = None,
     seed: int = 0,
+    fps: int | None = None,
     flow_shift: float | None = None,
     boundary_ratio: float | None = None,
 ) -> Request:
     """Fill in what is not given from the model's preset, and check the whole.
 
     Args:
+        task: one of `model.tasks`.
         size: (height, width) in pixels. By default the preset's, for I2V in the image's aspect; a pipeline that chooses
             the size by the image takes none.
         image: of any size; it is scaled to cover the frame, and what stands over is cut off.
         the others: as in `Request`.
 
     Raises:
-        InputError: a choice that this model cannot fulfil.
+        InputError: a choice that this model cannot fulfil; `field` names it.
     """
-    if task not in model.tasks:
-        raise InputError(
-            "this model does not take an image" if task == "i2v" else "this model does not make that",
-            where="--image",
-            got=task,
-            expected=f"a request for {' or '.join(model.tasks)}, which is what {model.path} makes",
-            hint="Leave --image out, or name an I2V model." if task == "i2v" else "An I2V model needs --image FILE.",
-        )
     preset = model.preset(task)
     asked = {
-        "negative_prompt": negative_prompt, "image": image, "height": size, "frames": frames, "guidance": guidance,
+        "negative_prompt": negative_prompt, "image": image, "size": size, "frames": frames, "guidance": guidance,
         "guidance_2": guidance_2, "boundary_ratio": boundary_ratio,
     }  # fmt: skip
     for name, value in asked.items():
-        if value is not None and not model.takes(task, name):
-            called = {"height": "size", "guidance": "guidance-scale", "guidance_2": "guidance-scale-2"}.get(name, name)
+        if value is not None and not model.takes(task, "height" if name == "size" else name):
             raise InputError(
-                f"{preset.name} takes no {called.replace('-', ' ').replace('_', ' ')} for {task}",
-                where=f"--{called.replace('_', '-')}",
+                f"{preset.name} takes no {name.replace('_', ' ')} for {task}",
+                field=name,
                 got=value,
                 hint="Leave it out.",
             )
     text = preset.prompt if prompt is None else prompt
     if text is None:
-        raise InputError("no prompt", where="--prompt", hint=f"{preset.name} has none of its own: say what to show.")
+        raise InputError("no prompt", field="prompt", hint=f"{preset.name} has none of its own: say what to show.")
     chosen = image is not None and not model.takes(task, "height")  # by the pipeline, which then cuts the image, too
     if size is None and chosen:
         assert image is not None and model.geometry.of_image is not None
@@ -113,6 +121,7 @@ def make_request(
     if guidance_2 is None and model.takes(task, "guidance_2"):
         guidance_2 = preset.guidance_2 if guidance is None else guidance
     request = Request(
+        task=task,
         prompt=text,
         negative_prompt=preset.negative_prompt if negative_prompt is None else negative_prompt,
         image=image,
@@ -123,25 +132,26 @@ def make_request(
         guidance=preset.guidance if guidance is None else guidance,
         guidance_2=guidance_2,
         seed=seed,
+        fps=preset.fps if fps is None else fps,
         flow_shift=preset.flow_shift if flow_shift is None else flow_shift,
         boundary_ratio=boundary_ratio,
         arguments=preset.arguments,
     )
-    _check(model, task, request)
+    _check(model, request)
     return request if image is None or chosen else replace(request, image=cover(image, *size))
 
 
-def _check(model: ModelDirectory, task: str, request: Request) -> None:
+def _check(model: ModelDirectory, request: Request) -> None:
     if not request.prompt.strip():
-        raise InputError("the prompt is empty", where="--prompt", hint="Say what the video should show.")
-    if task == "i2v" and request.image is None:
-        raise InputError("image-to-video needs a first frame", where="--image", hint="Add --image FILE.")
+        raise InputError("the prompt is empty", field="prompt", hint="Say what it should show.")
+    if request.image is None and model.takes(request.task, "image"):
+        raise InputError("image-to-video needs a first frame", field="image", hint="Give an image.")
     multiple, temporal, positions = model.geometry.multiple, model.geometry.temporal, model.geometry.positions
     for name, value in (("height", request.height), ("width", request.width)):
         if value < multiple or value % multiple:
             raise InputError(
                 f"the {name} does not fit the model's patches",
-                where="--size",
+                field="size",
                 got=value,
                 expected=f"a positive multiple of {multiple}",
                 hint=f"Nearest: {max(multiple, round(value / multiple) * multiple)}.",
@@ -150,33 +160,35 @@ def _check(model: ModelDirectory, task: str, request: Request) -> None:
         nearest = max(0, round((request.frames - 1) / temporal)) * temporal + 1
         raise InputError(
             "the number of frames does not fit the video VAE",
-            where="--frames",
+            field="frames",
             got=request.frames,
             expected=f"1 more than a multiple of {temporal}",
             hint=f"Nearest: {nearest}.",
         )
     temporal = temporal or 1  # an image is one frame
-    longest = max((request.frames - 1) // temporal + 1, request.height // multiple, request.width // multiple)
-    if positions is not None and longest > positions:
+    latent_frames = (request.frames - 1) // temporal + 1
+    if positions is not None and max(latent_frames, request.height // multiple, request.width // multiple) > positions:
         raise InputError(
             "the video is larger than the model's position table",
-            where="--size, --frames",
+            field="frames" if latent_frames > positions else "size",
             got=f"{request.width}x{request.height}, {request.frames} frames",
             expected=f"at most {positions * multiple} pixels a side and {(positions - 1) * temporal + 1} frames",
         )
     if request.steps < 1:
-        raise InputError("there must be at least one step", where="--steps", got=request.steps)
+        raise InputError("there must be at least one step", field="steps", got=request.steps)
     if request.boundary_ratio is not None and not 0 < request.boundary_ratio < 1:
         raise InputError(
             "the boundary is a share of the schedule",
-            where="--boundary-ratio",
+            field="boundary_ratio",
             got=request.boundary_ratio,
             expected="0 to 1",
         )
     if request.flow_shift is not None and not 0 < request.flow_shift < math.inf:
-        raise InputError("the flow shift must be positive", where="--flow-shift", got=request.flow_shift)
-    for option, value in (("--guidance-scale", request.guidance), ("--guidance-scale-2", request.guidance_2)):
+        raise InputError("the flow shift must be positive", field="flow_shift", got=request.flow_shift)
+    for name, value in (("guidance", request.guidance), ("guidance_2", request.guidance_2)):
         if value is not None and not math.isfinite(value):
-            raise InputError("the guidance must be a finite number", where=option, got=value)
+            raise InputError("the guidance must be a finite number", field=name, got=value)
+    if not 1 <= request.fps <= 1000:
+        raise InputError("no such frame rate", field="fps", got=request.fps, expected="1 to 1000 frames a second")
     if not 0 <= request.seed < 2**63:
-        raise InputError("the seed is out of range", where="--seed", got=request.seed, expected="0 to 2**63 - 1")
+        raise InputError("the seed is out of range", field="seed", got=request.seed, expected="0 to 2**63 - 1")

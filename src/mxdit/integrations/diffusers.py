@@ -18,7 +18,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
-from mxdit.config import ALIASES, ConfigLike, Method, MXConfig, near_names
+from mxdit.config import ALIASES, ConfigLike, Method, MXConfig
+from mxdit.config.choices import near_names
+from mxdit.config.components import configs_of, split_keys
 from mxdit.errors import CheckpointError, ConfigError
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
@@ -236,7 +238,7 @@ def pipeline_config(method: str, **overrides: Any) -> Any:
     """
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
-    shared = {key: value for key, value in overrides.items() if key not in COMPONENTS}
+    shared, own = split_keys(overrides, COMPONENTS)
     keys = {f.name for f in fields(MXConfig)} | set(ALIASES) | {"w4a8_fallback_steps"}
     for key, value in shared.items():
         if key not in keys:
@@ -245,27 +247,8 @@ def pipeline_config(method: str, **overrides: Any) -> Any:
             raise ConfigError(
                 "neither a key of the config nor a component", where="pipeline_config", got=repr(key), hint=hint
             )
-    if shared.get("quant_method", method) != method:
-        raise ConfigError(
-            "two methods at once",
-            where="pipeline_config",
-            got=f"{method!r} and quant_method={shared['quant_method']!r}",
-            hint="Keep one; an expert of its own method gets it as transformer_2={'quant_method': ...}.",
-        )
-    mapping = {}
-    for component in COMPONENTS:
-        own = overrides.get(component, {})
-        if isinstance(own, MXConfig):
-            mapping[component] = own
-        elif isinstance(own, Mapping):
-            mapping[component] = MXConfig.from_dict({"quant_method": method, **shared, **own})
-        elif own is not None:
-            raise ConfigError(
-                "no config for a component",
-                where=component,
-                got=repr(own),
-                expected="a dictionary of keys, an MXConfig or None",
-            )
+    found = configs_of(COMPONENTS, method, shared, own)
+    mapping: dict[str, Any] = {name: config for name, config in found.items() if config is not None}
     if not mapping:
         raise ConfigError(
             "every component is left as it is", where="pipeline_config", hint="Load without quantization_config."

@@ -10,7 +10,8 @@ from itertools import accumulate
 
 from torch import nn
 
-from mxdit.config import ConfigLike, MXConfig, near_names
+from mxdit.config import ConfigLike, MXConfig
+from mxdit.config.choices import near_names
 from mxdit.errors import ConfigError, ModelError
 from mxdit.layers import MXLinear
 from mxdit.models import ModelSpec, spec_of

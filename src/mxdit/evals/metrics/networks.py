@@ -71,7 +71,7 @@ def measure(name: str, weights: Path | None, pairs: Pairs, fps: float) -> dict[s
     adapter = ADAPTERS[name]
     reason = adapter.why_not(weights)
     if weights is None or reason:
-        raise InputError(f"{name} cannot be computed", where="--weights-dir", got=reason)
+        raise InputError(f"{name} cannot be computed", field="weights_dir", got=reason)
     return adapter.measure(weights, pairs, fps)
 
 

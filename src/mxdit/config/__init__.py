@@ -6,12 +6,12 @@ A config names layers by their diffusers module paths and knows no model: `mxdit
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, TypeAlias
 
+from mxdit.config.choices import WHERE, check_choice, check_names, near_names
 from mxdit.errors import ConfigError
 from mxdit.numerics.formats import FORMATS, SCHEMES
 
@@ -40,13 +40,6 @@ ALIASES = {
     "is_checkpoint_mxfp4_serialized": "is_checkpoint_serialized",
     "is_checkpoint_mxfp8_serialized": "is_checkpoint_serialized",
 }
-WHERE = "quantization config"
-
-
-def near_names(name: str, known: Iterable[str]) -> str | None:
-    """A question that offers the members of `known` that look like `name`, or None where none does."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"Did you mean {' or '.join(map(repr, close))}?" if close else None
 
 
 @dataclass(frozen=True)
@@ -84,11 +77,11 @@ class MXConfig:
     producer: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        _check_choice("quant_method", self.quant_method, FORMATS)
+        check_choice("quant_method", self.quant_method, FORMATS)
         method = Method(self.quant_method)
         _set(self, "quant_method", method)
-        _set(self, "ignored_layers", _names("ignored_layers", self.ignored_layers))
-        _set(self, "w4a8_fallback_layers", _names("w4a8_fallback_layers", self.w4a8_fallback_layers))
+        _set(self, "ignored_layers", check_names("ignored_layers", self.ignored_layers))
+        _set(self, "w4a8_fallback_layers", check_names("w4a8_fallback_layers", self.w4a8_fallback_layers))
         if not isinstance(self.producer, Mapping):
             raise ConfigError(
                 "producer is no dictionary", where=WHERE, got=repr(self.producer), expected="name: version"
@@ -112,7 +105,7 @@ class MXConfig:
                 expected="a serialized 'mxfp4_dualscale' checkpoint",
                 hint="Leave the key out.",
             )
-        _check_choice("layout", self.layout, LAYOUTS)
+        check_choice("layout", self.layout, LAYOUTS)
         if type(self.version) is not int or not 1 <= self.version <= FORMAT_VERSION:
             raise ConfigError(
                 "unknown version of the layout",
@@ -172,7 +165,7 @@ class MXConfig:
         """Read a `quantization_config`, ours or one with vLLM-Omni's keys. Raises ConfigError for an unknown key."""
         if not isinstance(values, Mapping):
             raise ConfigError("no dictionary of keys", where=WHERE, got=repr(values), expected="a JSON object")
-        _check_choice("quant_method", values.get("quant_method"), FORMATS)
+        check_choice("quant_method", values.get("quant_method"), FORMATS)
         known = [f.name for f in fields(cls)]
         accepted = [*known, *ALIASES, "w4a8_fallback_steps"]
         found: dict[str, Any] = {}
@@ -257,7 +250,7 @@ ConfigLike: TypeAlias = MXConfig | str | Mapping[str, Any]
 
 def check_activation(method: str, activation: str | None, *, where: str = WHERE) -> None:
     """Raise ConfigError unless activations may be `activation` over weights in `method`."""
-    _check_choice("activation", activation, dict.fromkeys(row.activation for row in SCHEMES.values()), where=where)
+    check_choice("activation", activation, dict.fromkeys(row.activation for row in SCHEMES.values()), where=where)
     if activation not in ACTIVATIONS[method]:
         raise ConfigError(
             f"activations in {activation!r} do not go with weights in '{method}'",
@@ -274,26 +267,6 @@ def _list_or_self(value: object) -> object:
 
 def _set(config: MXConfig, key: str, value: object) -> None:
     object.__setattr__(config, key, value)  # how a frozen dataclass normalizes its own fields
-
-
-def _check_choice(key: str, value: object, choices: Iterable[str], *, where: str = WHERE) -> None:
-    choices = list(choices)
-    if value not in choices:
-        hint = near_names(value, choices) if isinstance(value, str) else None
-        raise ConfigError(
-            f"unknown {key}", where=where, got=repr(value), expected=f"one of {', '.join(choices)}", hint=hint
-        )
-
-
-def _names(key: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, (list, tuple)) and all(isinstance(name, str) and name for name in value):
-        return tuple(value)
-    raise ConfigError(
-        f"{key} is no list of layer paths or globs",
-        where=WHERE,
-        got=repr(value),
-        expected="something like ['blocks.0.*']",
-    )
 
 
 def _refuse_steps(steps: object) -> None:

@@ -1,0 +1,86 @@
+"""`mxdit bench pipeline`."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from mxdit.bench.modes import BF16, MODES
+from mxdit.bench.shapes import PUBLISHED
+from mxdit.cli.bench.options import Json, Task, bench, check_outputs, choices, clip, open_session, rounds_of
+from mxdit.cli.bench.tables import progress, say_machine, table
+from mxdit.cli.console import Device, Frames, Model, Size, device_of, need, say
+from mxdit.errors import InputError
+
+
+@bench.command()
+def pipeline(
+    directory: Model = "bundled",
+    task: Task = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help=f"Only bf16 and this: {', '.join(MODES)}. May be repeated.", metavar="MODE")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a clip, at least 2; the first does not count.")] = 9,
+    size: Size = None,
+    frames: Frames = None,
+    block: Annotated[
+        str | None, typer.Option(help="One block of random weights instead: A14B or TI2V-5B.", metavar="MODEL")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Video tokens that the block sees.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Forwards of the block that count.")] = 5,
+    device: Device = "cpu",
+    report: Json = None,
+) -> None:
+    """Seconds of a denoising step in every mode, split into linears, attention and the rest by torch's profiler.
+
+    Seconds are taken without the profiler, the shares with it. Where the model does not fit, --block measures one block
+    of its shape; 480p clips of 81 frames have 32760 tokens in A14B.
+
+        mxdit bench pipeline --steps 5
+
+        mxdit bench pipeline Wan2.2-T2V-A14B-Diffusers --mode mxfp4_dualscale --device npu
+
+        mxdit bench pipeline --block A14B --tokens 32760 --device cuda
+    """
+    from dataclasses import asdict
+
+    from mxdit.bench import pipeline as measure
+    from mxdit.bench.record import report as as_json
+
+    modes = (BF16, *choices("--mode", mode, MODES))
+    if block is not None:
+        choices("--block", [block], PUBLISHED)
+        if not 1 <= tokens <= 1 << 20:
+            raise InputError("no such number of tokens", where="--tokens", got=tokens, expected="1 to 1048576")
+        rounds = rounds_of(rounds, rounds)
+        need("diffusers")
+    elif steps < 2:
+        raise InputError("the first step does not count", where="--steps", got=steps, expected="at least 2")
+    check_outputs(report)
+    device_of(device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
+    if block is not None:
+        what, settings = f"one block of {PUBLISHED[block].name}, {tokens} tokens", {"block": block, "tokens": tokens}
+        progress(what)
+        rows = measure.run_block(PUBLISHED[block], tokens, modes, rounds, device)
+    else:
+        session = open_session(directory, task)
+        request = clip(session, steps, size, frames)
+        what = f"{session.model.path}, {request.width}x{request.height}, {request.frames} frames; a step"
+        settings = {"directory": directory, "task": session.task, "steps": steps, "frames": request.frames}
+        rows = list(measure.run(session.model, request, modes, device, progress))
+    say_machine(device)
+    say(f"{what}; ms. Shares are the profiler's, seconds are without it.")
+    cells: list[tuple[str, ...]] = [("mode", "median", "min", "IQR", "rounds", "linear", "attention", "rest", "x BF16")]
+    for row in rows:
+        shares = (f"{1e3 * row.times.median * s:.1f} ({s:.0%})" for s in (row.linear, row.attention, row.rest))
+        times = (f"{1e3 * s:.1f}" for s in (row.times.median, row.times.minimum, row.times.spread))
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        cells.append((row.mode, *times, str(row.times.rounds), *shares, ratio))
+    table(cells)
+    if report is not None:
+        figures = [asdict(row) | {"rest": row.rest} for row in rows]
+        report.write_text(json.dumps(as_json("pipeline", device, settings, figures), indent=1) + "\n")

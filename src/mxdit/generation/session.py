@@ -1,0 +1,231 @@
+"""`Session`: a model in memory, the requests that it carries out, and what comes of them."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mxdit.config import MXConfig
+from mxdit.errors import Cancelled, InputError, ModelError
+from mxdit.generation import loading, media
+from mxdit.generation.calling import call_of
+from mxdit.generation.directory import ModelDirectory, bundled, open_model
+from mxdit.generation.memory import Sampler
+from mxdit.generation.recording import transformers_of
+from mxdit.generation.request import Request, make_request
+from mxdit.quantize.report import QuantReport, report_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LOOK = 0.02  # seconds between two looks at the process's memory: a thousandth of the time, and a step is longer
+WAIT = 0.05  # seconds after which a run that waits for its turn looks whether it should stop
+
+
+@dataclass(frozen=True)
+class Result:
+    """An image or a video and what it took.
+
+    Attributes:
+        frames: (frames, height, width, 3) uint8; an image is one frame.
+        step_seconds: of each denoising step.
+        seconds: the whole run, text encoder and VAE included.
+        peak_bytes: the most memory held during the run: on an accelerator what its allocator gave out, on a CPU what the
+            process held beside mapped files (weights that are stored quantized are mapped). None where nobody counts.
+        request: what was asked for.
+    """
+
+    frames: np.ndarray
+    step_seconds: tuple[float, ...]
+    seconds: float
+    peak_bytes: int | None
+    request: Request
+
+    def save(self, path: str | Path, fps: int | None = None) -> None:
+        """Write an MP4, or a PNG of one frame, by the name's ending; the file appears whole or not at all.
+
+        Args:
+            fps: frames a second of an MP4; by default the request's.
+
+        Raises InputError for another ending, more than one frame for a PNG, and what cannot be written.
+        """
+        media.write(Path(path), self.frames, self.request.fps if fps is None else fps)
+
+
+class Session:
+    """A model, loaded once, and the requests that it carries out, one at a time.
+
+    Threads may share it: a run waits for its turn. The parts of a pipeline hold state while they work (diffusers' video VAEs
+    keep the frames before the one they decode in the module itself), so two runs at once would mix their pixels. What a
+    request changes, the scheduler and settings of the pipeline, is changed in a view of the pipeline that the run has for
+    itself: a run that is cancelled or fails leaves nothing behind.
+
+    Attributes:
+        model: what the directory holds.
+        task: what is made: "t2v", "i2v", "t2i".
+        configs: transformer -> the config it is quantized with while it loads, or None to load it as it is.
+        dtype: of everything that is not quantized.
+        device: name of a torch device.
+        lock: held while a run lasts. Hold it to use the pipeline yourself, such as with hooks in its modules; the thread that
+            holds it can run requests meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: ModelDirectory,
+        task: str,
+        configs: Mapping[str, MXConfig | None],
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
+        self.lock = threading.RLock()
+        self._pipeline: DiffusionPipeline | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path | None = None,
+        *,
+        task: str | None = None,
+        method: str | None = None,
+        keys: Mapping[str, Any] | None = None,
+        components: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+    ) -> Session:
+        """Read what a model is, and decide how it is loaded; the weights are read by `load`, or by the first run.
+
+        Args:
+            path: a diffusers pipeline's directory, unquantized or quantized; None is the small model that comes with mxdit.
+            task: "t2v", "i2v" or "t2i"; None takes what the directory's own pipeline makes, and "t2v" of the small model.
+            method: "mxfp4", "mxfp4_dualscale" or "mxfp8" to quantize the weights while they load, "none", or None, which
+                means as they are stored.
+            keys: keys of `MXConfig` for every transformer.
+            components: name of a transformer -> keys that differ there, an MXConfig that replaces all, or None to leave it
+                as it is.
+            dtype: of everything that is not quantized.
+            device: name of a torch device.
+
+        Raises:
+            InputError: no such directory, no pipeline that mxdit knows, or a task that it does not do.
+            CheckpointError: a JSON file that is missing or damaged.
+            ConfigError: a method or keys that mean nothing, or do not go with what is stored.
+        """
+        model = open_model(bundled(task or "t2v") if path is None else Path(path))
+        task = model.tasks[0] if task is None else task
+        model.check_task(task)
+        return cls(model, task, loading.quantization(model, method, keys or {}, components), dtype, device)
+
+    def request(self, **fields: Any) -> Request:
+        """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which."""
+        return make_request(self.model, self.task, **fields)
+
+    def load(self) -> DiffusionPipeline:
+        """The pipeline, loaded at the first call. Raises CheckpointError and ConfigError for what does not fit the model."""
+        with self.lock:
+            if self._pipeline is None:
+                options = {"dtype": self.dtype, "device": self.device}
+                self._pipeline = loading.load(self.model, self.task, self.configs, **options)
+            return self._pipeline
+
+    def reports(self) -> dict[str, QuantReport]:
+        """What the linears of each transformer are."""
+        return {name: report_of(model) for name, model in transformers_of(self.load()).items()}
+
+    def run(
+        self,
+        request: Request,
+        on_step: Callable[[int, int], None] | None = None,
+        stop: threading.Event | None = None,
+        *,
+        on_latents: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> Result:
+        """Make one image or video, after the runs that other threads have begun.
+
+        Args:
+            request: of this session, or of another one of the same model and task.
+            on_step: called with (steps done, steps in all) after each step.
+            stop: set it, from any thread, to cancel: the run ends after the step that it is at.
+            on_latents: called after each step with its index and its latents on the device, as the pipeline has them: of a
+                video (1, C, T, H, W).
+
+        Raises:
+            Cancelled: `stop` was set.
+            InputError: another task's request, or a flow shift for a scheduler that has none.
+            ModelError: pixels that are no numbers.
+        """
+        if request.task != self.task:
+            raise InputError("the request is of another task", field="task", got=request.task, expected=self.task)
+        with self._turn(stop):
+            return self._run(request, on_step, stop, on_latents)
+
+    def _run(
+        self,
+        request: Request,
+        on_step: Callable[[int, int], None] | None,
+        stop: threading.Event | None,
+        on_latents: Callable[[int, torch.Tensor], None] | None,
+    ) -> Result:
+        pipeline, called, marks = self.load(), self.model.called(self.task), list[float]()
+
+        def step_done(latents: torch.Tensor) -> None:
+            if latents.device.type != "cpu":
+                torch.get_device_module(latents.device).synchronize(latents.device)
+            marks.append(time.perf_counter())
+            if on_latents:
+                on_latents(len(marks) - 1, latents)
+            if on_step:
+                on_step(len(marks), request.steps)
+            _check_stop(stop)
+
+        call = call_of(pipeline, called, request, step_done)
+        view: Any = copy.copy(pipeline)  # shares the modules; what is registered below is the view's alone
+        view.set_progress_bar_config(disable=True)
+        view.register_modules(**call.components)
+        view.register_to_config(**call.config)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        started = time.perf_counter()
+        with Sampler(self.device, LOOK) as memory:
+            try:
+                made = view(**call.arguments, generator=generator, output_type="np")
+            finally:
+                view.maybe_free_model_hooks()  # a call that ends early leaves caches and offloaded modules as they are
+        finished = time.perf_counter()
+        frames = getattr(made, called.output)[0]
+        frames = frames if frames.ndim == 4 else frames[None]
+        if not np.isfinite(frames).all():
+            raise ModelError(
+                "the model produced NaN or inf", where=request.prompt, hint="Try BF16 as the dtype, or less guidance."
+            )
+        # A frame at a time: a long clip's floats are gigabytes.
+        pixels = np.stack([(frame * 255).round().astype(np.uint8) for frame in frames])
+        # The first step's time includes the text encoder, so steps are timed between their ends.
+        gaps = tuple(after - before for before, after in pairwise(marks)) or (finished - started,)
+        peak = memory.anon if torch.device(self.device).type == "cpu" else memory.device
+        return Result(pixels, gaps, finished - started, peak or None, request)
+
+    @contextmanager
+    def _turn(self, stop: threading.Event | None) -> Iterator[None]:
+        _check_stop(stop)
+        while not self.lock.acquire(timeout=-1 if stop is None else WAIT):
+            _check_stop(stop)
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+
+def _check_stop(stop: threading.Event | None) -> None:
+    if stop is not None and stop.is_set():
+        raise Cancelled("the run was cancelled")

@@ -1,0 +1,226 @@
+"""One session for every caller: requests from several threads, cancelling, what a run leaves behind, and what it took."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mxdit
+import tiny
+from mxdit.errors import Cancelled, CheckpointError, ConfigError, InputError, ModelError
+from mxdit.generation.session import Result, Session
+
+SMALL = {"prompt": "a red seven", "size": (16, 16), "frames": 5, "steps": 4, "guidance": 3.0}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("models") / "t2v")
+
+
+@pytest.fixture(scope="module")
+def session(directory: Path) -> Session:
+    return Session.open(directory)
+
+
+def test_three_lines_make_a_video(tmp_path):
+    session = mxdit.Session.open()
+    result = session.run(session.request(frames=5, steps=2))
+    result.save(tmp_path / "seven.mp4")
+    assert isinstance(result, mxdit.Result) and isinstance(result.request, mxdit.Request)
+    assert result.request.prompt == "a red seven moving left on a blue background"
+    with av.open(str(tmp_path / "seven.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == result.request.fps == 8
+        assert sum(1 for _ in container.decode(video=0)) == 5
+
+
+def test_requests_of_other_settings_from_several_threads(session):
+    requests = [
+        session.request(**SMALL),
+        session.request(**SMALL, flow_shift=12.0, boundary_ratio=0.3),
+        session.request(**SMALL, flow_shift=1.0, boundary_ratio=0.6, seed=1),
+    ]
+    alone = [session.run(request).frames for request in requests]
+    assert not np.array_equal(alone[0], alone[1])
+    together: dict[int, np.ndarray] = {}
+    order: list[int] = []
+
+    def work(index: int) -> None:
+        together[index] = session.run(requests[index], lambda *_: order.append(index)).frames
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(alone[index], together[index]) for index in range(len(requests)))
+    assert sorted(order[::4]) == [0, 1, 2] and order == [index for index in order[::4] for _ in range(4)]
+
+
+def test_a_run_leaves_the_pipeline_as_it_was(session):
+    pipeline = session.load()
+    scheduler, before = pipeline.scheduler, dict(vars(pipeline))
+    config, own = dict(pipeline.config), dict(scheduler.config)
+    seen = []
+    session.run(
+        session.request(**SMALL, flow_shift=12.0, boundary_ratio=0.3),
+        lambda *_: seen.append((pipeline.scheduler is scheduler, pipeline.config.boundary_ratio)),
+    )
+    assert seen == [(True, 0.875)] * 4  # nor is it another one in between, when another thread may look
+    assert dict(vars(pipeline)) == before and dict(pipeline.config) == config and dict(scheduler.config) == own
+    assert scheduler.num_inference_steps is None  # it has not been stepped
+
+
+def test_a_cancelled_run_ends_between_steps_and_leaves_the_session_usable(session):
+    request, stop, steps = session.request(**SMALL), threading.Event(), []
+    expected = session.run(request).frames
+
+    def on_step(done: int, _: int) -> None:
+        steps.append(done)
+        if done == 2:
+            stop.set()
+
+    with pytest.raises(Cancelled, match="cancelled"):
+        session.run(request, on_step, stop)
+    assert steps == [1, 2]
+    with pytest.raises(Cancelled):
+        session.run(request, on_step, stop)  # before it begins
+    assert steps == [1, 2]
+    assert np.array_equal(session.run(request, stop=threading.Event()).frames, expected)
+
+
+def test_a_run_that_waits_for_its_turn_can_be_cancelled(session):
+    stop, ended = threading.Event(), []
+
+    def wait() -> None:
+        try:
+            session.run(session.request(**SMALL), stop=stop)
+        except Cancelled as error:
+            ended.append(error)
+
+    with session.lock:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert thread.is_alive() and not ended
+        stop.set()
+        thread.join(timeout=60)
+        assert len(ended) == 1
+        session.run(session.request(**SMALL))  # whoever holds the lock can run
+
+
+def test_a_run_that_fails_leaves_the_session_usable(session):
+    request = session.request(**SMALL, flow_shift=12.0)
+    expected = session.run(request).frames
+
+    def on_step(*_: int) -> None:
+        raise KeyError("a caller's own fault")
+
+    with pytest.raises(KeyError):
+        session.run(request, on_step)
+    assert np.array_equal(session.run(request).frames, expected)
+
+
+def test_numbers_that_are_none_are_refused_not_shown(directory):
+    session = Session.open(directory)
+    with torch.no_grad():
+        session.load().transformer_2.proj_out.bias.fill_(torch.nan)
+    with pytest.raises(ModelError, match="NaN or inf"):
+        session.run(session.request(**SMALL))
+
+
+def test_memory_is_that_of_the_run_itself(session):
+    ballast = torch.ones(64 << 20)  # 256 MiB
+    heavy = session.run(session.request(**SMALL)).peak_bytes
+    del ballast
+    light = session.run(session.request(**SMALL)).peak_bytes
+    assert heavy is not None and light is not None and heavy - light > 200 << 20
+
+
+def test_latents_are_told_after_each_step(session):
+    told = []
+    session.run(session.request(**SMALL), on_latents=lambda step, latents: told.append((step, latents.shape)))
+    assert told == [(step, (1, 16, 2, 2, 2)) for step in range(4)]
+
+
+def test_a_request_is_json(tmp_path, directory):
+    session = Session.open(directory)
+    values = json.loads(json.dumps(session.request(**SMALL, fps=5).to_dict()))
+    assert (values["task"], values["fps"], values["image"], values["height"]) == ("t2v", 5, None, 16)
+    i2v = Session.open(tiny.save(tmp_path / "i2v", "i2v"))
+    pixels = [Image.new("RGB", (16, 16), color) for color in ("red", "red", "blue")]
+    digests = [i2v.request(**SMALL, image=image).to_dict()["image"] for image in pixels]
+    assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 64
+    with pytest.raises(InputError, match="another task"):
+        session.run(i2v.request(**SMALL, image=pixels[0]))
+
+
+def test_errors_name_the_field(session, tmp_path):
+    for fields, field in (
+        ({"size": (20, 16)}, "size"),
+        ({"size": (16, 1024)}, "size"),
+        ({"frames": 6}, "frames"),
+        ({"frames": 133}, "frames"),
+        ({"steps": 0}, "steps"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"image": Image.new("RGB", (16, 16))}, "image"),
+        ({"guidance_2": float("inf")}, "guidance_2"),
+        ({"boundary_ratio": 1.0}, "boundary_ratio"),
+        ({"flow_shift": -1.0}, "flow_shift"),
+        ({"fps": 0}, "fps"),
+        ({"seed": -1}, "seed"),
+    ):
+        with pytest.raises(InputError) as caught:
+            session.request(**{**SMALL, **fields})
+        assert caught.value.field == field and str(caught.value).startswith(f"{field}: ")
+        assert caught.value.line(str.upper) == str(caught.value).replace(field, field.upper(), 1)
+
+
+def test_a_session_refuses_before_it_loads(directory):
+    with pytest.raises(InputError, match="a text-to-video model"):
+        Session.open(directory, task="i2v")
+    with pytest.raises(InputError, match="unknown method") as caught:
+        Session.open(directory, method="mxfp5")
+    assert caught.value.field == "method"
+    with pytest.raises(ConfigError, match="without a method"):
+        Session.open(directory, keys={"activation": "bf16"})
+    with pytest.raises(ConfigError, match="transformer_3"):
+        Session.open(directory, method="mxfp4", components={"transformer_3": None})
+
+
+def test_a_directory_without_weights_can_be_asked_and_not_loaded(tmp_path, directory):
+    for file in [*directory.rglob("*.json"), *directory.rglob("*.model")]:
+        copy = tmp_path / file.relative_to(directory)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    session = Session.open(tmp_path)
+    assert session.request(**SMALL).steps == 4
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        session.load()
+
+
+def test_files_by_their_ending(session, tmp_path):
+    def result(frames: int) -> Result:
+        pixels = np.full((frames, 16, 16, 3), 77, np.uint8)
+        return Result(pixels, (0.1,), 0.1, None, session.request(**SMALL))
+
+    result(1).save(tmp_path / "one.png")
+    assert np.asarray(Image.open(tmp_path / "one.png")).shape == (16, 16, 3)
+    result(1).save(str(tmp_path / "one.mp4"), fps=3)
+    with av.open(str(tmp_path / "one.mp4")) as container:
+        assert container.streams.video[0].average_rate == 3
+    with pytest.raises(InputError, match="one frame"):
+        result(2).save(tmp_path / "two.png")
+    with pytest.raises(InputError, match=r"\.mp4 or \.png"):
+        result(2).save(tmp_path / "two.gif")
+    with pytest.raises(InputError, match="could not be written"):
+        result(1).save(tmp_path / "none" / "one.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "one.png"]
