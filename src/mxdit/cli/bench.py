@@ -15,7 +15,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mxdit.cli.console import app, check_output, device_of, err, need, say, size_of, tell
-from mxdit.cli.tables import MIB, gemm_cells, progress, say_machine, say_totals, table
+from mxdit.cli.tables import MIB, gemm_cells, progress, say_baseline, say_machine, say_totals, table
 from mxdit.errors import InputError
 from mxdit.models.shapes import PUBLISHED
 
@@ -75,7 +75,8 @@ def gemm(
     report: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg or .pdf.", metavar="FILE")] = None,
 ) -> None:
-    """Wan2.2's matrix products: torch's BF16 linear beside each method, quantizing and multiplying apart and together.
+    """Wan2.2's matrix products: torch's BF16 linear (FP32 on a CPU that emulates BF16) beside each method, quantizing and
+    multiplying apart and together.
 
     In each round every call is made once, so that all see the same machine. Results are checked against the reference in
     the same run, and rates are held against what a copy and a square matrix product reach in the same run.
@@ -107,7 +108,8 @@ def gemm(
     else:
         wanted = products([PUBLISHED[name] for name in names], clips, fraction)
     tell("measuring what a copy and a matrix product of torch's reach")
-    best, rows = ceilings(place, rounds), []
+    baseline = say_baseline(device)
+    best, rows = ceilings(place, rounds, baseline), []
     columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err) as shown:
         bar = shown.add_task("", total=len(wanted))
@@ -121,11 +123,12 @@ def gemm(
         f"Ceilings of this run: copy {best.copy / 1e9:.1f} GB/s read and written; matmul of {best.size}: BF16 "
         f"{best.bf16 / 1e12:.3f} TFLOP/s, FP32 {best.fp32 / 1e12:.3f}. {rounds} rounds; ms are medians.\n"
     )
-    head = ("product", "M", "K", "N", "method", "by", "quantize ms", "matmul ms", "whole ms", "min", "IQR", "x BF16")
+    head = ("product", "M", "K", "N", "method", "by", "quantize ms", "matmul ms", "whole ms", "min", "IQR")
+    kind = baseline.upper()
     table(
         [
-            (*head, "GB/s", "of copy", "TFLOP/s", "of BF16 peak", "right"),
-            *(gemm_cells(row, best) for row in rows if row.parts),
+            (*head, f"x {kind}", "GB/s", "of copy", "TFLOP/s", f"of {kind} peak", "right"),
+            *(gemm_cells(row, best, best.peak(baseline)) for row in rows if row.parts),
         ]
     )
     notes: dict[str, list[str]] = {}
@@ -134,7 +137,13 @@ def gemm(
             notes.setdefault(f"{row.backend}: {row.note}", []).append(str(row.product))
     say("\n".join(["", *(f"{note}: {'; '.join(dict.fromkeys(sizes))}" for note, sizes in notes.items())]))
     if report is not None:
-        settings = {"scale": str(fraction), "rounds": rounds, "quick": quick, "inputs": "gaussian"}
+        settings = {
+            "scale": str(fraction),
+            "rounds": rounds,
+            "quick": quick,
+            "inputs": "gaussian",
+            "baseline": baseline,
+        }
         figures = as_json("gemm", device, settings, [row.to_dict() for row in rows], ceilings=vars(best))
         report.write_text(json.dumps(figures, indent=1) + "\n")
     if plot is not None:
@@ -273,7 +282,8 @@ def pipeline(
     directory: Model = "bundled",
     task: Task = "t2v",
     mode: Annotated[
-        list[str] | None, typer.Option(help=f"Only bf16 and this: {', '.join(NAMES)}. May be repeated.", metavar="MODE")
+        list[str] | None,
+        typer.Option(help=f"Only the baseline and this: {', '.join(NAMES)}. May be repeated.", metavar="MODE"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of a clip, at least 2; the first does not count.")] = 9,
     size: Size = None,
@@ -302,7 +312,7 @@ def pipeline(
     from mxdit.bench import pipeline as measure
     from mxdit.bench.record import report as as_json
 
-    modes = ("bf16", *_choices("--mode", mode, NAMES))
+    modes = _choices("--mode", mode, NAMES)
     if block is not None:
         _choices("--block", [block], PUBLISHED)
         if not 1 <= tokens <= 1 << 20:
@@ -313,6 +323,7 @@ def pipeline(
         raise InputError("the first step does not count", where="--steps", got=steps, expected="at least 2")
     _check_outputs(report)
     device_of(device)
+    modes = (baseline := say_baseline(device), *modes)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     if block is not None:
         what, settings = f"one block of {PUBLISHED[block].name}, {tokens} tokens", {"block": block, "tokens": tokens}
@@ -325,7 +336,8 @@ def pipeline(
         rows = list(measure.run(opened, request, modes, device, progress))
     say_machine(device)
     say(f"{what}; ms. Shares are the profiler's, seconds are without it.")
-    cells: list[tuple[str, ...]] = [("mode", "median", "min", "IQR", "rounds", "linear", "attention", "rest", "x BF16")]
+    cells: list[tuple[str, ...]] = [("mode", "median", "min", "IQR", "rounds", "linear", "attention", "rest")]
+    cells[0] += (f"x {baseline.upper()}",)
     for row in rows:
         shares = (f"{1e3 * row.times.median * s:.1f} ({s:.0%})" for s in (row.linear, row.attention, row.rest))
         times = (f"{1e3 * s:.1f}" for s in (row.times.median, row.times.minimum, row.times.spread))
@@ -333,6 +345,7 @@ def pipeline(
         cells.append((row.mode, *times, str(row.times.rounds), *shares, ratio))
     table(cells)
     if report is not None:
+        settings["baseline"] = baseline
         figures = [asdict(row) | {"rest": row.rest} for row in rows]
         report.write_text(json.dumps(as_json("pipeline", device, settings, figures), indent=1) + "\n")
 
