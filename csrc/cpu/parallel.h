@@ -6,8 +6,8 @@
 namespace mxdit {
 
 // Calls body(data) on up to `threads` threads at once, this one among them, and waits. A body has to do all that the others
-// leave, since they may be as few as none. Every call runs with IEEE
-// floating point (nearest even, subnormals kept), whatever the calling program has set, and puts that back.
+// leave, since they may be as few as none. Every call runs with IEEE floating point (nearest even, subnormals kept),
+// whatever the calling program has set, and puts that back.
 void parallel(int threads, void (*body)(void*), void* data);
 
 template <class F>

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-SLOW = 1.5  # times as long as FP32: with instructions for it BF16 takes half as long, and emulated 6 to 40 times
+SLOW = 1.5  # times as long as FP32: with instructions for it BF16 takes half as long, and emulated 3 to 40 times
 _SIZE = 256  # of the square product that is timed: 1 ms, and 10 where it is emulated
 _CALLS = 4  # of which the fastest counts; the first one compiles
 
