@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -19,9 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 import mxdit
 import tiny
 from command import mxdit_command
+from mxdit.backends import carrier
 from mxdit.bench import gemm, memory, pipeline, timing, totals
 from mxdit.bench.ceilings import Ceilings
-from mxdit.bench.modes import MODES, variants
+from mxdit.bench.modes import CARRIERS, MODES, baseline, variants
 from mxdit.bench.plot import gemm as draw
 from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.products import Product, products
@@ -74,7 +78,7 @@ def test_only_video_tokens_are_scaled():
 def test_every_method_is_measured_and_right(k, n):
     (rows,) = gemm.run([Product("test", 5, k, n, 5)], list(MODES), CPU, 2)
     native = len(gemm.usable(CPU)) - 1
-    assert [row.method for row in rows] == ["bf16", *MODES, *(list(MODES) * native)]
+    assert [row.method for row in rows] == [baseline("cpu"), *MODES, *(list(MODES) * native)]
     assert all(row.right for row in rows[1:]) and rows[0].ratio == 1
     for row in rows[1 : 1 + len(MODES) * native]:
         assert set(row.parts) == ({"whole"} if row.method == "w4a16" else {"quantize", "matmul", "whole"})
@@ -87,7 +91,8 @@ def test_every_method_is_measured_and_right(k, n):
 def test_bytes_are_operands_and_results_once():
     (rows,) = gemm.run([Product("test", 4, 64, 32, 4)], ["mxfp4"], CPU, 1)
     x, out, codes, weight, bias = 4 * 64 * 2, 4 * 32 * 2, 4 * (32 + 2), 32 * (32 + 2), 32 * 2
-    assert rows[0].parts["whole"].nbytes == x + 64 * 32 * 2 + bias + out
+    size = CARRIERS[rows[0].method].itemsize
+    assert rows[0].parts["whole"].nbytes == size * (4 * 64 + 64 * 32 + 32 + 4 * 32)
     parts = {name: part.nbytes for name, part in rows[1].parts.items()}
     if parts.keys() > {"whole"}:
         assert parts["quantize"] == x + codes and parts["matmul"] == codes + weight + bias + out
@@ -243,8 +248,42 @@ def test_gemm_command(monkeypatch, capsys, tmp_path):
     assert code == 0 and "Ceilings of this run" in out and "NO" not in out
     figures = json.loads((tmp_path / "a.json").read_text())
     assert figures["benchmark"] == "gemm" and figures["ceilings"]["bf16"] > 0 and figures["settings"]["scale"] == "1"
-    assert {row["method"] for row in figures["rows"]} == {"bf16", "mxfp4", "w4a16"}
+    assert {row["method"] for row in figures["rows"]} == {figures["settings"]["baseline"], "mxfp4", "w4a16"}
     assert (tmp_path / "a.svg").stat().st_size
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="libraries emulate bf16 on demand on x86 only"
+)
+def test_where_bf16_is_emulated_fp32_is_the_baseline_and_that_is_said(tmp_path):
+    """In a process whose libraries take the CPU for one with AVX2 only."""
+    wanted = [
+        "bench",
+        "gemm",
+        "--shape",
+        "3,64,32",
+        "--method",
+        "mxfp4",
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
+    older = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", "from mxdit.cli import main; main()", *wanted]
+    done = subprocess.run(command, env={**os.environ, **older}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Compared with FP32: torch emulates bfloat16 on this CPU" in done.stdout
+    assert "x FP32" in done.stdout and "of FP32 peak" in done.stdout and "x BF16" not in done.stdout
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["settings"]["baseline"] == "fp32" and figures["ceilings"]["size"] == 512
+    assert [row["method"] for row in figures["rows"]] == ["fp32", "mxfp4", "mxfp4"]
+
+
+def test_only_a_cpu_has_a_slow_bf16():
+    assert baseline("npu") == baseline("cuda:1") == "bf16"
+    assert carrier.note(torch.bfloat16, "npu") is None and carrier.note(torch.float32, "cpu") is None
+    assert (carrier.note(torch.bfloat16, "cpu") is None) == (baseline("cpu") == "bf16")
 
 
 def test_pipeline_command(monkeypatch, capsys, tmp_path):
@@ -254,7 +293,9 @@ def test_pipeline_command(monkeypatch, capsys, tmp_path):
     )
     assert code == 0 and "w4a8" in out
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [row["mode"] for row in rows] == ["bf16", "w4a8", pipeline.AGAIN] and rows[0]["ratio"] == 1
+    assert [row["mode"] for row in rows] == [baseline("cpu"), "w4a8", pipeline.AGAIN.format(baseline("cpu"))] and rows[
+        0
+    ]["ratio"] == 1
     assert all(row["linear"] > 0 and row["attention"] > 0 and row["times"]["rounds"] == 2 for row in rows)
 
 

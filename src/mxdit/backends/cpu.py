@@ -1,7 +1,7 @@
 """The native CPU kernels (csrc/cpu), called through their C ABI and registered on torch's CPU device.
 
 They give the bits of the reference on every instruction set path; docs/cpu.md says which paths there are. The environment
-variable MXDIT_CPU_PATH forces one (or ``reference``); the number of threads is torch's.
+variable MXDIT_CPU_PATH forces one (or ``reference``); `usable_threads` says how many threads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mxdit.backends.record import Backend
+from mxdit.backends.threads import usable_threads
 from mxdit.errors import BackendError
 from mxdit.numerics.formats import FORMATS
 from mxdit.ops import implement, products
@@ -307,12 +308,12 @@ def _encode(
 
 
 def _call(function: str, job: bytes) -> None:
-    if getattr(_library(), function)(job, torch.get_num_threads()):
+    if getattr(_library(), function)(job, usable_threads()):
         m, n, k = _LINEAR.unpack(job)[:3]
         raise BackendError(
             "no memory for a product",
             where="mxdit.backends.cpu",
-            got=f"M={m}, N={n}, K={k} on {torch.get_num_threads()} threads",
+            got=f"M={m}, N={n}, K={k} on {usable_threads()} threads",
             expected="about 10 MB, with AMX 35, and 2 MB for each thread",
             hint="Free memory, or lower torch.set_num_threads.",
         )

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
+from mxdit.bench.modes import FP32
 from mxdit.bench.timing import Call, alternate, last_cache, timer
 
 
@@ -25,18 +27,26 @@ class Ceilings:
     fp32: float
     size: int
 
+    def peak(self, baseline: str) -> float:
+        """Operations a second in that type, "bf16" or "fp32"."""
+        return self.fp32 if baseline == FP32 else self.bf16
+
 
 @torch.inference_mode()
-def ceilings(device: torch.device, rounds: int) -> Ceilings:
-    """Measure them, by the minimum: it is what the machine can do that is asked for."""
-    size, nbytes = (2048, 4 * last_cache()) if device.type == "cpu" else (8192, 1 << 30)
+def ceilings(device: torch.device, rounds: int, baseline: str) -> Ceilings:
+    """Measure them, by the minimum: it is what the machine can do that is asked for.
+
+    Args:
+        baseline: "bf16", or "fp32" where BF16 is emulated: then the products are small, since one of 2048 takes seconds.
+    """
+    size, nbytes = (512 if baseline == FP32 else 2048, 4 * last_cache()) if device.type == "cpu" else (8192, 1 << 30)
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     left, right = (torch.randn(size, size, device=device) for _ in range(2))
     halves = left.bfloat16(), right.bfloat16()
     kinds: list[list[Call]] = [
         [partial(torch.empty_like(source).copy_, source)],
-        [partial(torch.mm, *halves)],
-        [partial(torch.mm, left, right)],
+        [partial(F.linear, *halves)],
+        [partial(F.linear, left, right)],
     ]
     copied, half, full = (min(seconds) for seconds in alternate(kinds, rounds, timer(device)))
     return Ceilings(2 * nbytes / copied, 2 * size**3 / half, 2 * size**3 / full, size)

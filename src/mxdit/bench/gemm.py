@@ -1,4 +1,4 @@
-"""``mxdit bench gemm``: Wan2.2's matrix products in BF16 and by every method, quantizing and multiplying apart and together."""
+"""``mxdit bench gemm``: Wan2.2's matrix products by torch and by every method, quantizing and multiplying apart and together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mxdit.backends import REFERENCE, Backend, backends
-from mxdit.bench.modes import BF16, MODES
+from mxdit.bench.modes import CARRIERS, MODES, baseline
 from mxdit.bench.products import Product
 from mxdit.bench.timing import Call, Times, alternate, rotated, timer
 from mxdit.conformance import calls
@@ -58,11 +58,11 @@ class Row:
 
     Attributes:
         product: what is multiplied.
-        method: of `MODES`, or "bf16".
+        method: of `MODES`, or what `baseline` names, "bf16" or "fp32": torch's own linear.
         backend: what `mxdit info` calls the implementation, or "torch".
         parts: by name; those that the ops cannot take apart are missing.
-        ratio: median of torch's BF16 linear over that of the whole, in the same rounds: above 1 is faster than BF16.
-        right: whether sampled results are what docs/numerics.md section 8 grants this device; None for BF16.
+        ratio: median of torch's own linear over that of the whole, in the same rounds: above 1 is faster.
+        right: whether sampled results are what docs/numerics.md section 8 grants this device; None for torch's own.
         note: why nothing was measured, empty where it was.
     """
 
@@ -95,13 +95,15 @@ class Linear:
             values = torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(std=spread)
             setattr(source, name, nn.Parameter(values, requires_grad=False))
         self.k, self.n, self.device, self._packed = k, n, device, {}
-        self.plain: list[Any] = rotated(source)
+        self.baseline = baseline(str(device))
+        self.plain: list[Any] = rotated(source.to(CARRIERS[self.baseline]))
 
     def mode(self, name: str) -> list[MXLinear]:
         """The copies in that mode; those that differ in the activation only share their weights."""
         method, activation = MODES[name]
         if method not in self._packed:
-            first = MXLinear.from_weight(self.plain[0].weight, self.plain[0].bias, method=method)
+            weight, bias = (tensor.bfloat16() for tensor in (self.plain[0].weight, self.plain[0].bias))
+            first = MXLinear.from_weight(weight, bias, method=method)
             self._packed[method] = rotated(first)
         layers = [copy.copy(layer) for layer in self._packed[method]]
         for layer in layers:
@@ -171,9 +173,10 @@ def usable(device: torch.device) -> list[Backend]:
 
 @torch.inference_mode()
 def run(wanted: Sequence[Product], methods: Sequence[str], device: torch.device, rounds: int) -> Iterator[list[Row]]:
-    """Measure one product after the other, and yield its rows: BF16 first, then every method by every implementation.
+    """Measure one product after the other, and yield its rows: torch's own first, then every method by every implementation.
 
-    In each round every call of a product is made once. Inputs are Gaussian; results are checked in the same run.
+    Torch's own linear is in the type that `baseline` names; the others have BF16 activations and results. In each round every
+    call of a product is made once. Inputs are Gaussian; results are checked in the same run.
     """
     linear: Linear | None = None
     for product in sorted(wanted, key=lambda product: (product.k, product.n)):
@@ -186,12 +189,13 @@ def run(wanted: Sequence[Product], methods: Sequence[str], device: torch.device,
 def _measure(product: Product, linear: Linear, methods: Sequence[str], rounds: int) -> list[Row]:
     device, plain = linear.device, linear.plain[0]
     x = torch.randn(product.m, product.k, device=device).bfloat16()
-    moved = x.nbytes + plain.weight.nbytes + _bias(plain) + 2 * product.m * product.n
-    baseline: list[Call] = [partial(F.linear, x, one.weight, one.bias) for one in linear.plain]
-    rows = [Row(product, BF16, "torch", {}, 1.0)]
+    own = x.to(plain.weight.dtype)
+    moved = own.nbytes + plain.weight.nbytes + _bias(plain) + own.itemsize * product.m * product.n
+    by_torch: list[Call] = [partial(F.linear, own, one.weight, one.bias) for one in linear.plain]
+    rows = [Row(product, linear.baseline, "torch", {}, 1.0)]
     for backend in usable(device):
-        # Rounds of its own for each implementation, with BF16 in them: the reference's large copies disturb what comes next.
-        work, first = [(rows[0], WHOLE, moved, baseline)], len(rows)
+        # Rounds of its own for each implementation, with torch's in them: the reference's large copies disturb what comes next.
+        work, first = [(rows[0], WHOLE, moved, by_torch)], len(rows)
         for method in methods:
             row, layers = Row(product, method, backend.name, {}), linear.mode(method)
             refused = _refused(backend, layers[0], product)
@@ -209,11 +213,11 @@ def _measure(product: Product, linear: Linear, methods: Sequence[str], rounds: i
             continue
         times = alternate([copies for *_, copies in work], rounds, timer(device))
         for (row, part, nbytes, _), seconds in zip(work, times, strict=True):
-            if not (row is rows[0] and row.parts):  # BF16's row holds what it took beside the first implementation
+            if not (row is rows[0] and row.parts):  # torch's row holds what it took beside the first implementation
                 row.parts[part] = Part(Times.of(seconds), nbytes, 0 if part == QUANTIZE else product.operations)
-        bf16 = Times.of(times[0]).median
+        reached = Times.of(times[0]).median
         rows[first:] = [
-            replace(row, ratio=bf16 / row.parts[WHOLE].times.median) if row.parts else row for row in rows[first:]
+            replace(row, ratio=reached / row.parts[WHOLE].times.median) if row.parts else row for row in rows[first:]
         ]
     return rows
 

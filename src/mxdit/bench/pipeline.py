@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mxdit.bench.modes import BF16, MODES
+from mxdit.bench.modes import CARRIERS, MODES
 from mxdit.bench.shapes import Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
 from mxdit.bench.timing import Times, alternate, timer
@@ -27,7 +27,7 @@ from mxdit.generation.session import Session
 FORWARD = "mxdit.bench: forward"  # what the profiler calls a transformer's forward
 LINEARS = ("mxdit::linear", "aten::linear")
 ATTENTION = ("aten::scaled_dot_product_attention",)
-AGAIN = "bf16, again"
+AGAIN = "{}, again"
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class StepTime:
     """A step of a pipeline, or a forward of a block.
 
     Attributes:
-        mode: of `MODES`, "bf16", `AGAIN`, or "as stored".
+        mode: of `MODES`, of `CARRIERS`, `AGAIN` with one, or "as stored".
         times: seconds without the profiler.
         linear, attention: their shares, 0 to 1, of a step under the profiler. What is left are norms, modulation, rotary
             embeddings, guidance and the scheduler.
-        ratio: BF16's median over this one's, None where BF16 was not measured.
+        ratio: the unquantized one's median over this one's, None where that was not measured.
     """
 
     mode: str
@@ -60,19 +60,21 @@ def run(
     """Make one clip in every mode without the profiler and one with it.
 
     Args:
-        model: BF16, or stored quantized, which is then the only mode.
+        model: as released, or stored quantized, which is then the only mode.
         request: the clip, of at least two steps; the first does not count, since the text encoder runs before it.
-        modes: of `MODES` and "bf16". One follows the other, so BF16 is measured once more at the end: what it differs from
-            the first time is the machine's.
+        modes: first what carries what is not quantized, of `CARRIERS`, then of `MODES`. One follows the other, so the first
+            is measured once more at the end: what it differs from the first time is the machine's.
         tell: is told of each.
     """
     show_loading(False)
     baseline = None
-    for mode in ("as stored",) if model.stored else (*modes, AGAIN):
+    for mode in ("as stored",) if model.stored else (*modes, AGAIN.format(modes[0])):
         tell(mode)
         method, activation = MODES.get(mode, (None, "mxfp4"))
         keys = {} if activation == "mxfp4" else {"activation": activation}
-        session = Session.open(model.path, task=request.task, method=method, keys=keys, device=device)
+        session = Session.open(
+            model.path, task=request.task, method=method, keys=keys, dtype=CARRIERS[modes[0]], device=device
+        )
         session.run(replace(request, steps=2))  # does not count: allocators and thread pools begin
         times = Times.of(session.run(request).step_seconds)
         transformers = transformers_of(session.load()).values()
@@ -80,7 +82,7 @@ def run(
             result = session.run(request)
         whole = sum(result.step_seconds) / len(result.step_seconds) * request.steps
         linear, attention, _ = split(profiler.events() or (), device)
-        baseline = times.median if mode == BF16 else baseline
+        baseline = times.median if mode in CARRIERS else baseline
         ratio = None if baseline is None else baseline / times.median
         yield StepTime(mode, times, linear / whole, attention / whole, ratio)
         del session, transformers
@@ -89,11 +91,13 @@ def run(
 
 @torch.inference_mode()
 def run_block(wan: Wan, tokens: int, modes: Sequence[str], rounds: int, device: str) -> list[StepTime]:
-    """One block of random weights over that many video tokens and 512 of text, in BF16 and every mode, in rounds of one
-    forward of each. All modes' weights are on the device at once: with all modes 2.6 times BF16's bytes."""
-    place, plain = torch.device(device), random_block(wan, device)
-    inputs = block_inputs(wan, tokens, device)
-    blocks = {BF16: plain, **{mode: quantized(plain, *MODES[mode]) for mode in modes if mode != BF16}}
+    """One block of random weights over that many video tokens and 512 of text, in every mode as `run` takes them, in rounds
+    of one forward of each. All modes' weights are on the device at once: with all modes 2.6 times the first one's bytes."""
+    place, dtype = torch.device(device), CARRIERS[modes[0]]
+    plain = random_block(wan, device).to(dtype)
+    x, text, *others = block_inputs(wan, tokens, device)
+    inputs = (x.to(dtype), text.to(dtype), *others)
+    blocks = {modes[0]: plain, **{mode: quantized(plain, *MODES[mode]) for mode in modes[1:]}}
     seconds = alternate([[partial(block, *inputs)] for block in blocks.values()], rounds, timer(place))
     times = [Times.of(each) for each in seconds]
     rows = []

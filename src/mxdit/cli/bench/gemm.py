@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mxdit.bench.modes import MODES
 from mxdit.bench.shapes import PUBLISHED
 from mxdit.cli.bench.options import Json, bench, check_outputs, choices, rounds_of
-from mxdit.cli.bench.tables import gemm_cells, say_machine, table
+from mxdit.cli.bench.tables import gemm_cells, say_baseline, say_machine, table
 from mxdit.cli.console import Device, device_of, err, say, tell
 from mxdit.errors import InputError
 
@@ -47,7 +47,8 @@ def gemm(
     report: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg or .pdf.", metavar="FILE")] = None,
 ) -> None:
-    """Wan2.2's matrix products: torch's BF16 linear beside each method, quantizing and multiplying apart and together.
+    """Wan2.2's matrix products: torch's BF16 linear (FP32 on a CPU that emulates BF16) beside each method, quantizing and
+    multiplying apart and together.
 
     In each round every call is made once, so that all see the same machine. Results are checked against the reference in
     the same run, and rates are held against what a copy and a square matrix product reach in the same run.
@@ -77,7 +78,8 @@ def gemm(
     else:
         wanted = products([PUBLISHED[name] for name in names], clips, fraction)
     tell("measuring what a copy and a matrix product of torch's reach")
-    best, rows = ceilings(place, rounds), []
+    baseline = say_baseline(device)
+    best, rows = ceilings(place, rounds, baseline), []
     columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err) as shown:
         bar = shown.add_task("", total=len(wanted))
@@ -91,11 +93,12 @@ def gemm(
         f"Ceilings of this run: copy {best.copy / 1e9:.1f} GB/s read and written; matmul of {best.size}: BF16 "
         f"{best.bf16 / 1e12:.3f} TFLOP/s, FP32 {best.fp32 / 1e12:.3f}. {rounds} rounds; ms are medians.\n"
     )
-    head = ("product", "M", "K", "N", "method", "by", "quantize ms", "matmul ms", "whole ms", "min", "IQR", "x BF16")
+    head = ("product", "M", "K", "N", "method", "by", "quantize ms", "matmul ms", "whole ms", "min", "IQR")
+    kind = baseline.upper()
     table(
         [
-            (*head, "GB/s", "of copy", "TFLOP/s", "of BF16 peak", "right"),
-            *(gemm_cells(row, best) for row in rows if row.parts),
+            (*head, f"x {kind}", "GB/s", "of copy", "TFLOP/s", f"of {kind} peak", "right"),
+            *(gemm_cells(row, best, best.peak(baseline)) for row in rows if row.parts),
         ]
     )
     notes: dict[str, list[str]] = {}
@@ -104,7 +107,13 @@ def gemm(
             notes.setdefault(f"{row.backend}: {row.note}", []).append(str(row.product))
     say("\n".join(["", *(f"{note}: {'; '.join(dict.fromkeys(sizes))}" for note, sizes in notes.items())]))
     if report is not None:
-        settings = {"scale": str(fraction), "rounds": rounds, "quick": quick, "inputs": "gaussian"}
+        settings = {
+            "scale": str(fraction),
+            "rounds": rounds,
+            "quick": quick,
+            "inputs": "gaussian",
+            "baseline": baseline,
+        }
         figures = as_json("gemm", device, settings, [row.to_dict() for row in rows], ceilings=vars(best))
         report.write_text(json.dumps(figures, indent=1) + "\n")
     if plot is not None:

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from mxdit.bench.modes import BF16, MODES
+from mxdit.bench.modes import MODES
 from mxdit.bench.shapes import PUBLISHED
 from mxdit.cli.bench.options import Json, Task, bench, check_outputs, choices, clip, open_session, rounds_of
-from mxdit.cli.bench.tables import progress, say_machine, table
+from mxdit.cli.bench.tables import progress, say_baseline, say_machine, table
 from mxdit.cli.console import Device, Frames, Model, Size, device_of, need, say
 from mxdit.errors import InputError
 
@@ -21,7 +21,8 @@ def pipeline(
     directory: Model = "bundled",
     task: Task = None,
     mode: Annotated[
-        list[str] | None, typer.Option(help=f"Only bf16 and this: {', '.join(MODES)}. May be repeated.", metavar="MODE")
+        list[str] | None,
+        typer.Option(help=f"Only the baseline and this: {', '.join(MODES)}. May be repeated.", metavar="MODE"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of a clip, at least 2; the first does not count.")] = 9,
     size: Size = None,
@@ -50,7 +51,7 @@ def pipeline(
     from mxdit.bench import pipeline as measure
     from mxdit.bench.record import report as as_json
 
-    modes = (BF16, *choices("--mode", mode, MODES))
+    modes = choices("--mode", mode, MODES)
     if block is not None:
         choices("--block", [block], PUBLISHED)
         if not 1 <= tokens <= 1 << 20:
@@ -61,6 +62,7 @@ def pipeline(
         raise InputError("the first step does not count", where="--steps", got=steps, expected="at least 2")
     check_outputs(report)
     device_of(device)
+    modes = (baseline := say_baseline(device), *modes)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     if block is not None:
         what, settings = f"one block of {PUBLISHED[block].name}, {tokens} tokens", {"block": block, "tokens": tokens}
@@ -74,7 +76,8 @@ def pipeline(
         rows = list(measure.run(session.model, request, modes, device, progress))
     say_machine(device)
     say(f"{what}; ms. Shares are the profiler's, seconds are without it.")
-    cells: list[tuple[str, ...]] = [("mode", "median", "min", "IQR", "rounds", "linear", "attention", "rest", "x BF16")]
+    cells: list[tuple[str, ...]] = [("mode", "median", "min", "IQR", "rounds", "linear", "attention", "rest")]
+    cells[0] += (f"x {baseline.upper()}",)
     for row in rows:
         shares = (f"{1e3 * row.times.median * s:.1f} ({s:.0%})" for s in (row.linear, row.attention, row.rest))
         times = (f"{1e3 * s:.1f}" for s in (row.times.median, row.times.minimum, row.times.spread))
@@ -82,5 +85,6 @@ def pipeline(
         cells.append((row.mode, *times, str(row.times.rounds), *shares, ratio))
     table(cells)
     if report is not None:
+        settings["baseline"] = baseline
         figures = [asdict(row) | {"rest": row.rest} for row in rows]
         report.write_text(json.dumps(as_json("pipeline", device, settings, figures), indent=1) + "\n")

@@ -23,7 +23,17 @@ def say_machine(device: str) -> None:
     say(f"{where['device_name']}, {where['threads']} threads; {where['backend']}: {where['about']}; {versions}")
 
 
-def gemm_cells(row: Any, best: Any) -> tuple[str, ...]:
+def say_baseline(device: str) -> str:
+    """What speed is compared with on that device, "bf16" or "fp32"; says why it is FP32 where it is."""
+    from mxdit.backends.carrier import note
+    from mxdit.bench.modes import CARRIERS, baseline
+
+    if why := note(CARRIERS["bf16"], device):
+        say(f"Compared with FP32: {why}.")
+    return baseline(device)
+
+
+def gemm_cells(row: Any, best: Any, peak: float) -> tuple[str, ...]:
     product, cells = row.product, [row.product.name, *map(str, (row.product.m, row.product.k, row.product.n))]
     cells += [row.method, row.backend.partition(" ")[0]]
     cells += [
@@ -33,7 +43,7 @@ def gemm_cells(row: Any, best: Any) -> tuple[str, ...]:
     times = whole.times
     moved, done = whole.nbytes / times.median, product.operations / times.median
     cells += [_ms(times.minimum), _ms(times.spread), f"{row.ratio:.2f}"]
-    cells += [f"{moved / 1e9:.1f}", f"{moved / best.copy:.0%}", f"{done / 1e12:.3f}", f"{done / best.bf16:.0%}"]
+    cells += [f"{moved / 1e9:.1f}", f"{moved / best.copy:.0%}", f"{done / 1e12:.3f}", f"{done / peak:.0%}"]
     return (*cells, {True: "yes", False: "NO", None: "-"}[row.right])
 
 
