@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -101,7 +101,8 @@ class ModelSpec:
     original_mark        prefix of a tensor's name that only such a transformer has, in the release and in diffusers.
     original_components  folder of a component in the model's own release -> ours.
     original_config      makes our transformer's config of the release's, given (config, tensor name -> shape).
-    runtimes     runtime -> {linear of a block -> its name there}; others are called as here.
+    runtimes     runtime -> {linear, by its path inside a block or its whole path outside them -> its name there}; others
+                 are called as here. A runtime that is not here does not run the family, as far as mxdit knows.
     """
 
     transformer: str
@@ -127,6 +128,17 @@ class ModelSpec:
             if dot and not head and inner_dot and index.isdigit():
                 return Place(blocks, int(index), inside)
         return None
+
+    def sharing(self, paths: Iterable[str]) -> Iterator[list[str]]:
+        """The linears among `paths` that share their input: a list for each of `groups` in each block, in that order."""
+        blocks: dict[tuple[str, int], dict[str, str]] = {}
+        for path in paths:
+            place = self.place_of(path)
+            if place:
+                blocks.setdefault(place[:2], {})[place.inside] = path
+        for inside in blocks.values():
+            for group in self.groups:
+                yield [inside[name] for name in group if name in inside]
 
     def preset(self, task: str, config: Mapping[str, Any], components: int) -> Preset:
         """The defaults for a task of a model, by the config.json of its first transformer and how many it has."""
@@ -156,6 +168,11 @@ class ModelSpec:
     def runtime_name(self, path: str, runtime: str) -> str:
         """What a runtime calls the module at `path`."""
         place, names = self.place_of(path), self.runtimes.get(runtime, {})
-        if place is None or place.inside not in names:
-            return path
-        return f"{place.blocks}.{place.index}.{names[place.inside]}"
+        if place is None:
+            return names.get(path, path)
+        return f"{place.blocks}.{place.index}.{names.get(place.inside, place.inside)}"
+
+    def looked_up(self, path: str, runtime: str) -> bool:
+        """Whether a runtime looks for the module at `path` by the name that the spec gives for it."""
+        place = self.place_of(path)
+        return (path if place is None else place.inside) in self.runtimes.get(runtime, {})

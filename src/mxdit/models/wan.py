@@ -148,6 +148,7 @@ WAN = ModelSpec(
             "attn2.to_out.0": "attn2.to_out",
             "ffn.net.0.proj": "ffn.fc_in",
             "ffn.net.2": "ffn.fc_out",
+            "proj_out": "proj_out",
         },
     },
 )
