@@ -11,7 +11,19 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from mxdit.cli.console import FallbackBlocks, IgnoredLayers, app, dtype_of, err, need, out, read_config, say, tell
+from mxdit.cli.console import (
+    FallbackBlocks,
+    IgnoredLayers,
+    app,
+    device_of,
+    dtype_of,
+    err,
+    need,
+    out,
+    read_config,
+    say,
+    tell,
+)
 from mxdit.errors import InputError
 
 RULES = {"ocp": 0, "uos": 2}
@@ -21,6 +33,13 @@ Source = Annotated[Path, typer.Argument(help="A pipeline, a cascade of two exper
 Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist.", metavar="DST")]
 ShardSize = Annotated[str, typer.Option(help="Largest file, such as 2GiB or 500MB.", metavar="SIZE")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy what is carried over instead of hard-linking it.")]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weight files, such as fp16. Default: the plain files, or the one variant that there is.",
+        metavar="NAME",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -45,6 +64,8 @@ def quantize(
     ] = None,
     shard_size: ShardSize = "2GiB",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: of everything that is not quantized.")] = "bf16",
+    device: Annotated[str, typer.Option(help="Where weights are quantized: cpu, cuda, npu, ...")] = "cpu",
+    variant: Variant = None,
     copy: Copy = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -85,7 +106,9 @@ def quantize(
         keys,
         {name: None if own is None else {**keys, **_object(name, own)} for name, own in overrides.items()},
         dtype=dtype_of(dtype),
+        device=device_of(device),
         shard_size=_bytes(shard_size),
+        variant=variant,
     )
     _run(plan, copy, dry_run, as_json)
 
@@ -111,6 +134,7 @@ def convert(
         bool, typer.Option("--allow-loss", help="Go on where the other format cannot say everything.")
     ] = False,
     shard_size: ShardSize = "2GiB",
+    variant: Variant = None,
     copy: Copy = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -133,6 +157,7 @@ def convert(
         fallback_from_base=fallback_from_base,
         allow_loss=allow_loss,
         shard_size=_bytes(shard_size),
+        variant=variant,
     )
     _run(plan, copy, dry_run, as_json)
 
@@ -143,6 +168,7 @@ def inspect(
     base: Annotated[
         Path | None, typer.Option(help="The unquantized model, for layouts without a config.json.", metavar="DIR")
     ] = None,
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is, check every tensor of it, and say who can load it.
@@ -157,24 +183,27 @@ def inspect(
     ) as progress:
         bar = progress.add_task("", total=None)
         found = inspect_checkpoint(
-            directory, base, lambda done, total: progress.update(bar, completed=done, total=total)
+            directory,
+            base,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+            variant=variant,
         )
     if as_json:
         out.print_json(json.dumps(found.to_dict()))
     else:
-        for expert in found.experts:
-            linears = ", ".join(f"{count} {method}" for method, count in expert.linears.items())
-            size = f"{expert.nbytes / 2**20:.1f} MiB"
-            say(f"{expert.component or directory}: {expert.layout} layout, linears: {linears}; {size}")
-            if expert.kept:
-                say(f"  float inside the blocks: {_some(expert.kept)}")
-            for note in expert.notes:
+        for component in found.components:
+            linears = ", ".join(f"{count} {method}" for method, count in component.linears.items())
+            size = f"{component.nbytes / 2**20:.1f} MiB"
+            say(f"{component.component or directory}: {component.layout} layout, linears: {linears}; {size}")
+            if component.kept:
+                say(f"  float inside the blocks: {_some(component.kept)}")
+            for note in component.notes:
                 say(f"  note: {note}")
-            for finding in expert.findings:
-                say(f"  wrong: {finding}")
-            for runtime, reason in expert.loaders.items():
+            for fault in component.faults:
+                say(f"  wrong: {fault}")
+            for runtime, reason in component.loaders.items():
                 say(f"  {runtime}: {'loads it' if reason is None else f'no: {reason}'}")
-        say("clean" if found.clean else f"{sum(len(e.findings) for e in found.experts)} findings")
+        say("clean" if found.clean else f"{sum(len(c.faults) for c in found.components)} findings")
     if not found.clean:
         raise typer.Exit(1)
 
