@@ -21,6 +21,7 @@ FLOORS = (
     {"models", "config"},
     {"ops"},
     {"backends"},
+    {"weights"},
     {"layers"},
     {"quantize"},
     {"conformance", "checkpoint"},

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mxdit.backends import Layout, layout_for
 from mxdit.errors import FormatError
-from mxdit.numerics.checks import bf16_mul_scale, check_mul_scale
 from mxdit.numerics.formats import Scheme, block_format, scheme_for
 
 _STAY_FP32 = ("weight_dual_scale", "mul_scale")
@@ -147,8 +146,7 @@ class MXLinear(nn.Module):
                 hint="The checkpoint is damaged, or overflowed when it was cast: take it in BF16 or FP32.",
             )
         if mul_scale is not None:
-            check_mul_scale(mul_scale, k, block_format(method), where="MXLinear.from_weight")
-            layer.mul_scale = bf16_mul_scale(mul_scale, where="MXLinear.from_weight").to(weight.device)
+            layer.mul_scale = _bf16_multipliers(mul_scale, k).to(weight.device)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         layer.prepack()
@@ -243,3 +241,25 @@ class MXLinear(nn.Module):
                 self._buffers[name] = kept.to(moved.device)
         self.prepack()
         return self
+
+
+def _bf16_multipliers(mul_scale: Tensor, k: int) -> Tensor:
+    """(K,) fp32 that hold bf16 values, or a FormatError where they would not all be finite and positive."""
+    if tuple(mul_scale.shape) != (k,):
+        raise FormatError(
+            "mul_scale does not fit the weight",
+            where="MXLinear.from_weight",
+            got=f"shape {tuple(mul_scale.shape)}",
+            expected=f"({k},)",
+        )
+    rounded = mul_scale.detach().to(torch.bfloat16).float()
+    good = torch.isfinite(rounded) & (rounded > 0)
+    if not bool(good.all()):
+        first = int((~good).nonzero()[0])
+        raise FormatError(
+            "mul_scale must be finite and positive in bf16",
+            where="MXLinear.from_weight",
+            got=f"{float(mul_scale[first])} at channel {first}",
+            hint="A zero or overflowing multiplier comes from a dead or broken channel in the calibration.",
+        )
+    return rounded

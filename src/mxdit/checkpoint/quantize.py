@@ -19,7 +19,7 @@ from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import CheckpointError, ConfigError, FormatError, InputError
 from mxdit.numerics.formats import TensorInfo, block_format
 from mxdit.quantize.plan import plan
-from mxdit.quantize.weights import quantize_weight
+from mxdit.weights import quantize_weight
 from mxdit.version import __version__
 
 
