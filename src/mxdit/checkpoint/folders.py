@@ -87,15 +87,16 @@ def choose_variant(path: Path, asked: str | None = None, *, optional: bool = Fal
     """
     folders = [path, *(path / name for name in names_in(path) if not name.startswith(".") and (path / name).is_dir())]
     there = {folder: variants(names_in(folder)) for folder in folders}
-    known = sorted({name for found in there.values() for name in found if name is not None})
+    known = set().union(*there.values()) - {None}
     if asked in known or (asked is not None and not optional):
-        lacking = [folder for folder, found in there.items() if found and not found & {asked, None}]
+        lacking = [folder for folder, found in there.items() if asked in known and found and not found & {asked, None}]
         if asked not in known or lacking:
+            expected = there[lacking[0]] if lacking else known
             raise InputError(
                 "no weights of this variant",
-                where=str(lacking[0] if lacking and asked in known else path),
+                where=str(lacking[0] if lacking else path),
                 got=asked,
-                expected=", ".join(known) or "none, the files are plain",
+                expected=" or ".join(sorted(map(str, expected))) or "none, the files are plain",
             )
         return asked
     only = {name for found in there.values() if None not in found for name in found}

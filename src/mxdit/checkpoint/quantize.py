@@ -19,8 +19,8 @@ from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import CheckpointError, ConfigError, FormatError, InputError
 from mxdit.numerics.formats import TensorInfo, block_format
 from mxdit.quantize.plan import plan
-from mxdit.weights import quantize_weight
 from mxdit.version import __version__
+from mxdit.weights import quantize_weight
 
 
 def quantize_checkpoint(

@@ -14,6 +14,7 @@ from rich.table import Table
 from mxdit.cli.console import (
     FallbackBlocks,
     IgnoredLayers,
+    Variant,
     app,
     device_of,
     dtype_of,
@@ -33,13 +34,6 @@ Source = Annotated[Path, typer.Argument(help="A pipeline, a cascade of two exper
 Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist.", metavar="DST")]
 ShardSize = Annotated[str, typer.Option(help="Largest file, such as 2GiB or 500MB.", metavar="SIZE")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy what is carried over instead of hard-linking it.")]
-Variant = Annotated[
-    str | None,
-    typer.Option(
-        help="Of the weight files, such as fp16. Default: the plain files, or the one variant that there is.",
-        metavar="NAME",
-    ),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -36,6 +36,14 @@ IgnoredLayers = Annotated[
 ]
 FallbackBlocks = Annotated[int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")]
 
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weight files, such as fp16. Default: the plain files, or the one variant that there is.",
+        metavar="NAME",
+    ),
+]
+
 
 @app.callback()
 def settings(
