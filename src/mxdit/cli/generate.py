@@ -14,6 +14,7 @@ from mxdit.cli.console import (
     METHODS,
     FallbackBlocks,
     IgnoredLayers,
+    Variant,
     app,
     check_output,
     device_of,
@@ -68,6 +69,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: of everything that is not quantized.")] = "bf16",
+    variant: Variant = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.")] = Path("video.mp4"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -128,7 +130,7 @@ def generate(
 
     tell(f"{preset.name} from {directory.path}")
     loading.show_loading(err.is_terminal)
-    pipeline = loading.load(directory, task, config, dtype=torch_dtype, device=torch_device)
+    pipeline = loading.load(directory, task, config, dtype=torch_dtype, device=torch_device, variant=variant)
     experts = loading.experts_of(pipeline)
     for name, report in experts.items():
         tell(f"  {name}: {loading.summary(report)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mxdit.checkpoint.folders import choose_variant
 from mxdit.errors import CheckpointError, ConfigError
 from mxdit.generation.directory import ModelDirectory
 from mxdit.integrations.diffusers_hook import pipeline_config
@@ -87,12 +88,16 @@ def load(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """The pipeline for `task`, on `device`; transformers and text encoder in `dtype`, the VAE in FP32.
 
     The VAE decodes once and is small, and its BF16 error shows in flat areas: diffusers' own Wan examples load it so.
+    `variant` is diffusers' own: of the weight files, such as "fp16"; None takes the plain files, or the one variant that there
+    is.
 
     Raises:
+        InputError: there is no such variant, or more than one to choose from.
         CheckpointError: a file is missing or damaged, or does not fit the model.
         ConfigError: the quantization config does not fit the model.
     """
@@ -101,6 +106,9 @@ def load(
 
     pipeline_class = getattr(diffusers, model.pipelines[task])
     options = {} if quantization_config is None else {"quantization_config": quantization_config}
+    chosen = choose_variant(model.path, variant)
+    if chosen is not None:
+        options["variant"] = chosen
     dtypes = {"vae": torch.float32, "default": dtype}
     try:
         with warnings.catch_warnings():
