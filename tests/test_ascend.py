@@ -20,6 +20,7 @@ import mxdit
 import tiny
 from mxdit import conformance, ops
 from mxdit.backends import ascend, backends, cpu, layout_for
+from mxdit.checkpoint import quantize_checkpoint
 from mxdit.layers import MXLinear
 from mxdit.numerics.formats import FORMATS, SCHEMES
 
@@ -336,6 +337,18 @@ def test_a_model_online_and_offline(method, tmp_path, device):
         assert device.get_npu_format(mapped.blocks[0].ffn.net[2].weight) == 29
     assert torch.equal(forward(mapped, "npu"), expected)
     assert tiny.same(there.to("cpu"), here)
+
+
+@pytest.mark.parametrize("method", FORMATS)
+def test_a_checkpoint_quantized_on_the_device_is_canonical(method, tmp_path, device):
+    tiny.transformer().bfloat16().save_pretrained(tmp_path / "float")
+    called(device)
+    for place in ("cpu", "npu"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / place, method, device=place).write()
+    quantize = "npu_dynamic_dual_level_mx_quant" if FORMATS[method].outer else "npu_dynamic_mx_quant"
+    assert called(device).count(quantize) == tiny.LINEARS * tiny.BLOCKS
+    for name in (tiny.WEIGHTS, "config.json"):
+        assert (tmp_path / "npu" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()
 
 
 @pytest.mark.parametrize("task", tiny.TASKS)

@@ -11,7 +11,8 @@ import safetensors.torch as library
 import torch
 from torch import Tensor
 
-from mxdit.checkpoint.files import BITS, CODES, DTYPES, MAX_JSON, open_tensors, read_header
+from mxdit.checkpoint.files import BITS, CODES, DTYPES, MAX_JSON, read_header
+from mxdit.checkpoint.folders import open_tensors
 from mxdit.errors import CheckpointError
 from safefiles import bits, entry, raw
 
@@ -134,8 +135,11 @@ INDEXES = {
     "too few": ({"a": "m-1.safetensors", "c": "m-2.safetensors"}, "b in m-1.safetensors; expected in no file"),
     "too many": ({**WHOLE, "d": "m-2.safetensors"}, "d in no file; expected in m-2.safetensors"),
     "another shard": ({**WHOLE, "b": "m-2.safetensors"}, "b in m-1.safetensors; expected in m-2.safetensors"),
-    "a shard that is not there": ({**WHOLE, "d": "m-3.safetensors"}, "m-3.safetensors: the file cannot be read"),
-    "a shard with a long name": ({**WHOLE, "d": "m" * 300 + ".safetensors"}, "File name too long"),
+    "a shard that is not there": (
+        {**WHOLE, "d": "m-3.safetensors"},
+        "m-3.safetensors: a file that the index names is missing; got 1 of 3 files missing",
+    ),
+    "a shard with a long name": ({**WHOLE, "d": "m" * 300 + ".safetensors"}, "a file that the index names is missing"),
     "an empty map": ({}, "no weight_map"),
     "a list": ([], "no weight_map"),
     "a hostile name": ({**WHOLE, "d\x1b[2J": "m-1.safetensors"}, "name of a tensor"),

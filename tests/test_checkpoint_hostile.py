@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import processes
-from mxdit.checkpoint.files import BITS, DTYPES, MAX_JSON, open_tensors, read_header, read_json
+from mxdit.checkpoint.files import BITS, DTYPES, MAX_JSON, read_header, read_json
+from mxdit.checkpoint.folders import open_tensors
 from mxdit.errors import CheckpointError
 from safefiles import bits, entry, raw
 

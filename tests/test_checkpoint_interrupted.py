@@ -60,7 +60,7 @@ def killed_at(plan: CheckpointPlan, nbytes: int) -> None:
 def test_killed_after_any_number_of_bytes(source, whole, tmp_path):
     out = tmp_path / "out"
     plan = plan_of(source, out)
-    shards = sum(len(expert.shards) for expert in plan.experts)
+    shards = sum(len(component.shards) for component in plan.components)
     numbers = random.Random(0)
     resumed = 0
     for count in range(KILLS):
@@ -189,7 +189,7 @@ def test_room_is_needed_only_for_what_is_still_to_be_written(source, whole, tmp_
     out = tmp_path / "out"
     plan = plan_of(source, out)
     processes.code_of(processes.start(tmp_path / "log", killed_at, plan, plan.nbytes * 3 // 4))
-    held = sum(shard.nbytes for e in plan.experts for shard in e.shards if e.inside(shard.name) in finished(out))
+    held = sum(shard.nbytes for e in plan.components for shard in e.shards if e.inside(shard.name) in finished(out))
     assert held > plan.nbytes / 2
     for free, enough in ((plan.nbytes - held - 1, False), (plan.nbytes - held, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))  # type: ignore[attr-defined]

@@ -112,5 +112,5 @@ def test_a_destination_that_appears_while_it_is_written_is_left_alone(source, tm
     (tmp_path / "out").rmdir()
     steps: list[int] = []
     plan.write(lambda done, total: steps.append(done))
-    assert len(steps) == sum(len(expert.shards) for expert in plan.experts)  # what was made is not made again
+    assert len(steps) == sum(len(component.shards) for component in plan.components)  # what was made is not made again
     assert (tmp_path / "out" / "model_index.json").is_file()

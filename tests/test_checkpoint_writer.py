@@ -14,7 +14,8 @@ import torch
 import tiny
 from command import mxdit_command
 from mxdit.checkpoint import quantize_checkpoint
-from mxdit.checkpoint.files import CODES, DTYPES, open_tensors, read_header
+from mxdit.checkpoint.files import CODES, DTYPES, read_header
+from mxdit.checkpoint.folders import open_tensors
 from mxdit.checkpoint.writer import Part, Shard, new_directory, shards_of
 from mxdit.errors import CheckpointError, InputError
 from mxdit.numerics.formats import TensorInfo

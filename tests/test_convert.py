@@ -127,7 +127,7 @@ def test_original_to_packed_to_vllm_omni_and_back(wan, tmp_path, method):
     assert contents(back) == contents(packed)
     for directory in (packed, exported, back):
         assert inspect_checkpoint(directory).clean
-    reasons = {e.loaders["vLLM-Omni 0.30"] for e in inspect_checkpoint(exported).experts}
+    reasons = {e.loaders["vLLM-Omni 0.30"] for e in inspect_checkpoint(exported).components}
     assert reasons == {None}
 
 
@@ -137,7 +137,7 @@ def test_packed_to_sglang_and_back(wan, tmp_path, method):
     exported = convert(packed, tmp_path / "exported", "sglang")
     back = convert(exported, tmp_path / "back", "packed")
     assert contents(back) == contents(packed)
-    reasons = {e.loaders["SGLang 0.5.23"] for e in inspect_checkpoint(exported).experts}
+    reasons = {e.loaders["SGLang 0.5.23"] for e in inspect_checkpoint(exported).components}
     assert len(reasons) == 1 and (None in reasons) == (method in ("mxfp4", "mxfp8"))
 
 

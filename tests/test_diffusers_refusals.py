@@ -100,6 +100,26 @@ def test_checkpoint_that_is_not_what_the_model_needs(source, tmp_path, edit, mes
         tiny.load(edited(tmp_path / "good", tmp_path / "bad", edit))
 
 
+@pytest.mark.parametrize(
+    ("leaf", "at", "value", "message"),
+    [
+        ("mul_scale", 7, 0.0, "not finite and positive in bf16; got 0.0 at channel 7"),
+        ("mul_scale", 0, float("nan"), "not finite and positive in bf16; got nan at channel 0"),
+        ("weight_dual_scale", 3, -1.0, "a dual scale is negative or not finite; got -1.0 and 0 more"),
+        ("weight_dual_scale", 0, float("inf"), "a dual scale is negative or not finite; got inf"),
+    ],
+)
+def test_small_tensors_are_looked_at_when_they_are_loaded(source, tmp_path, leaf, at, value, message):
+    tiny.load(source / "transformer", MXConfig("mxfp4_dualscale")).save_pretrained(tmp_path / "good")
+
+    def edit(tensors):
+        tensors[f"{LAYER}.mul_scale"] = torch.ones(576)
+        tensors[f"{LAYER}.{leaf}"].view(-1)[at] = value
+
+    with pytest.raises(CheckpointError, match=f"{LAYER}.{leaf}: .*{message}"):
+        tiny.load(edited(tmp_path / "good", tmp_path / "bad", edit))
+
+
 def test_mul_scale_is_loaded_where_there_is_one(source, tmp_path):
     tiny.load(source / "transformer", MXConfig("mxfp4_dualscale")).save_pretrained(tmp_path / "good")
     scale = torch.rand(576).bfloat16().float() + 0.5

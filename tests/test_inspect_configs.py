@@ -96,8 +96,8 @@ def test_a_block_of_eight_bits_among_four_is_offered_from_the_base(monkeypatch, 
     assert code == 1 and "10 layers are stored in another method than the rest; got mxfp8 in blocks 0" in finding
     assert "--fallback-from-base" in finding and expert["linears"] == {"float": 6, "mxfp4": 10, "mxfp8": 10}
     convert_checkpoint(folder, tmp_path / "out", "packed", base=experts["float"], fallback_from_base=True).write()
-    found = inspect_checkpoint(tmp_path / "out").experts[0]
-    assert found.linears == {"float": 16, "mxfp4": 10} and not found.findings
+    found = inspect_checkpoint(tmp_path / "out").components[0]
+    assert found.linears == {"float": 16, "mxfp4": 10} and not found.faults
 
 
 # -- unreadable --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import original
 import tiny
 from command import mxdit_command
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
-from mxdit.checkpoint.files import open_tensors
+from mxdit.checkpoint.folders import open_tensors
 from mxdit.errors import CheckpointError, MXDiTError
 
 METHODS = ("mxfp4", "mxfp4_dualscale", "mxfp8")
@@ -127,7 +127,7 @@ def test_one_expert_of_either_layout(tmp_path, folder, component):
     plan = quantize_checkpoint(tmp_path / "diffusers", tmp_path / "b", "mxfp4")
     plan.write()
     assert (tmp_path / "a" / tiny.WEIGHTS).read_bytes() == (tmp_path / "b" / tiny.WEIGHTS).read_bytes()
-    assert [expert.component for expert in plan.experts] == [""] and not plan.carried
+    assert [planned.component for planned in plan.components] == [""] and not plan.carried
     tiny.load(tmp_path / "diffusers", mxdit.MXConfig("mxfp4")).save_pretrained(tmp_path / "online")
     assert_same(tmp_path / "b", tmp_path / "online", torch.bfloat16)
     assert inspect_checkpoint(tmp_path / "a").clean and tiny.load(tmp_path / "a").config.num_layers == tiny.BLOCKS

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mxdit.errors import FormatError
+from mxdit.numerics.checks import bf16_mul_scale, check_mul_scale
 from mxdit.numerics.codec import Packed, Scales, encode
 from mxdit.numerics.formats import BlockFormat, block_format
 
@@ -43,6 +44,8 @@ def quantize_weight(
         raise FormatError("a weight has two axes", where=where, got=f"shape {tuple(weight.shape)}", expected="(N, K)")
     n, k = weight.shape
     record = row.tensors(n, k, smooth=mul_scale is not None, where=where)
+    if mul_scale is not None:
+        check_mul_scale(mul_scale, k, row, where=where)
     weight = weight.detach()
     if row.outer and weight.dtype is torch.float32:
         weight = weight.to(torch.bfloat16)
@@ -50,7 +53,7 @@ def quantize_weight(
     if not weight.is_meta and bool((packed.scale == 0xFF).any()):
         packed = _packed(_finite(weight, packed, scales, where), row, rule, scales)
     outer = None if packed.outer is None else packed.outer.unsqueeze(-1)
-    factors = None if mul_scale is None else _bf16_multipliers(mul_scale, k, where).to(weight.device)
+    factors = None if mul_scale is None else bf16_mul_scale(mul_scale, where=where).to(weight.device)
     parts = {"weight": packed.codes, "weight_scale": packed.scale, "weight_dual_scale": outer, "mul_scale": factors}
     return {name: part for name in record if (part := parts[name]) is not None}
 
@@ -80,22 +83,3 @@ def _finite(weight: Tensor, packed: Packed, scales: Scales | None, where: str) -
         )
     lost = (packed.scale == 0xFF).repeat_interleave(packed.format.block, -1)[:, : weight.shape[1]]
     return weight.masked_fill(lost, 0.0)
-
-
-def _bf16_multipliers(mul_scale: Tensor, k: int, where: str) -> Tensor:
-    """(K,) fp32 that hold bf16 values, or a FormatError where they would not all be finite and positive."""
-    if tuple(mul_scale.shape) != (k,):
-        raise FormatError(
-            "mul_scale does not fit the weight", where=where, got=f"shape {tuple(mul_scale.shape)}", expected=f"({k},)"
-        )
-    rounded = mul_scale.detach().to(torch.bfloat16).float()
-    good = torch.isfinite(rounded) & (rounded > 0)
-    if not bool(good.all()):
-        first = int((~good).nonzero()[0])
-        raise FormatError(
-            "mul_scale must be finite and positive in bf16",
-            where=where,
-            got=f"{float(mul_scale[first])} at channel {first}",
-            hint="A zero or overflowing multiplier comes from a dead or broken channel in the calibration.",
-        )
-    return rounded

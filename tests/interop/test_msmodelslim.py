@@ -16,8 +16,8 @@ import original
 import peers
 import tiny
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint
-from mxdit.checkpoint.canonical import read_expert
-from mxdit.checkpoint.experts import Expert
+from mxdit.checkpoint.canonical import read_component
+from mxdit.checkpoint.component import Component
 from mxdit.checkpoint.sources import open_source
 from mxdit.errors import CheckpointError, InputError
 
@@ -65,7 +65,7 @@ def oracle(directory: Path, folder: str) -> dict[str, Tensor]:
     return values
 
 
-def decoded(expert: Expert) -> dict[str, Tensor]:
+def decoded(expert: Component) -> dict[str, Tensor]:
     """The weights of the quantized linears, and their factors, as our reader gives them."""
     values = {}
     for path, method in expert.methods.items():
@@ -90,10 +90,10 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 def test_every_value_is_msmodelslims_own(base, made):
     source, under = open_source(made), open_source(base)
-    assert set(source.experts) == {"transformer", "transformer_2"} and not source.pipeline
+    assert set(source.components) == {"transformer", "transformer_2"} and not source.pipeline
     for folder, component in original.EXPERTS.items():
-        expert = read_expert(source.read(component), under.read(component))
-        assert expert.findings == () and expert.lost == ()
+        expert = read_component(source.read(component), under.read(component))
+        assert expert.faults == () and expert.lost == ()
         theirs = oracle(made, folder)
         assert_equal(decoded(expert), theirs)
         assert {m for m in expert.methods.values() if m} == {READABLE[made.name]}
@@ -158,7 +158,7 @@ def test_what_has_no_place_is_refused_by_name(base, quantized, tmp_path, name, m
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(quantized / name, tmp_path / "packed", "packed", base=base)
     found = inspect_checkpoint(quantized / name, base)
-    assert not found.clean and len(found.experts) == 2 and all(expert.findings for expert in found.experts)
+    assert not found.clean and len(found.components) == 2 and all(component.faults for component in found.components)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_base_gives_what_has_no_place(base, quantized, tmp_path, name, kept)
     source = open_source(tmp_path / "packed")
     for folder, component in original.EXPERTS.items():
         theirs = {n: v for n, v in oracle(quantized / name, folder).items() if not n.startswith(kept)}
-        expert = read_expert(source.read(component))
+        expert = read_component(source.read(component))
         assert_equal(decoded(expert), theirs)
         for path, tensor in original.transformer(component).state_dict().items():
             if path.startswith(kept):
@@ -251,6 +251,6 @@ def test_straight_there_or_by_way_of_packed(base, quantized, tmp_path, name, to)
         assert file.read_bytes() == (tmp_path / "around" / file.parent.name / file.name).read_bytes(), file.name
     reasons = {
         found.loaders[{"vllm-omni": "vLLM-Omni 0.30", "sglang": "SGLang 0.5.23"}[to]]
-        for found in inspect_checkpoint(tmp_path / "straight").experts
+        for found in inspect_checkpoint(tmp_path / "straight").components
     }
     assert (reasons == {None}) == (to == "vllm-omni" or not name.startswith("dual"))

@@ -119,8 +119,8 @@ def test_inspect_says_what_the_runtime_does_with_them(both):
     for directory in (theirs, ours):
         whole = all(factors_are_whole(expert(directory / component)[0]) for component in original.EXPERTS.values())
         found = inspect_checkpoint(directory)
-        reasons = [each.loaders["vLLM-Omni 0.30"] for each in found.experts]
-        assert found.clean and [each.layout for each in found.experts] == ["vllm-omni"] * 2
+        reasons = [each.loaders["vLLM-Omni 0.30"] for each in found.components]
+        assert found.clean and [each.layout for each in found.components] == ["vllm-omni"] * 2
         assert whole or directory == theirs
         assert all(reason is None if whole else "mul_scale is missing" in str(reason) for reason in reasons)
 

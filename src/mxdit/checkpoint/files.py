@@ -48,6 +48,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what tensors of a float model may be
 # Bytes of a header or a JSON file: 30000 tensors' worth. Parsing takes some 25 times as much memory, which is bounded so.
 MAX_JSON = 1 << 22
 MAX_NAME = 512  # characters; the names of one model's tensors are well below 100
@@ -125,14 +126,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             parse_constant=_natural,
         )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError("the header is no valid JSON", where=str(path), got=_brief(error)) from None
+        raise CheckpointError("the header is no valid JSON", where=str(path), got=brief(error)) from None
     if not isinstance(header, dict):
         raise CheckpointError("the header is no JSON object", where=str(path), got=type(header).__name__)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(map(_is_text, [*metadata, *metadata.values()]))
     ):
-        raise CheckpointError("the header's __metadata__ is not text", where=str(path), got=_brief(metadata))
+        raise CheckpointError("the header's __metadata__ is not text", where=str(path), got=brief(metadata))
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
@@ -156,54 +157,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def open_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint's folder, by name: the files that its index lists, or all that match.
-
-    Raises:
-        CheckpointError: there are none, there are two indexes, the index and the files disagree, a file it names lies
-            elsewhere, or two files hold one name.
-    """
-    indexes = sorted(folder.glob(f"{pattern}.index.json"))
-    if len(indexes) > 1:
-        raise CheckpointError(
-            "more than one index", where=str(folder), got=", ".join(p.name for p in indexes), expected="one"
-        )
-    if indexes:
-        weight_map = _weight_map(indexes[0])
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        weight_map = None
-        files = sorted(folder.glob(pattern))
-    if not files:
-        raise CheckpointError("no weights", where=str(folder), expected=f"files named {pattern}")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
-            if name in tensors:
-                raise CheckpointError(
-                    "a tensor is in two files",
-                    where=str(folder),
-                    got=f"{name} in {tensors[name].file.name} and {file.name}",
-                )
-            tensors[name] = tensor
-    if weight_map is not None:
-        wrong = [
-            n
-            for n in sorted(tensors.keys() | weight_map)
-            if n not in tensors or weight_map.get(n) != tensors[n].file.name
-        ]
-        if wrong:
-            held = tensors[wrong[0]].file.name if wrong[0] in tensors else "no file"
-            raise CheckpointError(
-                f"the index and the files disagree on {len(wrong)} tensors",
-                where=str(indexes[0]),
-                got=f"{wrong[0]} in {held}",
-                expected=f"in {weight_map.get(wrong[0], 'no file')}",
-                hint="A shard is from another download: fetch them all again.",
-            )
-    return tensors
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for a file that is missing, unreadable or holds anything else."""
     try:
@@ -217,32 +170,32 @@ def read_json(path: Path) -> dict[str, Any]:
             "a file is missing", where=str(path), hint="Download or convert the model again."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError("the file cannot be read", where=str(path), got=_brief(error)) from None
+        raise CheckpointError("the file cannot be read", where=str(path), got=brief(error)) from None
     if not isinstance(value, dict):
         raise CheckpointError("the file holds no JSON object", where=str(path), got=type(value).__name__)
     return value
 
 
 def _tensor(path: Path, name: str, entry: object, data: int) -> StoredTensor:
-    if not _is_name(name):
-        raise CheckpointError("not the name of a tensor", where=str(path), got=_brief(name))
+    if not is_name(name):
+        raise CheckpointError("not the name of a tensor", where=str(path), got=brief(name))
     where = f"{path}: {name}"
     if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError("not the entry of a tensor", where=where, got=_brief(entry))
+        raise CheckpointError("not the entry of a tensor", where=where, got=brief(entry))
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in BITS:
-        raise CheckpointError("unknown dtype", where=where, got=_brief(code))
+        raise CheckpointError("unknown dtype", where=where, got=brief(code))
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError("impossible shape or offsets", where=where, got=f"{_brief(shape)} at {_brief(offsets)}")
+        raise CheckpointError("impossible shape or offsets", where=where, got=f"{brief(shape)} at {brief(offsets)}")
     bits, nbytes = prod(shape) * BITS[code], offsets[1] - offsets[0]
     if prod(max(n, 1) for n in shape) * BITS[code] >= 1 << 63:  # torch counts in 64 bits, also where there is no data
-        raise CheckpointError("a shape that no tensor can have", where=where, got=_brief(shape))
+        raise CheckpointError("a shape that no tensor can have", where=where, got=brief(shape))
     if bits != 8 * nbytes:
         raise CheckpointError(
             "shape and data disagree",
             where=where,
             got=f"{nbytes} bytes",
-            expected=f"{bits / 8:g} for {_brief(shape)} {code}",
+            expected=f"{bits / 8:g} for {brief(shape)} {code}",
         )
     return StoredTensor(path, name, code, tuple(shape), data + offsets[0], nbytes)
 
@@ -250,30 +203,6 @@ def _tensor(path: Path, name: str, entry: object, data: int) -> StoredTensor:
 def _counts(value: object) -> bool:
     """Whether this is a list of at most 64 (torch's most axes) integers from 0 to 2^63 - 1."""
     return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("the index has no weight_map", where=str(index))
-    for name, file in weight_map.items():
-        if not _is_name(name):
-            raise CheckpointError("not the name of a tensor", where=str(index), got=_brief(name))
-        # A plain name beside the index, so that no index reaches out of its folder.
-        if (
-            not isinstance(file, str)
-            or os.path.basename(file) != file
-            or "\\" in file
-            or not file.isprintable()
-            or not file.endswith(".safetensors")
-        ):
-            raise CheckpointError(
-                "the index names a file that is none of its folder's",
-                where=f"{index}: {name}",
-                got=_brief(file),
-                expected="the plain name of a .safetensors file",
-            )
-    return weight_map
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -292,7 +221,7 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
     """Whether messages can show it. What no model calls a tensor (control characters, half characters) is refused."""
     return name.isprintable() and len(name) <= MAX_NAME
 
@@ -302,7 +231,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and value == value.encode("utf-8", "replace").decode("utf-8")
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
     # reprlib looks at the first items only, and not deep: what a file says may be long or nested without end.
     text = str(value) if isinstance(value, BaseException) else _REPR.repr(value)
     return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,20 +1,58 @@
-"""What the files of a checkpoint say of their tensors, checked against the model before any is read."""
+"""What the headers of a checkpoint's files say of its tensors, held against the model before any is read.
+
+One record, `BlockFormat.tensors`, says what a quantized linear has. The faults of one tensor are made here for both who ask:
+`canonical`, which lists them all, and a host's load, which stops at the first (`check_tensors`).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mxdit.checkpoint.files import read_header
+from mxdit.checkpoint.component import Fault
+from mxdit.checkpoint.files import FLOATS, read_header
 from mxdit.config import MXConfig
 from mxdit.config.choices import near_names
 from mxdit.errors import CheckpointError
 from mxdit.layers import MXLinear
-from mxdit.numerics.formats import TensorInfo
+from mxdit.numerics.formats import PARTS, BlockFormat, TensorInfo, block_format
+
+
+def missing(name: str, row: BlockFormat | None = None) -> Fault:
+    """The fault of a tensor that is not there; `row` is the format of the quantized linear that it belongs to, if it does."""
+    again = "Fetch or convert the checkpoint again"
+    return Fault(name, "missing tensor", hint=f"{again}." if row else f"{again}, or name its BF16 --base.")
+
+
+def unplaced(name: str, got: TensorInfo) -> Fault:
+    """The fault of a tensor that the model has no place for."""
+    return Fault(name, "a tensor that the model has no place for", got)
+
+
+def misfit(
+    name: str, got: TensorInfo, want: TensorInfo, row: BlockFormat | None = None, *, casts: bool = False
+) -> Fault | None:
+    """What is wrong with a tensor's shape or dtype, or None.
+
+    Args:
+        name: the tensor's.
+        got: as it is stored.
+        want: as the model has it.
+        row: the format of the quantized linear that it belongs to; its tensors have one dtype only.
+        casts: whether the reader casts the tensors of float layers, whatever they are.
+    """
+    if row:
+        if got == want:
+            return None
+        return Fault(name, f"misshapen or mistyped tensor of a {row.name} layer", got, want)
+    if got.dtype not in FLOATS and not casts:
+        return Fault(name, "mistyped tensor", got, TensorInfo(want.shape, torch.bfloat16))
+    return None if got.shape == want.shape else Fault(name, "misshapen tensor", got, want.shape)
 
 
 def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, TensorInfo | None]:
@@ -36,43 +74,40 @@ def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], con
     wanted = model.state_dict()
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     extra = [name for name in stored if name not in wanted and not any(re.search(pattern, name) for pattern in ignored)]
-    missing = [name for name in wanted if name not in stored]
+    absent = [name for name in wanted if name not in stored]
     where = type(model).__name__
-    if missing:
-        got = near_names(missing[0], extra)
+    if absent:
+        got = near_names(absent[0], extra)
         raise CheckpointError(
-            f"{_count(missing)} missing from the checkpoint",
+            f"{_count(absent)} missing from the checkpoint",
             where=where,
-            expected=_some(missing),
-            hint=" ".join(filter(None, [got, _hint(config, extra, missing)])),
+            expected=_some(absent),
+            hint=" ".join(filter(None, [got, _hint(config, extra, absent)])),
         )
     if extra:
         raise CheckpointError(
             f"{_count(extra)} in the checkpoint that the model has no place for",
             where=where,
             got=_some(extra),
-            hint=_hint(config, extra, missing),
+            hint=_hint(config, extra, absent),
         )
-    ours = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, MXLinear)
-        for name, _ in module.named_buffers()
-    }
+    rows = {path: block_format(m.method) for path, m in model.named_modules() if isinstance(m, MXLinear)}
     for name, info in stored.items():
         if info is None or name not in wanted:
             continue
-        want = TensorInfo.of(wanted[name])
-        if info.shape != want.shape or (name in ours and info.dtype != want.dtype):
+        path, _, leaf = name.rpartition(".")
+        row = rows.get(path) if leaf in PARTS else None
+        fault = misfit(name, info, TensorInfo.of(wanted[name]), row, casts=True)
+        if fault:
             hint = None
             if info.dtype == torch.float8_e4m3fn and config.quant_method != "mxfp8":
                 hint = (
                     "This is the numeric layout of vLLM-Omni and MindIE-SD, one FP4 value a byte: bring it into ours with "
                     "`mxdit convert`."
                 )
-            elif info.dtype in (torch.float32, torch.float16, torch.bfloat16) and name in ours:
+            elif info.dtype in FLOATS and row:
                 hint = "The layer is not quantized here: list it under ignored_layers in config.json, or convert again."
-            raise CheckpointError("misshapen or mistyped tensor", where=name, got=info, expected=want, hint=hint)
+            raise replace(fault, hint=hint).error()
 
 
 def adopt_dtypes(model: nn.Module, tensors: Mapping[str, TensorInfo | None]) -> None:
@@ -85,10 +120,10 @@ def adopt_dtypes(model: nn.Module, tensors: Mapping[str, TensorInfo | None]) -> 
             setattr(model.get_submodule(path), leaf, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
-def _hint(config: MXConfig, extra: list[str], missing: list[str]) -> str:
+def _hint(config: MXConfig, extra: list[str], absent: list[str]) -> str:
     if not config.is_checkpoint_serialized and any(name.endswith(".weight_scale") for name in extra):
         return "The weights are quantized already: restore the quantization_config of its config.json."
-    if config.is_checkpoint_serialized and any(name.endswith(("weight_scale", "mul_scale")) for name in missing):
+    if config.is_checkpoint_serialized and any(name.endswith(("weight_scale", "mul_scale")) for name in absent):
         return "Its config.json lists other layers in ignored_layers than the files hold: convert the model again."
     return "The checkpoint is incomplete or of another model: download or convert it again."
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxdit.checkpoint.canonical import read_expert
-from mxdit.checkpoint.experts import Expert, Finding, faults_of
-from mxdit.checkpoint.layouts import sglang, vllm_omni
+from mxdit.checkpoint.canonical import read_component
+from mxdit.checkpoint.component import Component, Fault, counted, faults_of
+from mxdit.checkpoint.layout import Layout
+from mxdit.checkpoint.layouts import LAYOUTS
+from mxdit.checkpoint.layouts.packed import PACKED
 from mxdit.checkpoint.sources import open_both
 
 
 @dataclass(frozen=True)
-class ExpertInspection:
-    """One expert.
+class ComponentInspection:
+    """One component.
 
-    component  its name in the pipeline, "" where the directory is the expert.
+    component  its name in the pipeline, "" where the directory is the component.
+    layout     name of the layout that it is stored in.
     linears    method, or "float" -> how many linears.
-    kept       float linears inside the blocks: what quantizing passed over.
+    kept       float linears inside the blocks of a quantized component: what quantizing passed over.
     nbytes     of its tensors on disk.
-    findings   what is wrong.
+    faults     what is wrong.
     notes      what a conversion would lose.
-    loaders    runtime -> None where it can load the expert, else why not.
+    loaders    runtime -> None where it can load the component, else why not.
     """
 
     component: str
@@ -32,7 +34,7 @@ class ExpertInspection:
     linears: dict[str, int]
     kept: tuple[str, ...]
     nbytes: int
-    findings: tuple[Finding, ...]
+    faults: tuple[Fault, ...]
     notes: tuple[str, ...]
     loaders: dict[str, str | None]
 
@@ -44,7 +46,7 @@ class ExpertInspection:
             "linears": self.linears,
             "kept": list(self.kept),
             "bytes": self.nbytes,
-            "findings": [str(finding) for finding in self.findings],
+            "findings": [str(fault) for fault in self.faults],
             "notes": list(self.notes),
             "loaders": self.loaders,
         }
@@ -56,12 +58,12 @@ class Inspection:
 
     path: Path
     pipeline: bool
-    experts: tuple[ExpertInspection, ...]
+    components: tuple[ComponentInspection, ...]
 
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong."""
-        return not any(expert.findings for expert in self.experts)
+        return not any(component.faults for component in self.components)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable."""
@@ -69,57 +71,66 @@ class Inspection:
             "path": str(self.path),
             "pipeline": self.pipeline,
             "clean": self.clean,
-            "experts": [expert.to_dict() for expert in self.experts],
+            "experts": [component.to_dict() for component in self.components],
         }
 
 
 def inspect_checkpoint(
-    path: Path, base: Path | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    path: Path,
+    base: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    variant: str | None = None,
 ) -> Inspection:
     """Read a checkpoint whole and say what it is.
 
     Args:
-        path: a pipeline, a cascade or one expert, in any layout.
+        path: a pipeline, a cascade or one component, in any layout.
         base: the unquantized model, needed for layouts without a config.json.
         progress: told (tensors read, tensors in all).
+        variant: of the weight files, as diffusers' `variant=`; None takes the plain ones, or the one that there is.
 
     Raises InputError and CheckpointError where it cannot be read at all.
     """
-    source, under = open_both(path, base)
+    source, under = open_both(path, base, variant)
     read = [
-        (name, read_expert(source.read(name), under.read(name) if under and name in under.experts else None))
-        for name in source.experts
+        (name, read_component(source.read(name), under.read(name) if under and name in under.components else None))
+        for name in source.components
     ]
-    total, done = sum(len(expert.parts) for _, expert in read), 0
+    total, done = sum(len(component.parts) for _, component in read), 0
     inspected = []
-    for name, expert in read:
-        findings = list(expert.findings)
-        for tensor in expert.parts:
-            findings += faults_of(expert, [tensor])
+    for name, component in read:
+        faults = list(component.faults)
+        for tensor in component.parts:
+            faults += faults_of(component, [tensor])
             done += 1
             progress(done, total)
-        inspected.append(_inspected(name, expert, tuple(findings)))
+        inspected.append(_inspected(name, component, tuple(faults)))
     return Inspection(path, source.pipeline, tuple(inspected))
 
 
-def _inspected(name: str, expert: Expert, findings: tuple[Finding, ...]) -> ExpertInspection:
-    linears = dict(Counter(method or "float" for method in expert.methods.values()))
-    kept = tuple(p for p, method in expert.methods.items() if not method and expert.spec.place_of(p))
-    nbytes = sum(tensor.nbytes for tensor in expert.stored.tensors.values())
-    first = str(findings[0]) if findings else None
-    loaders = {
-        "diffusers + mxdit": _diffusers(expert) or first,
-        "vLLM-Omni 0.30": expert.unknown_to("vllm-omni") or vllm_omni.why_not(expert) or first,
-        "SGLang 0.5.23": expert.unknown_to("sglang") or sglang.why_not(expert) or first,
-    }
-    quantized = any(expert.methods.values())
-    return ExpertInspection(
-        name, expert.stored.layout, linears, kept if quantized else (), nbytes, findings, expert.lost, loaders
+def _inspected(name: str, component: Component, faults: tuple[Fault, ...]) -> ComponentInspection:
+    first = str(faults[0]) if faults else None
+    return ComponentInspection(
+        name,
+        component.stored.layout,
+        counted(component.methods),
+        component.kept if any(component.methods.values()) else (),
+        sum(tensor.nbytes for tensor in component.stored.tensors.values()),
+        faults,
+        component.lost,
+        {layout.runtime: _why_not(layout, component) or first for layout in LAYOUTS.values() if layout.runtime},
     )
 
 
-def _diffusers(expert: Expert) -> str | None:
-    if expert.stored.layout in ("diffusers", "packed"):
-        return None
-    to = "quantize" if expert.stored.layout == "original" else "convert --to packed"
-    return f"the {expert.stored.layout} layout: mxdit {to}"
+def _why_not(layout: Layout, component: Component) -> str | None:
+    """Why the runtime of a layout does not load a component as it is stored, None where it does."""
+    stored, unknown = LAYOUTS[component.stored.layout], layout.unknown(component.spec)
+    if unknown or stored.common:
+        return unknown
+    if stored is layout:
+        return layout.why_not(component) if layout.why_not else None
+    ways = [] if stored.quantized else ["mxdit quantize"]  # which writes the packed layout
+    if stored.quantized or layout is not PACKED:
+        ways.append(f"mxdit convert --to {layout.name}")
+    return f"the {stored.name} layout: {', then '.join(ways)}"

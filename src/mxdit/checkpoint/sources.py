@@ -1,7 +1,6 @@
-"""Which layout a directory is in, and its experts by our names.
+"""A checkpoint's directory: which components it has, in which layout each is, and what lies beside them.
 
-Layouts differ in names, in folders, and in where they say what is quantized. `open_source` tells them apart by what is there,
-never by a guess; docs/checkpoints.md has the table.
+`open_source` tells by what is there, never by a guess; docs/checkpoints.md has the table.
 """
 
 from __future__ import annotations
@@ -12,15 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mxdit.checkpoint.experts import Stored
-from mxdit.checkpoint.files import StoredTensor, open_tensors, read_json
-from mxdit.checkpoint.layouts.modelslim import DESCRIPTION, TYPES, WEIGHTS, read_description, types_of, without_wrappers
-from mxdit.checkpoint.layouts.vllm_omni import SERIALIZED
-from mxdit.config import MXConfig
+from mxdit.checkpoint.component import Stored
+from mxdit.checkpoint.files import read_json
+from mxdit.checkpoint.folders import (
+    choose_variant,
+    is_index,
+    open_tensors,
+    plain_name,
+    read_index,
+    taken,
+    unreadable,
+)
+from mxdit.checkpoint.layout import CONFIG, Folder
+from mxdit.checkpoint.layouts import LAYOUTS
+from mxdit.checkpoint.layouts.description import DESCRIPTION, WEIGHTS, described
 from mxdit.errors import CheckpointError, InputError
 from mxdit.models import COMPONENTS, SPECS, ModelSpec
 
-CONFIG = "config.json"
 INDEX = "model_index.json"
 
 
@@ -28,61 +35,51 @@ INDEX = "model_index.json"
 class Source:
     """A directory of a checkpoint.
 
-    experts   component -> its folder; the name is "" for a directory that is one expert itself.
-    pipeline  whether the directory is a diffusers pipeline, with text encoder and the rest.
+    components  name -> folder; the name is "" for a directory that is one component itself.
+    pipeline    whether the directory is a diffusers pipeline, with text encoder and the rest.
+    variant     of the weight files, where a folder has it; None for plain ones.
     """
 
     path: Path
     spec: ModelSpec
-    experts: Mapping[str, Path]
+    components: Mapping[str, Path]
     pipeline: bool
+    variant: str | None = None
 
     def read(self, component: str) -> Stored:
-        """The expert of that name."""
-        return _read(self.experts[component], self.spec)
+        """The component of that name, as its layout says. Raises CheckpointError."""
+        folder = open_folder(self.components[component], self.spec, self.variant)
+        for layout in LAYOUTS.values():
+            if layout.recognizes(folder):
+                return layout.read(folder)
+        raise CheckpointError(
+            "no config.json beside the weights", where=str(folder.path), hint="Fetch the checkpoint's config.json."
+        )
 
 
-def open_source(path: Path) -> Source:
-    """Find the experts of a checkpoint's directory.
+def open_source(path: Path, variant: str | None = None, *, optional: bool = False) -> Source:
+    """Find the components of a checkpoint's directory.
+
+    Args:
+        path: a pipeline, a cascade or one component.
+        variant: of its weight files, "fp16" as in diffusers; None takes the plain ones, or the one variant that there is.
+        optional: whether a variant that there is none of is passed over.
 
     Raises:
-        InputError: there is no such directory.
-        CheckpointError: it holds no expert that mxdit knows.
+        InputError: there is no such directory, or no such variant, or more than one to choose from.
+        CheckpointError: it holds no component that mxdit knows.
     """
     if not os.path.isdir(path):  # which a path of any length may be asked
         raise InputError("no such directory", where=str(path))
-    for spec in _families(path):
-        if (path / INDEX).is_file():
-            index = read_json(path / INDEX)
-            named = {name: index.get(name) for name in spec.components}
-            present = [name for name, of in named.items() if isinstance(of, list) and of and of[0] is not None]
-            missing = [name for name in present if not (path / name).is_dir()]
-            if missing:
-                raise CheckpointError("a folder that the pipeline names is missing", where=str(path / missing[0]))
-            if present:
-                return Source(path, spec, {name: path / name for name in present}, True)
-        folders = {ours: path / theirs for theirs, ours in spec.original_components.items()}
-        there = {name: folder for name, folder in folders.items() if folder.is_dir()}
-        if there:
-            absent = [str(folder) for name, folder in folders.items() if name not in there]
-            if absent:
-                raise CheckpointError(
-                    "one expert of the cascade is missing",
-                    where=absent[0],
-                    hint="Name the expert's own folder for one.",
-                )
-            return Source(path, spec, there, False)
-        there = {name: path / name for name in spec.components if (path / name / CONFIG).is_file()}
-        if there:  # experts without the rest of a pipeline, as the original layout has them
-            return Source(path, spec, there, False)
-        if any(path.glob("*.safetensors")) or any(path.glob(DESCRIPTION)):
-            return Source(path, spec, {"": path}, False)
-    raise CheckpointError(
-        "no checkpoint that mxdit knows",
-        where=str(path),
-        expected="model_index.json, transformer/, high_noise_model/ and low_noise_model/, or one expert's .safetensors",
-        hint="PyTorch .bin and .pth files are not read.",
-    )
+    found = next(filter(None, (_components(path, spec) for spec in _families(path))), None)
+    if found is None:
+        raise CheckpointError(
+            "no checkpoint that mxdit knows",
+            where=str(path),
+            expected="model_index.json, transformer/, high_noise_model/ and low_noise_model/, or one expert's .safetensors",
+            hint="PyTorch .bin and .pth files are not read.",
+        )
+    return replace(found, variant=choose_variant(path, variant, optional=optional))
 
 
 def _families(path: Path) -> list[ModelSpec]:
@@ -95,100 +92,95 @@ def _families(path: Path) -> list[ModelSpec]:
     return list(SPECS.values())
 
 
-def open_both(path: Path, base: Path | None) -> tuple[Source, Source | None]:
-    """A checkpoint and its base, with one name for the expert where each has just one: TI2V-5B's lies in no folder."""
-    source, under = open_source(path), open_source(base) if base is not None else None
-    if under is not None and len(source.experts) == len(under.experts) == 1:
-        name = max(*source.experts, *under.experts)  # "" where the directory is the expert itself
-        source = replace(source, experts=dict.fromkeys([name], *source.experts.values()))
-        under = replace(under, experts=dict.fromkeys([name], *under.experts.values()))
+def _components(path: Path, spec: ModelSpec) -> Source | None:
+    """The components that a directory has if it is of this family; None where it has none."""
+    if (path / INDEX).is_file():
+        index = read_json(path / INDEX)
+        named = {name: index.get(name) for name in spec.components}
+        present = [name for name, of in named.items() if isinstance(of, list) and of and of[0] is not None]
+        absent = [name for name in present if not (path / name).is_dir()]
+        if absent:
+            raise CheckpointError("a folder that the pipeline names is missing", where=str(path / absent[0]))
+        if present:
+            return Source(path, spec, {name: path / name for name in present}, True)
+    folders = {ours: path / theirs for theirs, ours in spec.original_components.items()}
+    there = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    if there:
+        lacking = [str(folder) for name, folder in folders.items() if name not in there]
+        if lacking:
+            raise CheckpointError(
+                "one expert of the cascade is missing", where=lacking[0], hint="Name the expert's own folder for one."
+            )
+        return Source(path, spec, there, False)
+    there = {name: path / name for name in spec.components if (path / name / CONFIG).is_file()}
+    if there:  # components without the rest of a pipeline, as the original layout has them
+        return Source(path, spec, there, False)
+    if any(path.glob("*.safetensors*")) or any(
+        path.glob(DESCRIPTION)
+    ):  # the files, or an index of files that are missing
+        return Source(path, spec, {"": path}, False)
+    return None
+
+
+def open_both(path: Path, base: Path | None, variant: str | None = None) -> tuple[Source, Source | None]:
+    """A checkpoint and its base, with one name for the component where each has just one: TI2V-5B's lies in no folder.
+
+    `variant` is that of whichever has it.
+    """
+    if base is None:
+        return open_source(path, variant), None
+    source, under = (open_source(p, variant, optional=True) for p in (path, base))
+    if variant not in (None, source.variant, under.variant):
+        choose_variant(path, variant)  # says what there is
+    if len(source.components) == len(under.components) == 1:
+        name = max(*source.components, *under.components)  # "" where the directory is the component itself
+        source = replace(source, components=dict.fromkeys([name], *source.components.values()))
+        under = replace(under, components=dict.fromkeys([name], *under.components.values()))
     return source, under
 
 
-def _read(folder: Path, spec: ModelSpec) -> Stored:
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    quantized = any(folder.glob(WEIGHTS))
-    # vLLM-Omni's merge tools leave a description, too, which their loader never reads: there config.json counts.
-    stated = config.get("quantization_config") if config else None
-    described = any(folder.glob(DESCRIPTION)) and (quantized or stated is None)
-    if quantized and not described:
-        read_description(folder)  # says what is missing
-    tensors = open_tensors(folder, WEIGHTS if quantized else "*.safetensors")
-    mark = spec.original_mark
-    original = mark is not None and any(name.startswith(mark) for name in tensors)
+def open_folder(path: Path, spec: ModelSpec, variant: str | None) -> Folder:
+    """What a component's folder holds, by the names of its files' headers. Raises CheckpointError for damaged files."""
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
+    tensors = open_tensors(path, WEIGHTS if any(path.glob(WEIGHTS)) else "*.safetensors", variant)
+    original = spec.original_mark is not None and any(name.startswith(spec.original_mark) for name in tensors)
     original = original and any(spec.from_original(name) not in (None, name) for name in tensors)
-    if described:
-        plain = without_wrappers(tensors)
-        names = {name: (spec.from_original(short) or short) if original else short for name, short in plain.items()}
-        description = read_description(folder)
-        # Layers that it calls quantized and the files lack, too: they are missing, and not the base's to give.
-        said = {name: short for name, short in without_wrappers(description).items() if str(description[name]) in TYPES}
-        said = {name: (spec.from_original(short) or short) if original else short for name, short in said.items()}
-        methods, activation = types_of(description, {**said, **names}, folder)
-        ours = _renamed(tensors, names, folder)
-        usable = config if config and config.get("_class_name") == spec.transformer else None
-        layout = "modelslim" if original else "sglang"
-        marks = [key for key in description if key.endswith(".quant_type") or key == "fa_quant_type"]
-        lost = (f"{len(marks)} marks of quantized attention ({marks[0]}: {description[marks[0]]})",) if marks else ()
-        return Stored(folder, layout, ours, usable, None, methods, activation, description, lost)
-    if config is None:
-        raise CheckpointError(
-            "no config.json beside the weights", where=str(folder), hint="Fetch the checkpoint's config.json."
-        )
-    if original:
-        names = {name: spec.from_original(name) or name for name in tensors}
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        assert spec.original_config is not None
-        try:
-            ours_config = spec.original_config(config, shapes)
-        except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                "the original model's config lacks what describes it", where=str(folder / CONFIG), got=repr(error)
-            ) from None
-        return Stored(folder, "original", _renamed(tensors, names, folder), ours_config)
-    if stated is None:
-        return Stored(folder, "diffusers", tensors, config)
-    if isinstance(stated, Mapping) and "layout" in stated:
-        return Stored(folder, "packed", tensors, config, MXConfig.from_dict(stated))
-    return Stored(folder, "vllm-omni", tensors, config, _foreign_config(stated, tensors, spec, folder))
+    return Folder(path, spec, config, tensors, original, described(path, config))
 
 
-def _renamed(tensors: Mapping[str, StoredTensor], names: Mapping[str, str], folder: Path) -> dict[str, StoredTensor]:
-    ours: dict[str, StoredTensor] = {}
-    for name, tensor in tensors.items():
-        if names[name] in ours:
-            raise CheckpointError(
-                "two tensors are one by name", where=str(folder), got=f"{ours[names[name]].name} and {name}"
-            )
-        ours[names[name]] = tensor
-    return ours
+def rest_of(source: Source) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]]:
+    """What a pipeline holds beside its components.
+
+    Of weights that a folder has in variants, one is taken, under its plain name.
+
+    Returns:
+        The files to take over, by their paths in the pipeline; and JSON files to write, model_index.json the last.
+
+    Raises CheckpointError for a file or folder that cannot be read, and an index that names a file that is not there.
+    """
+    if not source.pipeline:
+        return {}, {}
+    carried: dict[str, Path] = {}
+    indexes: dict[str, Mapping[str, Any]] = {}
+    seen = {source.path.resolve()}  # a folder may be a link, as a hub's cache has them, and a link may lead in circles
+    for folder, folders, files in os.walk(source.path, onerror=_refuse, followlinks=True):
+        inside = Path(folder).relative_to(source.path)
+        inner = {name: (Path(folder) / name).resolve() for name in sorted(folders) if not name.startswith(".")}
+        folders[:] = [n for n, real in inner.items() if real not in seen and str(inside / n) not in source.components]
+        seen.update(inner[name] for name in folders)
+        for file, plain in taken(sorted(files), source.variant).items():
+            path, name = Path(folder) / file, str(inside / plain)
+            if file.startswith(".") or str(inside / file) == INDEX:
+                continue
+            if not path.is_file():
+                raise CheckpointError("not a file, or a link to none", where=str(path), hint="Fetch the model again.")
+            weight_map = read_index(path) if is_index(file) else {}  # which finds files that are missing
+            if weight_map and file != plain:
+                indexes[name] = {**read_json(path), "weight_map": {t: plain_name(of) for t, of in weight_map.items()}}
+            else:
+                carried[name] = path
+    return carried, {**indexes, INDEX: read_json(source.path / INDEX)}
 
 
-def _foreign_config(stated: object, tensors: Mapping[str, StoredTensor], spec: ModelSpec, folder: Path) -> MXConfig:
-    """vLLM-Omni's `quantization_config` as ours, but for its own names in `ignored_layers`, which the files decide."""
-    if not isinstance(stated, Mapping):
-        raise CheckpointError("quantization_config is no object", where=str(folder / CONFIG), got=repr(stated))
-    method = str(stated.get("quant_method")).lower().replace("-", "_")
-    flag = SERIALIZED.get(method)
-    if flag and not stated.get(flag) and not stated.get("is_checkpoint_serialized"):
-        raise CheckpointError(
-            "the config does not say that the weights are quantized already",
-            where=str(folder / CONFIG),
-            got=f"{flag} {stated.get(flag)!r}",
-            expected="true",
-            hint="vLLM-Omni would quantize them once more. Set the key, or restore the file.",
-        )
-    paths: dict[str, list[str]] = {}
-    for name in tensors:
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight":
-            paths.setdefault(spec.runtime_name(path, "vllm-omni"), []).append(path)
-    keys: dict[str, Any] = {k: v for k, v in stated.items() if k not in ("num_bf16_fallback_layers", "quant_method")}
-    if method == "mxfp4":
-        keys.setdefault("mxfp4_scale_alg", 0)  # its default
-    config = MXConfig.from_dict({**keys, "quant_method": method})
-    raised = [path for name in config.w4a8_fallback_layers for path in paths.get(name, [])]
-    linears = {path for path in (n.removesuffix(".weight_scale") for n in tensors) if f"{path}.weight_scale" in tensors}
-    if raised and set(raised) == linears:
-        return replace(config, activation="mxfp8", w4a8_fallback_layers=())
-    return replace(config, w4a8_fallback_layers=tuple(raised))
+def _refuse(error: OSError) -> None:
+    raise unreadable(error)

@@ -53,7 +53,7 @@ class Shard:
         """Bytes of the tensors, header not counted."""
         return sum(part.info.nbytes for part in self.parts.values())
 
-    def layout(self) -> tuple[bytes, dict[str, int]]:
+    def head(self) -> tuple[bytes, dict[str, int]]:
         """The file's head and, per tensor, where its data begins. Wide dtypes lie first, so that each is aligned."""
         order = sorted(self.parts, key=lambda name: (-_dtype(self.parts[name]).itemsize, name))
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -119,7 +119,7 @@ def new_directory(destination: Path, plan: str) -> Iterator[Staging]:
     """
     partial = destination.parent / f".{destination.name}.partial"
     check_destination(destination)
-    with _lock(partial, destination), _told(partial, destination):
+    with _lock(partial, destination), _explained(partial, destination):
         mark = partial / PLAN
         digest = hashlib.sha256(plan.encode()).hexdigest()
         if not mark.is_file() or mark.read_text() != digest:
@@ -163,7 +163,7 @@ def _lock(partial: Path, destination: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told(partial: Path, destination: Path) -> Iterator[None]:
+def _explained(partial: Path, destination: Path) -> Iterator[None]:
     """Make one clear error of what the file system says, and remove what no later run could use."""
     try:
         yield
@@ -221,7 +221,7 @@ class Staging:
         """Stream one shard, one tensor at a time, and tell `wrote` the bytes of each."""
         path = self._path(name)
         temporary = path.with_name(f"{path.name}.tmp")
-        head, offsets = shard.layout()
+        head, offsets = shard.head()
         try:
             with temporary.open("wb") as file:
                 file.write(head)

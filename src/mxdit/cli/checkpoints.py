@@ -17,7 +17,9 @@ from mxdit.cli.console import (
     Dtype,
     FallbackBlocks,
     IgnoredLayers,
+    Variant,
     app,
+    device_of,
     dtype_of,
     err,
     need,
@@ -61,6 +63,8 @@ def quantize(
     config: Config = None,
     shard_size: ShardSize = "2GiB",
     dtype: Dtype = "bf16",
+    device: Annotated[str, typer.Option(help="Where weights are quantized: cpu, cuda, npu, ...")] = "cpu",
+    variant: Variant = None,
     copy: Copy = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -93,7 +97,14 @@ def quantize(
     shared = configs.pop("")
     assert shared is not None
     plan = quantize_checkpoint(
-        source, destination, shared, configs, dtype=dtype_of(dtype), shard_size=_bytes(shard_size)
+        source,
+        destination,
+        shared,
+        configs,
+        dtype=dtype_of(dtype),
+        device=device_of(device),
+        shard_size=_bytes(shard_size),
+        variant=variant,
     )
     _run(plan, copy, dry_run, as_json)
 
@@ -119,6 +130,7 @@ def convert(
         bool, typer.Option("--allow-loss", help="Go on where the other format cannot say everything.")
     ] = False,
     shard_size: ShardSize = "2GiB",
+    variant: Variant = None,
     copy: Copy = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -141,6 +153,7 @@ def convert(
         fallback_from_base=fallback_from_base,
         allow_loss=allow_loss,
         shard_size=_bytes(shard_size),
+        variant=variant,
     )
     _run(plan, copy, dry_run, as_json)
 
@@ -151,6 +164,7 @@ def inspect(
     base: Annotated[
         Path | None, typer.Option(help="The unquantized model, for layouts without a config.json.", metavar="DIR")
     ] = None,
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is, check every tensor of it, and say who can load it.
@@ -165,24 +179,27 @@ def inspect(
     ) as progress:
         bar = progress.add_task("", total=None)
         found = inspect_checkpoint(
-            directory, base, lambda done, total: progress.update(bar, completed=done, total=total)
+            directory,
+            base,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+            variant=variant,
         )
     if as_json:
         out.print_json(json.dumps(found.to_dict()))
     else:
-        for expert in found.experts:
-            linears = ", ".join(f"{count} {method}" for method, count in expert.linears.items())
-            size = f"{expert.nbytes / 2**20:.1f} MiB"
-            say(f"{expert.component or directory}: {expert.layout} layout, linears: {linears}; {size}")
-            if expert.kept:
-                say(f"  float inside the blocks: {_some(expert.kept)}")
-            for note in expert.notes:
+        for component in found.components:
+            linears = ", ".join(f"{count} {method}" for method, count in component.linears.items())
+            size = f"{component.nbytes / 2**20:.1f} MiB"
+            say(f"{component.component or directory}: {component.layout} layout, linears: {linears}; {size}")
+            if component.kept:
+                say(f"  float inside the blocks: {_some(component.kept)}")
+            for note in component.notes:
                 say(f"  note: {note}")
-            for finding in expert.findings:
-                say(f"  wrong: {finding}")
-            for runtime, reason in expert.loaders.items():
+            for fault in component.faults:
+                say(f"  wrong: {fault}")
+            for runtime, reason in component.loaders.items():
                 say(f"  {runtime}: {'loads it' if reason is None else f'no: {reason}'}")
-        say("clean" if found.clean else f"{sum(len(e.findings) for e in found.experts)} findings")
+        say("clean" if found.clean else f"{sum(len(c.faults) for c in found.components)} findings")
     if not found.clean:
         raise typer.Exit(1)
 

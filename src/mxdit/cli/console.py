@@ -61,6 +61,15 @@ def option(field: str) -> str:
     return OPTIONS.get(field, f"--{field.replace('_', '-')}")
 
 
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weight files, such as fp16. Default: the plain files, or the one variant that there is.",
+        metavar="NAME",
+    ),
+]
+
+
 @app.callback()
 def settings(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log, too.")] = False,

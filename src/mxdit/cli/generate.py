@@ -23,6 +23,7 @@ from mxdit.cli.console import (
     IgnoredLayers,
     Model,
     Size,
+    Variant,
     app,
     check_output,
     device_of,
@@ -89,6 +90,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "bf16",
+    variant: Variant = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The MP4 to write, or PNG of an image. Default: video.mp4, or image.png."),
@@ -124,6 +126,7 @@ def generate(
         components=own,
         dtype=dtype_of(dtype),
         device=device_of(device),
+        variant=variant,
     )
     request = session.request(
         prompt=prompt,

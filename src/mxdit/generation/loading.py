@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mxdit.checkpoint.folders import choose_variant
 from mxdit.config import MXConfig
 from mxdit.config.components import configs_of
 from mxdit.errors import CheckpointError, ConfigError, InputError
@@ -86,13 +87,17 @@ def load(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """The pipeline for `task`, on `device`, in `dtype` but for the components that its spec wants in FP32.
 
     Args:
         configs: from `quantization`.
+        variant: diffusers' own word for one set of weight files, such as "fp16"; None takes the plain files, or the one
+            variant that there is.
 
     Raises:
+        InputError: there is no such variant, or more than one to choose from.
         CheckpointError: a file is missing or damaged, or does not fit the model.
         ConfigError: a config does not fit the model.
     """
@@ -103,8 +108,13 @@ def load(
     with _without_import_warnings():
         pipeline_class = getattr(diffusers, model.pipelines[task])
     mapping: Any = {name: config for name, config in configs.items() if config is not None}
-    options = {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)} if mapping else {}
+    options: dict[str, Any] = (
+        {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)} if mapping else {}
+    )
     dtypes = {**dict.fromkeys(model.called(task).float32, torch.float32), "default": dtype}
+    chosen = choose_variant(model.path, variant)
+    if chosen is not None:
+        options["variant"] = chosen
     try:
         with warnings.catch_warnings():
             # diffusers 0.42 calls it `dtype`; 0.40 knows only the old name.

@@ -76,6 +76,7 @@ class Session:
         configs: transformer -> the config it is quantized with while it loads, or None to load it as it is.
         dtype: of everything that is not quantized.
         device: name of a torch device.
+        variant: of the weight files.
         lock: held while a run lasts. Hold it to use the pipeline yourself, such as with hooks in its modules; the thread that
             holds it can run requests meanwhile.
     """
@@ -87,8 +88,10 @@ class Session:
         configs: Mapping[str, MXConfig | None],
         dtype: torch.dtype,
         device: str,
+        variant: str | None = None,
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
+        self.variant = variant
         self.lock = threading.RLock()
         self._pipeline: DiffusionPipeline | None = None
 
@@ -103,6 +106,7 @@ class Session:
         components: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
+        variant: str | None = None,
     ) -> Session:
         """Read what a model is, and decide how it is loaded; the weights are read by `load`, or by the first run.
 
@@ -116,6 +120,7 @@ class Session:
                 as it is.
             dtype: of everything that is not quantized.
             device: name of a torch device.
+            variant: of the weight files, as diffusers calls it ("fp16"); None takes the plain ones, or the one that there is.
 
         Raises:
             InputError: no such directory, no pipeline that mxdit knows, or a task that it does not do.
@@ -125,7 +130,7 @@ class Session:
         model = open_model(bundled(task or "t2v") if path is None else Path(path))
         task = model.tasks[0] if task is None else task
         model.check_task(task)
-        return cls(model, task, loading.quantization(model, method, keys or {}, components), dtype, device)
+        return cls(model, task, loading.quantization(model, method, keys or {}, components), dtype, device, variant)
 
     def request(self, **fields: Any) -> Request:
         """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which."""
@@ -135,7 +140,7 @@ class Session:
         """The pipeline, loaded at the first call. Raises CheckpointError and ConfigError for what does not fit the model."""
         with self.lock:
             if self._pipeline is None:
-                options = {"dtype": self.dtype, "device": self.device}
+                options: Any = {"dtype": self.dtype, "device": self.device, "variant": self.variant}
                 self._pipeline = loading.load(self.model, self.task, self.configs, **options)
             return self._pipeline
 

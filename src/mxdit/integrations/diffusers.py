@@ -17,6 +17,8 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from mxdit.checkpoint.checks import SMALL
+from mxdit.checkpoint.files import FLOATS
 from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
 from mxdit.config import ALIASES, ConfigLike, Method, MXConfig
 from mxdit.config.choices import near_names
@@ -24,16 +26,13 @@ from mxdit.config.components import configs_of, split_keys
 from mxdit.errors import CheckpointError, ConfigError
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
-from mxdit.numerics.formats import TensorInfo
+from mxdit.numerics.formats import PARTS, TensorInfo, block_format
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import report_of
 
 logger = logging.getLogger(__name__)
-
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BUFFERS = ("weight", "weight_scale", "weight_dual_scale", "mul_scale")
 
 
 class MXQuantizer(DiffusersQuantizer):
@@ -82,12 +81,12 @@ class MXQuantizer(DiffusersQuantizer):
         self, *args: Any, torch_dtype: torch.dtype | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         """diffusers calls it twice: first with the dtype and the map as given, then with the map it made."""
-        if torch_dtype is not None and torch_dtype not in FLOAT_DTYPES:
+        if torch_dtype is not None and torch_dtype not in FLOATS:
             raise ConfigError(
                 "unsupported torch_dtype",
                 where="from_pretrained",
                 got=torch_dtype,
-                expected=" or ".join(map(str, FLOAT_DTYPES)),
+                expected=" or ".join(map(str, FLOATS)),
                 hint="It is the dtype of what is not quantized.",
             )
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
@@ -142,7 +141,7 @@ class MXQuantizer(DiffusersQuantizer):
     def _skeleton(self, linear: nn.Module, path: str, decision: Decision) -> MXLinear:
         assert isinstance(linear, nn.Linear)
         config = self.quantization_config
-        dual = config.quant_method == "mxfp4_dualscale"
+        smooths = block_format(config.quant_method).smooths
         return MXLinear(
             linear.in_features,
             linear.out_features,
@@ -152,7 +151,7 @@ class MXQuantizer(DiffusersQuantizer):
             rule=config.rule,
             device="meta",
             dtype=linear.weight.dtype,
-            smooth=config.require_smooth_scale or (dual and f"{path}.mul_scale" in self.tensors),
+            smooth=config.require_smooth_scale or (smooths and f"{path}.mul_scale" in self.tensors),
         )
 
     # -- the weights -------------------------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ class MXQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
     ) -> bool:
-        return self._is_quantized(param_name, BUFFERS if self.pre_quantized else ("weight",))
+        return self._is_quantized(param_name, PARTS if self.pre_quantized else ("weight",))
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Called for a misshapen tensor whose file told no shapes beforehand."""
@@ -182,8 +181,11 @@ class MXQuantizer(DiffusersQuantizer):
         module = model.get_submodule(path)
         if self.pre_quantized:
             # Not `param_value`: the host has cast that to torch_dtype, and a bf16 level-0 scale is another number.
+            tensor = state_dict[param_name]
+            if name in SMALL:
+                SMALL[name](tensor, param_name)
             assert isinstance(module, MXLinear)
-            module.load({name: state_dict[param_name].to(target_device)})
+            module.load({name: tensor.to(target_device)})
             return
         assert isinstance(module, nn.Linear)
         new = quantized(param_value.to(target_device), None, self.quantization_config, self.decisions[path], path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -146,6 +146,17 @@ class ModelSpec:
             if dot and not head and inner_dot and index.isdigit():
                 return Place(blocks, int(index), inside)
         return None
+
+    def sharing(self, paths: Iterable[str]) -> Iterator[list[str]]:
+        """The linears among `paths` that share their input: a list for each of `groups` in each block, in that order."""
+        blocks: dict[tuple[str, int], dict[str, str]] = {}
+        for path in paths:
+            place = self.place_of(path)
+            if place:
+                blocks.setdefault(place[:2], {})[place.inside] = path
+        for inside in blocks.values():
+            for group in self.groups:
+                yield [inside[name] for name in group if name in inside]
 
     def preset(self, task: str, config: Mapping[str, Any], components: int) -> Preset:
         """The defaults for a task of a model, by the config.json of its first transformer and how many it has."""

@@ -57,6 +57,25 @@ def check_mul_scale(mul_scale: Tensor, k: int, row: BlockFormat, *, where: str) 
         )
 
 
+def bf16_mul_scale(mul_scale: Tensor, *, where: str) -> Tensor:
+    """The factors (K,) as devices multiply by them: fp32 that hold bf16 values, or a FormatError.
+
+    Every one must be finite and positive, after it is rounded to bf16, too.
+    """
+    rounded = mul_scale.detach().to(torch.bfloat16).float()
+    bad = ~(torch.isfinite(rounded) & (rounded > 0))
+    if bool(bad.any()):
+        channel = int(bad.nonzero()[0])
+        raise FormatError(
+            "mul_scale is not finite and positive in bf16",
+            where=where,
+            got=f"{float(mul_scale[channel])} at channel {channel}",
+            expected="above 0 and at most 3.39e38",
+            hint="The calibration met a dead or broken channel: calibrate again.",
+        )
+    return rounded
+
+
 def check_packed(codes: Tensor, scale: Tensor, outer: Tensor | None, row: BlockFormat, *, where: str) -> None:
     """Raise the FormatError that says why the parts are not one canonical tensor of this format, if they are not."""
     _check_bytes("codes", codes, row, where=where)

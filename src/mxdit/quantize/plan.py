@@ -157,19 +157,14 @@ def _idle_pattern(model: nn.Module, linears: list[str], pattern: str, key: str, 
 
 def check_groups(decisions: Mapping[str, Decision], spec: ModelSpec) -> None:
     """Layers with one input are one product in the runtimes that fuse them: one precision for all of them, or none."""
-    by_block: dict[tuple[str, int], dict[str, tuple[str, Decision]]] = {}
-    for path, decision in decisions.items():
-        place = spec.place_of(path)
-        if place:
-            by_block.setdefault((place.blocks, place.index), {})[place.inside] = (path, decision)
-    for (blocks, index), inside in by_block.items():
-        for group in spec.groups:
-            members = [inside[name] for name in group if name in inside]
-            if len({decision.scheme for _, decision in members}) > 1:
-                raise ConfigError(
-                    "layers that share their input would differ in precision",
-                    where=f"{blocks}.{index}",
-                    got=", ".join(f"{path} {decision.scheme or 'kept'}" for path, decision in members),
-                    expected="the same for all of them, because runtimes fuse them",
-                    hint="Name all of them in ignored_layers (or w4a8_fallback_layers), or none.",
-                )
+    for members in spec.sharing(decisions):
+        if len({decisions[path].scheme for path in members}) > 1:
+            place = spec.place_of(members[0])
+            assert place is not None
+            raise ConfigError(
+                "layers that share their input would differ in precision",
+                where=f"{place.blocks}.{place.index}",
+                got=", ".join(f"{path} {decisions[path].scheme or 'kept'}" for path in members),
+                expected="the same for all of them, because runtimes fuse them",
+                hint="Name all of them in ignored_layers (or w4a8_fallback_layers), or none.",
+            )

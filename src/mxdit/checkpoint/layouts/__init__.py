@@ -1,1 +1,16 @@
-"""The layouts that other tools store checkpoints in, one module each."""
+"""The layouts in which a component can be stored, one module each; a layout is added by its module and its entry here."""
+
+from __future__ import annotations
+
+from mxdit.checkpoint.layout import Layout
+from mxdit.checkpoint.layouts.diffusers import DIFFUSERS
+from mxdit.checkpoint.layouts.modelslim import MODELSLIM
+from mxdit.checkpoint.layouts.original import ORIGINAL
+from mxdit.checkpoint.layouts.packed import PACKED
+from mxdit.checkpoint.layouts.sglang import SGLANG
+from mxdit.checkpoint.layouts.vllm_omni import VLLM_OMNI
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (PACKED, VLLM_OMNI, SGLANG, MODELSLIM, ORIGINAL, DIFFUSERS)
+}
+TARGETS = tuple(name for name, layout in LAYOUTS.items() if layout.write)

@@ -1,93 +1,22 @@
-"""What msModelSlim and SGLang's repack of it say of a quantized model: `quant_model_description*.json`.
+"""msModelSlim's layout of a quantized component (26.1.0, and older ones that store FP4 as values): the original names.
 
-msModelSlim (26.1.0) writes original Wan names, an expert to a folder, and puts a linear that was smoothed into a wrapper:
-`X.linear.weight` and `X.div.mul_scale`. SGLang's `wan_repack` writes diffusers names without wrappers. Both keep the
-description: tensor name -> type. Keys that name no tensor ("version", "group_size", "model_quant_type", "X.quant_type")
-stand among them.
+A component has a folder, and a linear that was smoothed lies in a wrapper: `X.linear.weight` and `X.div.mul_scale`. A
+description beside the weights says what is quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
-
-from mxdit.checkpoint.files import read_json
-from mxdit.errors import CheckpointError
-
-DESCRIPTION = "quant_model_description*.json"
-WEIGHTS = "quant_model_weight*.safetensors"
-# Type of a weight -> (method, activation).
-TYPES: Mapping[str, tuple[str | None, str | None]] = {
-    "FLOAT": (None, None),
-    "W4A4_MXFP4": ("mxfp4", None),
-    "W4A4_MXFP4_DUALSCALE": ("mxfp4_dualscale", None),
-    "W8A8_MXFP8": ("mxfp8", None),
-    "W4A8_MXFP": ("mxfp4", "mxfp8"),
-}
+from mxdit.checkpoint.component import Stored
+from mxdit.checkpoint.layout import Folder, Layout
+from mxdit.checkpoint.layouts.description import read_described
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The description of the model in `folder`. Raises CheckpointError where there is none, or more than one."""
-    found = sorted(folder.glob(DESCRIPTION))
-    if len(found) != 1:
-        raise CheckpointError(
-            "no description of the quantized model" if not found else "more than one description",
-            where=str(folder),
-            got=", ".join(path.name for path in found) or None,
-            expected=DESCRIPTION,
-            hint="Without it nothing tells FP4 values, MXFP8 codes and float weights apart: fetch it again.",
-        )
-    return read_json(found[0])
+def recognizes(folder: Folder) -> bool:
+    return folder.described and folder.original
 
 
-def types_of(
-    description: Mapping[str, Any], names: Mapping[str, str], where: Path
-) -> tuple[dict[str, str | None], str | None]:
-    """What a description says of the linears.
-
-    Args:
-        description: as read.
-        names: tensor name in the files -> ours.
-        where: for errors.
-
-    Returns:
-        linear -> method (None for float), and the activation that its types name, if any.
-    """
-    methods: dict[str, str | None] = {}
-    activations: set[str | None] = set()
-    for name, ours in names.items():
-        path, _, leaf = ours.rpartition(".")
-        if leaf != "weight" or name not in description:
-            continue
-        kind = description[name]
-        if not isinstance(kind, str) or kind not in TYPES:
-            raise CheckpointError(
-                "mxdit does not read layers of this type",
-                where=f"{where}: {name}",
-                got=repr(kind),
-                expected=", ".join(TYPES),
-            )
-        methods[path], activation = TYPES[kind]
-        if TYPES[kind][0] == "mxfp4":
-            activations.add(activation)
-    if len(activations) > 1:
-        raise CheckpointError(
-            "layers differ in the precision of their activations",
-            where=str(where),
-            got="W4A4_MXFP4 and W4A8_MXFP",
-            expected="one of them",
-            hint="Convert with the unquantized model as --base and --fallback-from-base, or quantize it again.",
-        )
-    return methods, next(iter(activations), None)
+def read(folder: Folder) -> Stored:
+    return read_described(folder, MODELSLIM.name, lambda name: folder.spec.from_original(name) or name)
 
 
-def without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Tensor names -> the same without the `.linear.` and `.div.` of smoothed layers."""
-    plain = {}
-    for name in names:
-        parts = name.split(".")
-        if len(parts) > 2 and ((parts[-2] == "linear") or parts[-2:] == ["div", "mul_scale"]):
-            del parts[-2]
-        plain[name] = ".".join(parts)
-    return plain
+MODELSLIM = Layout("modelslim", recognizes, read, scale_alg=0)

@@ -1,19 +1,20 @@
 """FP4 values, one in a float, and FP4 codes, two in a byte: the same numbers, exactly.
 
-The numeric layout (vLLM-Omni, MindIE-SD) stores each E2M1 value as the E4M3 code of that value, the sign of zero included.
+Some layouts (vLLM-Omni, MindIE-SD) store each E2M1 value as the E4M3 code of that value, the sign of zero included.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mxdit.checkpoint.writer import Part
 from mxdit.errors import CheckpointError
 from mxdit.numerics.codec import element_values
-from mxdit.numerics.formats import E2M1
+from mxdit.numerics.formats import E2M1, TensorInfo
 
 OFF_GRID = 0xFF
 _CHUNK = 1 << 18  # elements at once: the lookup's indices are eight bytes each
@@ -57,6 +58,25 @@ def unpack(codes: Tensor) -> Tensor:
         out[start : start + step, 0::2] = torch.from_numpy(_to_e4m3()[part & 15])
         out[start : start + step, 1::2] = torch.from_numpy(_to_e4m3()[part >> 4])
     return out.view(torch.float8_e4m3fn)
+
+
+def values_of(codes: Part) -> Part:
+    """A weight's FP4 codes, two in a byte, as its values in float8_e4m3fn."""
+    n, half = codes.info.shape
+    return Part(TensorInfo((n, 2 * half), torch.float8_e4m3fn), partial(_unpacked, codes))
+
+
+def as_e4m3(codes: Part) -> Part:
+    """A weight's E4M3 codes in float8_e4m3fn instead of uint8: the same bytes."""
+    return Part(TensorInfo(codes.info.shape, torch.float8_e4m3fn), partial(_viewed, codes))
+
+
+def _unpacked(codes: Part) -> Tensor:
+    return unpack(codes.read())
+
+
+def _viewed(codes: Part) -> Tensor:
+    return codes.read().view(torch.float8_e4m3fn)
 
 
 @cache

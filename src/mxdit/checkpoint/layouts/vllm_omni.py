@@ -1,23 +1,31 @@
-"""vLLM-Omni's layout of a quantized expert (0.22 to 0.30), which MindIE-SD shares: diffusers names, FP4 as values.
+"""vLLM-Omni's layout of a quantized component (0.22 to 0.30), which MindIE-SD shares: diffusers names, FP4 as values.
 
 Its `quantization_config` becomes keyword arguments of a class, so a key that the class lacks is a TypeError there: only the
-keys below may be written. Layers are named as its runtime calls them, with attn1's q, k and v fused.
+keys below may be written. Layers are named as its runtime calls them, with q, k and v of self-attention fused.
 Source: vllm_omni/quantization of the 0.30.0 wheel (factory.py, mxfp4_config.py, mxfp8_config.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from mxdit.checkpoint.experts import Expert
-from mxdit.checkpoint.layouts.numeric import unpack
+from mxdit.checkpoint.component import Component, Stored
+from mxdit.checkpoint.files import FLOATS, StoredTensor
+from mxdit.checkpoint.layout import CONFIG, Folder, Layout, Written
+from mxdit.checkpoint.layouts.numeric import as_e4m3, values_of
 from mxdit.checkpoint.writer import Part
 from mxdit.config import MXConfig
-from mxdit.numerics.formats import TensorInfo, block_format
+from mxdit.errors import CheckpointError
+from mxdit.models import spec_of
+from mxdit.numerics.formats import block_format
 
+NAME = "vllm-omni"
 SERIALIZED = {
     "mxfp4": "is_checkpoint_mxfp4_serialized",
     "mxfp4_dualscale": "is_checkpoint_serialized",
@@ -47,82 +55,125 @@ KEYS = {
 }
 
 
-def why_not(expert: Expert) -> str | None:
-    """Why vLLM-Omni 0.30 would not load the expert, or load it wrong; None where it runs it right."""
-    stored = expert.stored
-    if stored.layout == "diffusers":
-        return None
-    if stored.layout == "original":
-        return "the original layout: mxdit quantize, then mxdit convert --to vllm-omni"
-    if stored.layout != "vllm-omni":
-        reason = "packed codes, and config keys that it does not know" if stored.layout == "packed" else stored.layout
-        return f"{reason}: mxdit convert --to vllm-omni"
-    config = expert.config.get("quantization_config") or {}
+def recognizes(folder: Folder) -> bool:
+    stated = folder.stated
+    return folder.named and stated is not None and not (isinstance(stated, Mapping) and "layout" in stated)
+
+
+def read(folder: Folder) -> Stored:
+    return Stored(folder.path, NAME, folder.tensors, folder.config, _config_of(folder))
+
+
+def _config_of(folder: Folder) -> MXConfig:
+    """Its `quantization_config` as ours, but for its own names in `ignored_layers`, which the files decide."""
+    stated, where = folder.stated, str(folder.path / CONFIG)
+    if not isinstance(stated, Mapping):
+        raise CheckpointError("quantization_config is no object", where=where, got=repr(stated))
+    method = str(stated.get("quant_method")).lower().replace("-", "_")
+    flag = SERIALIZED.get(method)
+    if flag and not stated.get(flag) and not stated.get("is_checkpoint_serialized"):
+        raise CheckpointError(
+            "the config does not say that the weights are quantized already",
+            where=where,
+            got=f"{flag} {stated.get(flag)!r}",
+            expected="true",
+            hint="vLLM-Omni would quantize them once more. Set the key, or restore the file.",
+        )
+    paths: dict[str, list[str]] = {}
+    for name in folder.tensors:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            paths.setdefault(folder.spec.runtime_name(path, NAME), []).append(path)
+    keys: dict[str, Any] = {k: v for k, v in stated.items() if k not in ("num_bf16_fallback_layers", "quant_method")}
+    if method == "mxfp4":
+        keys.setdefault("mxfp4_scale_alg", 0)  # its default
+    config = MXConfig.from_dict({**keys, "quant_method": method})
+    raised = [path for name in config.w4a8_fallback_layers for path in paths.get(name, [])]
+    scales = {name for name in folder.tensors if name.endswith(".weight_scale")}
+    if raised and {f"{path}.weight_scale" for path in raised} == scales:
+        return replace(config, activation="mxfp8", w4a8_fallback_layers=())
+    return replace(config, w4a8_fallback_layers=tuple(raised))
+
+
+def floats(config: MXConfig, skeleton: nn.Module) -> dict[str, bool]:
+    spec, listed = spec_of(skeleton), set(config.ignored_layers)
+    linears = [path for path, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    return {path: spec.runtime_name(path, NAME) in listed for path in linears if spec.place_of(path)}
+
+
+def filler(leaf: str, tensor: StoredTensor) -> bool:
+    """It wants factors in every dual-scale layer; where there is no smoothing a converter writes ones."""
+    return leaf == "mul_scale" and tensor.info.dtype in FLOATS and bool((tensor.read() == 1).all())
+
+
+def why_not(component: Component) -> str | None:
+    """Why vLLM-Omni 0.30 would not load the component, or load it wrong; None where it runs it right."""
+    stored = component.stored
+    config = component.config.get("quantization_config") or {}
     method = str(config.get("quant_method")).lower().replace("-", "_")
     unknown = [key for key in config if key not in KEYS.get(method, set())]
     if unknown:
         return f"its config for {method} takes no key {unknown[0]!r}"
     listed = set(config.get("ignored_layers") or ())
-    for path, quantized in expert.methods.items():
-        name = expert.spec.runtime_name(path, "vllm-omni")
+    for path, quantized in component.methods.items():
+        name = component.spec.runtime_name(path, NAME)
         if not quantized:
-            if expert.spec.place_of(path) and name not in listed:
+            if component.spec.place_of(path) and name not in listed:
                 return f"{path} is float, and ignored_layers does not list {name}"
             continue
         if name in listed:
             return f"{path} is quantized, and ignored_layers lists {name}"
         weight, row = stored.tensors.get(f"{path}.weight"), block_format(quantized)
         if weight is None or len(weight.shape) != 2:
-            continue  # a finding says so
+            continue  # a fault says so
         if weight.info.dtype is torch.uint8:
             return f"{path}.weight is uint8, which it would take for the numbers 0 to 255"
-        if row.outer and f"{path}.mul_scale" not in stored.tensors:
+        if row.smooths and f"{path}.mul_scale" not in stored.tensors:
             return f"{path}.mul_scale is missing: every dual-scale layer needs one, if of ones"
         if row.bits == 4 and row.blocks(weight.shape[1]) % 2:
             return f"{path} has {row.blocks(weight.shape[1])} scales a row, and it takes pairs"
     return None
 
 
-def to_vllm_omni(expert: Expert) -> tuple[dict[str, Part], dict[str, Any], list[str]]:
-    """The expert's tensors and `quantization_config` as vLLM-Omni reads them, and what of our config it cannot say."""
-    config = expert.quantization
+def write(component: Component) -> Written:
+    """The component's tensors and `quantization_config`, with ones for the factors of layers that were not smoothed.
+
+    It allocates the factors without a default and never checks that a file gave them.
+    """
+    config = component.quantization
     assert config is not None
     row = block_format(config.quant_method)
     parts: dict[str, Part] = {}
-    for name, part in expert.parts.items():
+    for name, part in component.parts.items():
         path, _, leaf = name.rpartition(".")
-        if leaf != "weight" or not expert.methods.get(path):
+        if leaf != "weight" or not component.methods.get(path):
             parts[name] = part
-        elif row.bits == 4:
-            shape = (part.info.shape[0], part.info.shape[1] * 2)
-            parts[name] = Part(TensorInfo(shape, torch.float8_e4m3fn), partial(_numeric, part))
-        else:
-            parts[name] = Part(TensorInfo(part.info.shape, torch.float8_e4m3fn), partial(_e4m3, part))
-        if leaf == "weight" and expert.methods.get(path) and row.outer and f"{path}.mul_scale" not in expert.parts:
-            # It allocates the factors without a default and never checks that a file gave them.
-            ones = TensorInfo((part.info.shape[1] * row.per_byte,), torch.float32)
-            parts[f"{path}.mul_scale"] = Part(ones, partial(torch.ones, ones.shape[0]))
-    return parts, _config(expert, config), _lost(config)
+            continue
+        parts[name] = values_of(part) if row.bits == 4 else as_e4m3(part)
+        if row.smooths and f"{path}.mul_scale" not in component.parts:
+            n, k = part.info.shape[0], part.info.shape[1] * row.per_byte
+            ones = row.tensors(n, k, smooth=True)["mul_scale"]
+            parts[f"{path}.mul_scale"] = Part(ones, partial(torch.ones, ones.shape, dtype=ones.dtype))
+    return Written(parts, _config(component, config), lost=tuple(_lost(config)))
 
 
-def _config(expert: Expert, config: MXConfig) -> dict[str, Any]:
-    kept = [path for path, method in expert.methods.items() if not method and expert.spec.place_of(path)]
+def _config(component: Component, config: MXConfig) -> dict[str, Any]:
     written: dict[str, Any] = {
         "quant_method": str(config.quant_method),
         SERIALIZED[config.quant_method]: True,
-        "ignored_layers": _runtime(expert, tuple(kept)),
+        "ignored_layers": _runtime(component, component.kept),
     }
     if config.quant_method == "mxfp4":
         written["mxfp4_scale_alg"] = config.mxfp4_scale_alg
-        everything = [path for path, method in expert.methods.items() if method]
-        raised = tuple(everything) if config.activation == "mxfp8" else config.w4a8_fallback_layers
+        everything = [path for path, method in component.methods.items() if method]
+        raised = everything if config.activation == "mxfp8" else config.w4a8_fallback_layers
         if raised:
-            written["w4a8_fallback_layers"] = _runtime(expert, raised)
+            written["w4a8_fallback_layers"] = _runtime(component, raised)
     return written
 
 
-def _runtime(expert: Expert, paths: tuple[str, ...]) -> list[str]:
-    return list(dict.fromkeys(expert.spec.runtime_name(path, "vllm-omni") for path in paths))
+def _runtime(component: Component, paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(component.spec.runtime_name(path, NAME) for path in paths))
 
 
 def _lost(config: MXConfig) -> list[str]:
@@ -138,9 +189,14 @@ def _lost(config: MXConfig) -> list[str]:
     return lost
 
 
-def _numeric(part: Part) -> torch.Tensor:
-    return unpack(part.read())
-
-
-def _e4m3(part: Part) -> torch.Tensor:
-    return part.read().view(torch.float8_e4m3fn)
+VLLM_OMNI = Layout(
+    NAME,
+    recognizes,
+    read,
+    write,
+    runtime="vLLM-Omni 0.30",
+    why_not=why_not,
+    by_runtime_names=True,
+    floats=floats,
+    filler=filler,
+)

@@ -1,4 +1,4 @@
-"""What the data of a quantized tensor must be. Each check takes (tensor, where) and returns the tensor in canonical form."""
+"""What the data of a quantized linear's tensors must be. Each check takes (tensor, where) and returns the canonical tensor."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxdit.errors import CheckpointError
+from mxdit.errors import CheckpointError, FormatError
+from mxdit.numerics.checks import bf16_mul_scale
 
 
 def as_is(tensor: Tensor, where: str) -> Tensor:
+    """Codes of which all are numbers."""
     return tensor
 
 
 def check_scale(scale: Tensor, where: str) -> Tensor:
+    """E8M0 scales as uint8; CheckpointError for one that means NaN."""
     scale = scale.view(torch.uint8)
     bad = np.count_nonzero(scale.numpy() == 0xFF)
     if bad:
@@ -24,6 +27,7 @@ def check_scale(scale: Tensor, where: str) -> Tensor:
 
 
 def check_e4m3(codes: Tensor, where: str) -> Tensor:
+    """E4M3 codes as uint8; CheckpointError for one that means NaN."""
     codes = codes.view(torch.uint8)
     bad = np.count_nonzero((codes.numpy() & 0x7F) == 0x7F)  # torch's sum of booleans needs eight bytes each
     if bad:
@@ -33,7 +37,8 @@ def check_e4m3(codes: Tensor, where: str) -> Tensor:
     return codes
 
 
-def check_dual(shape: tuple[int, ...], dual: Tensor, where: str) -> Tensor:
+def check_dual(dual: Tensor, where: str) -> Tensor:
+    """Dual scales as (N, groups, 1), on any device; CheckpointError for one that is negative or not finite."""
     bad = ~(torch.isfinite(dual) & (dual >= 0))
     if bool(bad.any()):
         raise CheckpointError(
@@ -42,20 +47,18 @@ def check_dual(shape: tuple[int, ...], dual: Tensor, where: str) -> Tensor:
             got=f"{float(dual[bad][0])} and {int(bad.sum()) - 1} more",
             expected="finite and at least 0",
         )
-    return dual.view(shape)
+    return dual.view(*dual.shape[:2], 1)
 
 
 def check_mul_scale(mul_scale: Tensor, where: str) -> Tensor:
-    """(K,) fp32 that hold bf16 values; CheckpointError unless all are finite and positive in bf16."""
-    rounded = mul_scale.to(torch.bfloat16).float()
-    bad = ~(torch.isfinite(rounded) & (rounded > 0))
-    if bool(bad.any()):
-        channel = int(bad.nonzero()[0])
+    """(K,) fp32 that hold bf16 values, on any device; CheckpointError unless all are finite and positive in bf16."""
+    try:
+        return bf16_mul_scale(mul_scale, where=where)
+    except FormatError as error:
         raise CheckpointError(
-            "mul_scale is not finite and positive in bf16",
-            where=where,
-            got=f"{float(mul_scale[channel])} at channel {channel}",
-            expected="above 0 and at most 3.39e38",
-            hint="The calibration met a dead or broken channel: calibrate again.",
-        )
-    return rounded
+            error.what, where=where, got=error.got, expected=error.expected, hint=error.hint
+        ) from None
+
+
+SMALL = {"weight_dual_scale": check_dual, "mul_scale": check_mul_scale}
+"""The checks that a load makes, too: what they read is small, and codes and scales stay mapped and untouched."""

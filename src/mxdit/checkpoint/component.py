@@ -1,14 +1,17 @@
-"""What is known of one expert of a checkpoint: as a layout's reader finds it, and in canonical form.
+"""What is known of one transformer of a checkpoint: as a layout's reader finds it, and in canonical form.
 
-A layout's reader gives tensors by our names (`Stored`); `canonical.read_expert` makes an `Expert` of them.
+A layout's reader gives tensors by our names (`Stored`); `canonical.read_component` makes a `Component` of them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.writer import Part
@@ -19,10 +22,10 @@ from mxdit.models import ModelSpec
 
 @dataclass(frozen=True)
 class Stored:
-    """An expert as a layout's reader finds it.
+    """A component as a layout's reader finds it.
 
     folder     where it lies.
-    layout     what its files are: "diffusers", "original", "modelslim", "sglang", "packed" or "vllm-omni".
+    layout     name of the layout that its files are in, one of `layouts.LAYOUTS`.
     tensors    by our names, wrappers stripped.
     config     the transformer's config.json in diffusers' keys, or None where the layout has none.
     quantization  what config.json says of it, if it does.
@@ -44,8 +47,8 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One fault: the tensor or layer, what is wrong, what was seen and what was wanted."""
+class Fault:
+    """One thing that is wrong: the tensor or layer, what is wrong, what was seen and what was wanted."""
 
     where: str
     what: str
@@ -62,13 +65,14 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Expert:
-    """An expert in canonical form: packed names, shapes and dtypes; see docs/format.md.
+class Component:
+    """A component in canonical form: packed names, shapes and dtypes; see docs/format.md.
 
+    skeleton      the model that its config describes, without memory.
     quantization  None for a float model.
     parts         every tensor, in the model's order, the parts of a linear together.
     methods       linear -> method, None where it is float.
-    findings      what is wrong with it.
+    faults        what is wrong with it.
     lost          what a conversion to canonical form loses.
     """
 
@@ -76,22 +80,28 @@ class Expert:
     base: Stored | None
     spec: ModelSpec
     config: Mapping[str, Any]
+    skeleton: nn.Module
     quantization: MXConfig | None
     parts: Mapping[str, Part]
     methods: Mapping[str, str | None]
-    findings: tuple[Finding, ...] = ()
+    faults: tuple[Fault, ...] = ()
     lost: tuple[str, ...] = ()
 
-    def unknown_to(self, runtime: str) -> str | None:
-        """Why there is no telling how a runtime names the layers of this family; None where its spec says so."""
-        if runtime in self.spec.runtimes:
-            return None
-        return f"mxdit does not know by which names it would look for the layers of {self.spec.transformer}"
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The float linears inside the blocks: what quantizing passed over."""
+        return tuple(path for path, method in self.methods.items() if not method and self.spec.place_of(path))
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The files that its tensors come from."""
+        stored = [self.stored, *([self.base] if self.base else [])]
+        return tuple(sorted({tensor.file for source in stored for tensor in source.tensors.values()}))
 
     def require_sound(self) -> None:
-        """Raise the first finding, if there is one."""
-        if self.findings:
-            first, others = self.findings[0], len(self.findings) - 1
+        """Raise the first fault, if there is one."""
+        if self.faults:
+            first, others = self.faults[0], len(self.faults) - 1
             error = first.error()
             if not others:
                 raise error
@@ -105,11 +115,16 @@ class Expert:
             )
 
 
-def faults_of(expert: Expert, tensors: Iterable[str] | None = None) -> Iterable[Finding]:
-    """Read every quantized tensor and give what its data is at fault for, one finding a tensor."""
-    for name in expert.parts if tensors is None else tensors:
-        if expert.methods.get(name.rpartition(".")[0]):
+def counted(methods: Mapping[str, str | None]) -> dict[str, int]:
+    """Method, or "float" -> number of linears."""
+    return dict(Counter(method or "float" for method in methods.values()))
+
+
+def faults_of(component: Component, tensors: Iterable[str]) -> Iterable[Fault]:
+    """Read the quantized ones of these tensors and give what their data is at fault for, one fault a tensor."""
+    for name in tensors:
+        if component.methods.get(name.rpartition(".")[0]):
             try:
-                expert.parts[name].read()
+                component.parts[name].read()
             except CheckpointError as error:
-                yield Finding(error.where or name, error.what, error.got, error.expected, error.hint)
+                yield Fault(error.where or name, error.what, error.got, error.expected, error.hint)

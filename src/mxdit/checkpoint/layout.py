@@ -1,0 +1,115 @@
+"""`Layout`: one way to store a component in a folder, as a record. docs/adding-a-layout.md shows how to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mxdit.checkpoint.component import Component, Stored
+from mxdit.checkpoint.files import StoredTensor
+from mxdit.checkpoint.writer import Part
+from mxdit.config import MXConfig
+from mxdit.errors import CheckpointError
+from mxdit.models import ModelSpec
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A component's folder, before it is known which layout it is in.
+
+    spec      the family that its model is of.
+    config    its config.json as it is there, or None.
+    tensors   of its weight files, by their own names.
+    original  whether these are the names of the model's own release.
+    described whether a description beside the weights says what is quantized, and counts (`layouts.description`).
+    """
+
+    path: Path
+    spec: ModelSpec
+    config: Mapping[str, Any] | None
+    tensors: Mapping[str, StoredTensor]
+    original: bool
+    described: bool
+
+    @property
+    def stated(self) -> Any:
+        """The `quantization_config` of its config.json."""
+        return self.config.get("quantization_config") if self.config else None
+
+    @property
+    def named(self) -> bool:
+        """Whether tensors have diffusers' names and config.json alone says what they are."""
+        return self.config is not None and not self.original and not self.described
+
+    def renamed(self, ours: Callable[[str], str]) -> dict[str, StoredTensor]:
+        """The tensors by our names. Raises CheckpointError where two would have one."""
+        found: dict[str, StoredTensor] = {}
+        for name, tensor in self.tensors.items():
+            if ours(name) in found:
+                raise CheckpointError(
+                    "two tensors are one by name", where=str(self.path), got=f"{found[ours(name)].name} and {name}"
+                )
+            found[ours(name)] = tensor
+        return found
+
+
+@dataclass(frozen=True)
+class Written:
+    """A component as a layout stores it.
+
+    parts         its tensors, by the names that the files have.
+    quantization  the `quantization_config` of its config.json, if it has one.
+    files         name -> object of other JSON files.
+    lost          what the layout cannot say.
+    """
+
+    parts: Mapping[str, Part]
+    quantization: Mapping[str, Any] | None = None
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to store a component.
+
+    name         what commands, messages and `ModelSpec.runtimes` call it.
+    recognizes   whether a folder is in it. No folder is in two.
+    read         what is there, by our names.
+    write        how a quantized component is stored in it; None for a layout that is only read.
+    runtime      who loads it as it is, with the version that was looked at; None where nobody does.
+    why_not      why that runtime would not load a component that is stored in it, or load it wrong; None where it runs it
+                 right. Without it, it runs all of them.
+    quantized    whether it can hold quantized linears.
+    common       whether every runtime loads it.
+    by_runtime_names  whether it names layers as `ModelSpec.runtimes[name]` says.
+    floats       linear -> whether its config calls it float, for those of which the config says anything; given the config
+                 and the skeleton. Raises ConfigError where the config does not fit the model.
+    filler       whether a tensor of a linear, given its leaf name, is one that `write` fills in and that says nothing.
+    scale_alg    `mxfp4_scale_alg` of single-scale components, where its files do not say.
+    """
+
+    name: str
+    recognizes: Callable[[Folder], bool]
+    read: Callable[[Folder], Stored]
+    write: Callable[[Component], Written] | None = None
+    runtime: str | None = None
+    why_not: Callable[[Component], str | None] | None = None
+    quantized: bool = True
+    common: bool = False
+    by_runtime_names: bool = False
+    floats: Callable[[MXConfig, nn.Module], Mapping[str, bool]] | None = None
+    filler: Callable[[str, StoredTensor], bool] | None = None
+    scale_alg: int | None = None
+
+    def unknown(self, spec: ModelSpec) -> str | None:
+        """Why there is no telling how it names the layers of a family; None where the spec says so."""
+        if not self.by_runtime_names or self.name in spec.runtimes:
+            return None
+        return f"mxdit does not know by which names it would look for the layers of {spec.transformer}"

@@ -1,0 +1,138 @@
+"""Quantizing a float checkpoint: what `mxdit quantize` runs. One layer at a time is read, encoded and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mxdit.checkpoint.canonical import read_component
+from mxdit.checkpoint.component import Component
+from mxdit.checkpoint.files import FLOATS
+from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
+from mxdit.checkpoint.sources import open_source, rest_of
+from mxdit.checkpoint.writer import Part, check_destination, shards_of
+from mxdit.config import ConfigLike, MXConfig
+from mxdit.errors import CheckpointError, ConfigError, FormatError, InputError
+from mxdit.numerics.formats import TensorInfo, block_format
+from mxdit.quantize.plan import plan
+from mxdit.version import __version__
+from mxdit.weights import quantize_weight
+
+
+def quantize_checkpoint(
+    source: Path,
+    destination: Path,
+    config: ConfigLike,
+    overrides: Mapping[str, ConfigLike | None] | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    shard_size: int = SHARD,
+    variant: str | None = None,
+) -> CheckpointPlan:
+    """Plan the packed checkpoint of a float one; `.write()` carries it out.
+
+    Args:
+        source: a BF16, FP16 or FP32 checkpoint in diffusers or the original layout: a pipeline, a cascade, or one component.
+        destination: a directory that does not exist.
+        config: how every component is quantized.
+        overrides: component -> its own config, or None to keep it in `dtype`.
+        dtype: of what is not quantized; weights are cast to it before they are quantized, as an online load does.
+        device: where weights are quantized, one at a time. What is written is canonical on every device.
+        shard_size: most bytes of a file.
+        variant: of the source's weight files, as diffusers' `variant=`; None takes the plain ones, or the one that there is.
+
+    Raises InputError, ConfigError and CheckpointError for what cannot be done, before anything is written.
+    """
+    if dtype not in FLOATS:
+        raise InputError("no dtype of a model", where="dtype", got=dtype, expected=" or ".join(map(str, FLOATS)))
+    check_destination(destination)
+    opened = open_source(source, variant)
+    own = dict(overrides or {})
+    unknown = [name for name in own if name not in opened.components]
+    if unknown:
+        raise ConfigError(
+            "a config for an expert that the checkpoint does not have",
+            where=str(source),
+            got=unknown[0],
+            expected=" or ".join(opened.components) or "none, the checkpoint is one expert",
+        )
+    if own and all(own.get(name, config) is None for name in opened.components):
+        raise ConfigError("every expert is left unquantized", where=str(source))
+    planned = []
+    for name in opened.components:
+        component = read_component(opened.read(name))
+        if component.quantization is not None or any(component.methods.values()):
+            raise CheckpointError(
+                "the checkpoint is quantized already",
+                where=str(opened.components[name]),
+                got=component.stored.layout,
+                expected="a BF16, FP16 or FP32 checkpoint",
+                hint="mxdit convert changes its layout.",
+            )
+        component.require_sound()
+        chosen = own.get(name, config)
+        planned.append(
+            _planned(name, component, None if chosen is None else MXConfig.of(chosen), dtype, device, shard_size)
+        )
+    carried, files = rest_of(opened)
+    return CheckpointPlan(source, destination, planned, carried, files, device=device)
+
+
+def _planned(
+    name: str, component: Component, config: MXConfig | None, dtype: torch.dtype, device: str, shard_size: int
+) -> ComponentPlan:
+    written = {key: value for key, value in component.config.items() if key != "quantization_config"}
+    methods: dict[str, str | None] = dict.fromkeys(component.methods)
+    if config is not None:
+        if config.is_checkpoint_serialized:
+            raise ConfigError("the config is one of a serialized checkpoint", where=name or "quantize")
+        decisions = plan(component.skeleton, config)
+        methods = {path: str(config.quant_method) if d.scheme else None for path, d in decisions.items()}
+        kept = [path for path, decision in decisions.items() if not decision.scheme]
+        written["quantization_config"] = config.serialized(kept, {"mxdit": __version__}).to_dict()
+    parts: dict[str, Part] = {}
+    for tensor, part in component.parts.items():
+        path, _, leaf = tensor.rpartition(".")
+        if config is not None and methods.get(path) and leaf == "weight":
+            parts.update(_quantized(path, part, config, dtype, device))
+        else:
+            parts[tensor] = Part(TensorInfo(part.info.shape, dtype), partial(_kept, part, dtype, tensor))
+    return ComponentPlan(name, written, shards_of(parts, shard_size), {}, methods, component.reads)
+
+
+def _quantized(path: str, weight: Part, config: MXConfig, dtype: torch.dtype, device: str) -> dict[str, Part]:
+    """The parts of a quantized linear. Its weight is encoded once, when the first of them is read."""
+    method = str(config.quant_method)
+    waiting: dict[str, Tensor] = {}
+
+    def read(leaf: str) -> Tensor:
+        if leaf not in waiting:
+            try:
+                made = quantize_weight(weight.read().to(dtype).to(device), method, rule=config.rule)
+            except FormatError as error:
+                raise CheckpointError(
+                    error.what, where=f"{path}.weight", got=error.got, expected=error.expected, hint=error.hint
+                ) from error
+            waiting.update({name: tensor.cpu() for name, tensor in made.items()})
+        return waiting.pop(leaf)
+
+    record = block_format(method).tensors(*weight.info.shape, where=path)
+    return {f"{path}.{leaf}": Part(info, partial(read, leaf)) for leaf, info in record.items()}
+
+
+def _kept(part: Part, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor that stays float, in `dtype`. Raises CheckpointError where it is not finite there."""
+    tensor = part.read().to(dtype)
+    if tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+        raise CheckpointError(
+            "the tensor holds infs or NaNs",
+            where=name,
+            expected=f"numbers that {str(dtype).removeprefix('torch.')} has",
+            hint="The checkpoint is damaged, or overflows in this dtype: take it in BF16 or FP32.",
+        )
+    return tensor
