@@ -241,9 +241,9 @@ def test_damaged_directories(monkeypatch, capsys, tmp_path, models):
     (tmp_path / "bare" / "transformer" / "config.json").write_text("{}")
     code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "bare")
     assert code == 2 and "num_layers" in err
-    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
     code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path / "broken")
-    assert code == 2 and "FluxPipeline" in err and "WanPipeline" in err
+    assert code == 2 and "NoPipeline" in err and "WanPipeline" in err
 
 
 @pytest.mark.parametrize("method", ["none", "mxfp4"])

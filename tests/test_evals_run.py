@@ -23,7 +23,6 @@ from mxdit.evals import modes
 from mxdit.evals import run as evaluations
 from mxdit.evals.metrics.definitions import DEFINITIONS
 from mxdit.evals.metrics.networks import ADAPTERS
-from mxdit.generation import directory, loading
 
 SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4", "--metrics", "psnr_db,flicker"]
 PROMPTS = "a red seven moving left\n\na blue three moving right\n"
@@ -114,8 +113,8 @@ def test_a_second_run_takes_everything_from_the_cache(monkeypatch, capsys, model
     def never(*_: object) -> None:
         raise AssertionError("it is in the cache")
 
+    monkeypatch.setattr(evaluations.Session, "run", never)
     for name in (
-        "generate",
         "velocity_errors",
         "layer_errors",
         "capture_layers",
@@ -146,15 +145,15 @@ def test_a_second_run_takes_everything_from_the_cache(monkeypatch, capsys, model
 def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, capsys, models, tmp_path):
     args = [models["t2v"], *SMALL, "--prompts", models["t2v"].parent / "t2v.txt", "--seeds", 1, "--probes", 1]
     args += ["--modes", "mxfp8 online", "--metrics", "psnr_db", "--cache", tmp_path / "cache"]
-    made, real = [], evaluations.generate
+    made, real = [], evaluations.Session.run
 
-    def third_fails(pipeline: Any, request: Any, *rest: Any) -> Any:
+    def third_fails(session: Any, request: Any, *rest: Any, **more: Any) -> Any:
         made.append(request)
         if len(made) == 3:
             raise InputError("the power went")
-        return real(pipeline, request, *rest)
+        return real(session, request, *rest, **more)
 
-    monkeypatch.setattr(evaluations, "generate", third_fails)
+    monkeypatch.setattr(evaluations.Session, "run", third_fails)
     code, _, err = command(monkeypatch, capsys, *args)
     assert code == 2 and "the power went" in err
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]  # nothing half-written
@@ -177,13 +176,13 @@ def test_parts_that_are_not_quantized_are_seen_when_they_change(monkeypatch, cap
     shutil.copytree(models["t2v"], model)
     args = [model, *SMALL, "--prompts", models["t2v"].parent / "t2v.txt", "--count", 1, "--seeds", 1, "--probes", 1]
     args += ["--modes", "mxfp8", "--cache", tmp_path / "cache", "--json", tmp_path / "r.json"]
-    made, real = [], evaluations.generate
+    made, real = [], evaluations.Session.run
 
-    def counted(*given: Any) -> Any:
+    def counted(*given: Any, **more: Any) -> Any:
         made.append(given)
-        return real(*given)
+        return real(*given, **more)
 
-    monkeypatch.setattr(evaluations, "generate", counted)
+    monkeypatch.setattr(evaluations.Session, "run", counted)
 
     def run() -> int:
         """How many videos a run made. Offline equals online, so whatever has changed is in both."""
@@ -210,8 +209,8 @@ def test_parts_that_are_not_quantized_are_seen_when_they_change(monkeypatch, cap
 
 
 def test_image_to_video_and_a_converted_directory(monkeypatch, capsys, models, tmp_path):
-    model = directory.open_model(models["i2v"])
-    loading.load(model, "i2v", mxdit.pipeline_config("mxfp4", transformer_2=None)).save_pretrained(tmp_path / "packed")
+    session = mxdit.Session.open(models["i2v"], method="mxfp4", components={"transformer_2": None})
+    session.load().save_pretrained(tmp_path / "packed")
     code, _, _ = command(
         monkeypatch, capsys, models["i2v"], *SMALL, "--prompts", models["i2v"].parent / "i2v.txt", "--modes", "mxfp4 uos*",
         "--mode", f"mine={tmp_path / 'packed'}", "--mode",
@@ -310,7 +309,7 @@ BAD = {
     "an unknown metric": (["--prompts", "one.txt", "--metrics", "psnr"], "--metrics"),
     "a metric without its weights": (["--prompts", "one.txt", "--metrics", "lpips"], "--weights-dir"),
     "an unknown task": (["--prompts", "one.txt", "--task", "v2v"], "--task"),
-    "another task": (["--prompts", "one.txt", "--task", "i2v"], "one.txt"),
+    "another task": (["--prompts", "one.txt", "--task", "i2v"], "a text-to-video model"),
     "a mode with a pattern that names no layer": (
         ["--prompts", "one.txt", "--mode", 'x={"quant_method": "mxfp4", "ignored_layers": ["block.0.*"]}'],
         "the pattern matches",
@@ -342,11 +341,9 @@ def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys, tmp_path, models,
 
 
 def test_a_quantized_model_is_no_reference(monkeypatch, capsys, tmp_path, models):
-    loading.load(directory.open_model(models["t2v"]), "t2v", mxdit.pipeline_config("mxfp4")).save_pretrained(
-        tmp_path / "packed"
-    )
+    mxdit.Session.open(models["t2v"], method="mxfp4").load().save_pretrained(tmp_path / "packed")
     code, _, err = command(
         monkeypatch, capsys, tmp_path / "packed", *SMALL, "--prompts", models["t2v"].parent / "t2v.txt", "--cache",
         tmp_path / "cache",
     )  # fmt: skip
-    assert code == 2 and "--mode NAME=DIR" in err
+    assert code == 2 and "--mode" in err and "NAME=DIR" in err

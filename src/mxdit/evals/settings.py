@@ -116,8 +116,9 @@ class Settings:
         if self.model.stored:
             raise InputError(
                 "the model is quantized, so there is nothing to compare it with",
+                field="mode",
                 where=str(self.model.path),
-                hint="Name the BF16 model, and this one as a mode of it: --mode NAME=DIR.",
+                expected="the BF16 model, and this one as a mode of it: NAME=DIR",
             )
         for mode in self.modes:
             other = self.model if mode.directory is None else open_model(mode.directory)

@@ -101,12 +101,8 @@ def make_request(
     }  # fmt: skip
     for name, value in asked.items():
         if value is not None and not model.takes(task, "height" if name == "size" else name):
-            raise InputError(
-                f"{preset.name} takes no {name.replace('_', ' ')} for {task}",
-                field=name,
-                got=value,
-                hint="Leave it out.",
-            )
+            words = name.replace("guidance", "guidance scale").replace("_", " ")
+            raise InputError(f"{preset.name} takes no {words} for {task}", field=name, got=value, hint="Leave it out.")
     text = preset.prompt if prompt is None else prompt
     if text is None:
         raise InputError("no prompt", field="prompt", hint=f"{preset.name} has none of its own: say what to show.")
