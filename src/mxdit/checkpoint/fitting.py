@@ -13,6 +13,7 @@ from mxdit.checkpoint.files import TensorInfo, read_header
 from mxdit.config import MXConfig, near_names
 from mxdit.errors import CheckpointError
 from mxdit.layers import MXLinear
+from mxdit.quantize.preconditions import remedy
 
 
 def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, TensorInfo | None]:
@@ -37,19 +38,19 @@ def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], con
     missing = [name for name in wanted if name not in stored]
     where = type(model).__name__
     if missing:
-        got = near_names(missing[0], extra)
+        near = near_names(missing[0], extra)
         raise CheckpointError(
             f"{_count(missing)} missing from the checkpoint",
             where=where,
             expected=_some(missing),
-            hint=" ".join(filter(None, [got, _hint(config, extra, missing)])),
+            hint=remedy(extra, "saving") or " ".join(filter(None, [near, _hint(config, extra, missing)])),
         )
     if extra:
         raise CheckpointError(
             f"{_count(extra)} in the checkpoint that the model has no place for",
             where=where,
             got=_some(extra),
-            hint=_hint(config, extra, missing),
+            hint=remedy(extra, "saving") or _hint(config, extra, missing),
         )
     ours = {
         f"{path}.{name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from mxdit.checkpoint.files import TensorInfo
 from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
 from mxdit.config import ALIASES, ConfigLike, Method, MXConfig, near_names
-from mxdit.errors import CheckpointError, ConfigError
+from mxdit.errors import CheckpointError, ConfigError, ModelError
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
+from mxdit.quantize.preconditions import remedy
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import report_of
 
@@ -56,6 +57,7 @@ class MXQuantizer(DiffusersQuantizer):
         self.quantization_config: MXConfig = config
         self.decisions: dict[str, Decision] = {}
         self.tensors: dict[str, TensorInfo | None] = {}
+        self.holders: set[str] = set()
         self.as_stored = False
 
     @property
@@ -209,7 +211,7 @@ class MXQuantizer(DiffusersQuantizer):
                 layer.prepack()
         record(model, self.quantization_config, self.decisions)
         self.report = report_of(model, self.decisions)
-        self.tensors = {}
+        self.tensors, self.holders = {}, _holders(model.state_dict())
         logger.info(
             "%s: %d linears quantized to %s, %d kept",
             self.report.model,
@@ -218,6 +220,27 @@ class MXQuantizer(DiffusersQuantizer):
             len(self.report.kept),
         )
         return model
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The host's last word before it writes: refuse what could not be loaded again, adapters and their like."""
+        changed = sorted(_holders(state_dict) ^ self.holders)
+        if changed:
+            raise ModelError(
+                "the modules that hold the model's tensors are not those that were loaded",
+                where="save_pretrained",
+                got=f"{', '.join(changed[:2])}{' and others' if len(changed) > 2 else ''} added or removed",
+                hint=remedy(changed, "saving") or "What its config.json does not make could not be loaded again.",
+            )
+        return super().get_state_dict_and_metadata(state_dict, safe_serialization)
+
+
+def _holders(tensors: Iterable[str]) -> set[str]:
+    """The paths of the modules that tensors are of."""
+    return {name.rpartition(".")[0] for name in tensors}
 
 
 def pipeline_config(method: str, **overrides: Any) -> Any:
