@@ -25,13 +25,12 @@ from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
-from mxdit.quantize.preconditions import remedy
+from mxdit.quantize.preconditions import FLOATS, remedy
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import report_of
 
 logger = logging.getLogger(__name__)
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BUFFERS = ("weight", "weight_scale", "weight_dual_scale", "mul_scale")
 
 
@@ -82,12 +81,12 @@ class MXQuantizer(DiffusersQuantizer):
         self, *args: Any, torch_dtype: torch.dtype | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         """diffusers calls it twice: first with the dtype and the map as given, then with the map it made."""
-        if torch_dtype is not None and torch_dtype not in FLOAT_DTYPES:
+        if torch_dtype is not None and torch_dtype not in FLOATS:
             raise ConfigError(
                 "unsupported torch_dtype",
                 where="from_pretrained",
                 got=torch_dtype,
-                expected=" or ".join(map(str, FLOAT_DTYPES)),
+                expected=" or ".join(map(str, FLOATS)),
                 hint="It is the dtype of what is not quantized.",
             )
         if isinstance(device_map, Mapping) and "disk" in device_map.values():

@@ -9,7 +9,7 @@ from mxdit.errors import ConfigError, FormatError, ModelError
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
 from mxdit.quantize.plan import Decision, plan
-from mxdit.quantize.preconditions import check_modules
+from mxdit.quantize.preconditions import check_modules, check_weights
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import QuantReport, report_of
 
@@ -20,8 +20,9 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
     A layer's weight is encoded on the device it is on and freed before the next one is read, so memory never holds more
     than the model plus one layer. A diffusers model also notes the config, so that `save_pretrained` writes it.
 
-    Raises what `plan` raises, and ModelError for a model that is quantized already, whose weights are not loaded, or whose
-    modules are not those that its config makes (adapters, fused projections): see `preconditions`.
+    Raises what `plan` raises, and ModelError for a model that is quantized already, whose weights are elsewhere (offloaded,
+    not loaded, in another library's form), or whose modules are not those that its config makes (adapters, fused
+    projections): see `preconditions`.
     """
     config, _ = MXConfig.of(config), spec_of(model)
     if config.is_checkpoint_serialized:
@@ -33,8 +34,7 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
     for path, module in model.named_modules():
         if isinstance(module, MXLinear):
             raise ModelError("the model is quantized already", where=path, got=module.method, expected="an nn.Linear")
-        if isinstance(module, nn.Linear) and module.weight.is_meta:
-            raise ModelError("the weight is not loaded", where=path, got="a tensor on the meta device")
+    check_weights(model)
     check_modules(model)
     decisions = plan(model, config)
     for path, decision in decisions.items():

@@ -1,14 +1,18 @@
-"""What a model in memory must be before it is quantized: the modules that its config makes."""
+"""What a model in memory must be before it is quantized: the modules that its config makes, with their weights in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mxdit.errors import ModelError
 from mxdit.models.skeleton import skeleton_like
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Part of a module's path that gives away what was done to a model -> what that is, and what undoes it.
 CHANGES = {
     "base_layer": (
@@ -21,6 +25,14 @@ CHANGES = {
     ),
     "_orig_mod": ("compiled parts", "put their _orig_mod back in their place"),
     "parametrizations": ("parametrized weights", "call torch.nn.utils.parametrize.remove_parametrizations"),
+}
+# Hooks that keep a module's weights elsewhere, or in another form than it computes with -> the right order. diffusers and
+# accelerate have one class of the second name each.
+HOOKS = {
+    "GroupOffloadingHook": "Load the model anew, quantize it, then call enable_group_offload().",
+    "LayerwiseCastingHook": "Load the model anew and quantize it instead: its weights are already rounded for storage.",
+    "AlignDevicesHook": "Quantize first, then offload. accelerate.hooks.remove_hook_from_submodules(model), or "
+    "remove_all_hooks() of the pipeline, brings back weights that were loaded before they were offloaded.",
 }
 
 
@@ -70,6 +82,80 @@ def check_modules(model: nn.Module) -> None:
                 expected=shapes.get(name, "none"),
                 hint=hint,
             )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise ModelError unless every tensor of `model` is in memory, and the weight of every linear a plain float tensor.
+
+    Hooks are told by their class: the tensors that they leave behind may look like any other, and hold anything.
+    """
+    for path, module in model.named_modules():
+        for hook in _hooks(module):
+            name = type(hook).__name__
+            if name in HOOKS and getattr(hook, "offload", True):
+                raise ModelError(
+                    "a hook keeps the weights elsewhere, or in another form",
+                    where=path or type(model).__name__,
+                    got=name,
+                    hint=HOOKS[name],
+                )
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                "the weight is not loaded",
+                where=name,
+                got="a tensor on the meta device",
+                hint="Load the model's weights first, or quantize while loading: from_pretrained(quantization_config=...).",
+            )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            _check_weight(module.weight, f"{path}.weight")
+            for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+                raise ModelError(
+                    "the linear has a hook that would be lost",
+                    where=path,
+                    got=type(hook).__name__,
+                    hint="Remove it: another layer takes the linear's place.",
+                )
+
+
+def _check_weight(weight: Tensor, where: str) -> None:
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise ModelError(
+            "the weight is not a plain tensor",
+            where=where,
+            got=type(weight).__name__,
+            expected="a tensor in a float dtype",
+            hint="Another library quantized or sharded the model: load it in BF16 to quantize it here.",
+        )
+    if weight.dtype not in FLOATS:
+        raise ModelError(
+            "the weight is not encoded from this dtype",
+            where=where,
+            got=weight.dtype,
+            expected=" or ".join(map(str, FLOATS)),
+            hint="Cast the model to torch.bfloat16, or load it in BF16 if another library quantized it.",
+        )
+    if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+        raise ModelError(
+            "the weight's memory is not there",
+            where=where,
+            got=f"{weight.untyped_storage().nbytes()} bytes",
+            expected=weight.numel() * weight.element_size(),
+            hint="A sharding library freed it: gather the model, or quantize before sharding.",
+        )
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """The hooks that diffusers and accelerate have put on a module, a chain's members each."""
+    registry: Mapping[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    yield from registry.values()
+    chained = [getattr(module, "_hf_hook", None)]
+    while chained:
+        hook = chained.pop(0)
+        if hook is not None:
+            yield hook
+            chained.extend(getattr(hook, "hooks", ()))
 
 
 def _some(names: list[str]) -> str:
