@@ -8,11 +8,14 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.big_modeling import attach_layerwise_casting_hooks
 from accelerate.hooks import remove_hook_from_submodules
 from diffusers import FirstBlockCacheConfig, LayerSkipConfig, WanTransformer3DModel, apply_layer_skip
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import mxdit
 import tiny
@@ -168,15 +171,6 @@ def freed(model: nn.Module) -> None:
     model.blocks[1].ffn.net[2].weight.untyped_storage().resize_(0)
 
 
-class Foreign(nn.Parameter):
-    """A library's own kind of weight."""
-
-
-def foreign(model: nn.Module) -> None:
-    linear = model.blocks[1].ffn.net[2]
-    linear.weight = Foreign(linear.weight.detach(), requires_grad=False)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -184,7 +178,6 @@ def foreign(model: nn.Module) -> None:
         (to_fp8, r"blocks.1.attn1.to_q.weight: .*got torch.float8_e4m3fn; expected torch.bfloat16 or"),
         (to_double, r"blocks.1.attn1.to_q.weight: .*got torch.float64; expected torch.bfloat16 or"),
         (freed, r"blocks.1.ffn.net.2.weight: the weight's memory is not there; got 0 bytes; expected 73728"),
-        (foreign, r"blocks.1.ffn.net.2.weight: the weight is not a plain tensor; got Foreign"),
     ],
 )
 def test_weights_that_are_not_floats_in_memory(change, message):
@@ -194,3 +187,13 @@ def test_weights_that_are_not_floats_in_memory(change, message):
     with pytest.raises(ModelError, match=message):
         mxdit.quantize_(model, "mxfp4")
     assert not any(isinstance(module, mxdit.MXLinear) for module in model.modules())
+
+
+def test_a_sharded_model_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(tiny.transformer().bfloat16(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ModelError, match=r"the weight is not a plain tensor; got DTensor.*before sharding"):
+            mxdit.quantize_(model, "mxfp4")
+    finally:
+        dist.destroy_process_group()

@@ -120,13 +120,14 @@ def check_weights(model: nn.Module) -> None:
 
 
 def _check_weight(weight: Tensor, where: str) -> None:
-    if type(weight) not in (Tensor, nn.Parameter):
+    if hasattr(
+        weight, "__tensor_flatten__"
+    ):  # as torch tells a tensor that is made of others; a device may have a class
         raise ModelError(
             "the weight is not a plain tensor",
             where=where,
             got=type(weight).__name__,
-            expected="a tensor in a float dtype",
-            hint="Another library quantized or sharded the model: load it in BF16 to quantize it here.",
+            hint="Another library sharded or quantized the model: quantize it before sharding, from weights in BF16.",
         )
     if weight.dtype not in FLOATS:
         raise ModelError(
