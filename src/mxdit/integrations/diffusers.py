@@ -25,7 +25,7 @@ from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
-from mxdit.quantize.preconditions import FLOATS, remedy
+from mxdit.quantize.preconditions import FLOATS, check_state, remedy
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import report_of
 
@@ -208,6 +208,7 @@ class MXQuantizer(DiffusersQuantizer):
         for layer in model.modules():
             if isinstance(layer, MXLinear):
                 layer.prepack()
+        model.register_load_state_dict_pre_hook(check_state)
         record(model, self.quantization_config, self.decisions)
         self.report = report_of(model, self.decisions)
         self.tensors, self.holders = {}, _holders(model.state_dict())

@@ -9,7 +9,7 @@ from mxdit.errors import ConfigError, FormatError, ModelError
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
 from mxdit.quantize.plan import Decision, plan
-from mxdit.quantize.preconditions import check_modules, check_weights
+from mxdit.quantize.preconditions import check_modules, check_state, check_weights
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import QuantReport, report_of
 
@@ -43,6 +43,7 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
             assert isinstance(linear, nn.Linear)
             swap(model, path, quantized(linear.weight, linear.bias, config, decision, path))
             del linear  # or its weight would live until the next one is quantized
+    model.register_load_state_dict_pre_hook(check_state)
     record(model, config, decisions)
     return report_of(model, decisions)
 

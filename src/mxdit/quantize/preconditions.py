@@ -1,4 +1,5 @@
-"""What a model in memory must be before it is quantized: the modules that its config makes, with their weights in place."""
+"""What a model in memory must be before it is quantized (the modules that its config makes, with their weights in place), and
+what it may be given afterwards."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mxdit.errors import ModelError
+from mxdit.layers import MXLinear
 from mxdit.models.skeleton import skeleton_like
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -117,6 +119,16 @@ def check_weights(model: nn.Module) -> None:
                     got=type(hook).__name__,
                     hint="Remove it: another layer takes the linear's place.",
                 )
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """A pre-hook of `load_state_dict`: refuse what a quantized layer could not take before any tensor of the model is copied.
+
+    Each layer checks for itself as well, but torch comes to it when those before it have been overwritten.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, MXLinear):
+            module.check_state(state, f"{prefix}{path}.")
 
 
 def _check_weight(weight: Tensor, where: str) -> None:
