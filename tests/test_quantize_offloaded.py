@@ -175,8 +175,8 @@ def freed(model: nn.Module) -> None:
     ("change", "message"),
     [
         (to_meta, r"scale_shift_table: the weight is not loaded; got a tensor on the meta device"),
-        (to_fp8, r"blocks.1.attn1.to_q.weight: .*got torch.float8_e4m3fn; expected torch.bfloat16 or"),
-        (to_double, r"blocks.1.attn1.to_q.weight: .*got torch.float64; expected torch.bfloat16 or"),
+        (to_fp8, r"blocks.1.attn1.to_q.weight: .*got a Parameter of torch.float8_e4m3fn; expected torch.bfloat16 or"),
+        (to_double, r"blocks.1.attn1.to_q.weight: .*got a Parameter of torch.float64; expected torch.bfloat16 or"),
         (freed, r"blocks.1.ffn.net.2.weight: the weight's memory is not there; got 0 bytes; expected 73728"),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mxdit.checkpoint.files import TensorInfo, read_header
 from mxdit.config import MXConfig, near_names
@@ -15,16 +15,36 @@ from mxdit.errors import CheckpointError
 from mxdit.layers import MXLinear
 from mxdit.quantize.preconditions import remedy
 
+GGUF = "Quantize the model's BF16 release, or run the file as it is with diffusers' GGUFQuantizationConfig."
+
 
 def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, TensorInfo | None]:
-    """Tensor name -> info from the headers of safetensors files; for other files the `names` alone, each with None."""
+    """Tensor name -> info from the headers of safetensors files; for other files the `names` alone, each with None.
+
+    Raises CheckpointError for a header that cannot be believed, and for GGUF files.
+    """
     files = [str(file) for file in files]
+    for file in files:
+        if file.endswith(".gguf"):
+            raise CheckpointError("the file is GGUF-quantized", where=file, expected="a float model", hint=GGUF)
     if not all(file.endswith(".safetensors") for file in files):
         return dict.fromkeys(names)
     found: dict[str, TensorInfo | None] = {}
     for file in files:
         found.update({name: tensor.info for name, tensor in read_header(Path(file)).items()})
     return found
+
+
+def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo | None]:
+    """Tensor name -> info, of tensors that a host has read. Raises CheckpointError for those of a GGUF file."""
+    for name, tensor in tensors.items():
+        # diffusers tells them by this name too: its class is only to be had with the gguf package.
+        if type(tensor).__name__ == "GGUFParameter":
+            kind = getattr(tensor, "quant_type", None)
+            raise CheckpointError(
+                "the file is GGUF-quantized", where=name, got=getattr(kind, "name", kind), expected="floats", hint=GGUF
+            )
+    return {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], config: MXConfig) -> None:

@@ -18,7 +18,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from mxdit.checkpoint.files import TensorInfo
-from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
+from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, infos_of, read_headers
 from mxdit.config import ALIASES, ConfigLike, Method, MXConfig, near_names
 from mxdit.errors import CheckpointError, ConfigError, ModelError
 from mxdit.layers import MXLinear
@@ -127,7 +127,7 @@ class MXQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         self.decisions = plan(model, config)
         if state_dict is not None:  # from_single_file, which has read and renamed the tensors by now
-            self.tensors = {name: TensorInfo.of(tensor) for name, tensor in state_dict.items()}
+            self.tensors = infos_of(state_dict)
         if self.pre_quantized:
             # Online, the nn.Linear stays until its weight arrives: the host takes a tensor of another shape than the
             # skeleton's only from a checkpoint that is quantized already.

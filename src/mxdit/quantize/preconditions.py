@@ -145,9 +145,9 @@ def _check_weight(weight: Tensor, where: str) -> None:
         raise ModelError(
             "the weight is not encoded from this dtype",
             where=where,
-            got=weight.dtype,
+            got=f"a {type(weight).__name__} of {weight.dtype}",
             expected=" or ".join(map(str, FLOATS)),
-            hint="Cast the model to torch.bfloat16, or load it in BF16 if another library quantized it.",
+            hint="Cast the model to torch.bfloat16. If another library quantized it (GGUF, bitsandbytes), load its BF16 release.",
         )
     if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
         raise ModelError(
