@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
-from peft import LoHaConfig, LoraConfig
+from diffusers import UNet2DModel, WanTransformer3DModel
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import prune as pruning
 
@@ -163,3 +163,20 @@ def test_a_quantized_layer_takes_no_adapter():
     with pytest.raises(ValueError, match=r"MXLinear.* is not supported"):
         model.add_adapter(LORA)
     assert isinstance(model.blocks[0].attn1.to_q, MXLinear)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, r"got DataParallel; .*It holds one: pass its module\."),
+        (lambda model: get_peft_model(model, LORA), r"got PeftModel; .*It holds one: pass its base_model.model\."),
+        (lambda model: UNet2DModel(sample_size=8, block_out_channels=(32,) * 4), r"got UNet2DModel; .*Add a ModelSpec"),
+    ],
+)
+def test_the_hint_fits_what_was_passed(wrap, message):
+    """Only a pipeline is told to pass its transformer."""
+    model = wrap(tiny.transformer())
+    for call in (lambda: mxdit.quantize_(model, "mxfp4"), lambda: mxdit.plan(model, "mxfp4")):
+        with pytest.raises(ModelError, match=message) as caught:
+            call()
+        assert "pipeline" not in str(caught.value)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import ConfigError, FormatError, ModelError
 from mxdit.layers import MXLinear
-from mxdit.models import spec_of
+from mxdit.models import spec_of, uncompiled
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.preconditions import check_modules, check_state, check_weights
 from mxdit.quantize.recorded import record
@@ -24,7 +24,8 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
     not loaded, in another library's form), or whose modules are not those that its config makes (adapters, fused
     projections): see `preconditions`.
     """
-    config, _ = MXConfig.of(config), spec_of(model)
+    model, config = uncompiled(model), MXConfig.of(config)
+    spec_of(model)
     if config.is_checkpoint_serialized:
         raise ConfigError(
             "the config is one of a serialized checkpoint, and this model is to be quantized now",
