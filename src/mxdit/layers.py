@@ -213,9 +213,36 @@ class MXLinear(nn.Module):
         if self._layout is not None:
             destination[f"{prefix}weight"] = self._layout.unpack(self.weight)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def check_state(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Raise FormatError unless what a state_dict holds for this layer is of its very shapes and dtypes.
+
+        `nn.Module` would cast floats to codes, and leave out multipliers that one of the two sides does not have.
+        """
+        row = block_format(self.method)
+        own = {name: (tuple(held.shape), held.dtype) for name, held in self._buffers.items() if held is not None}
+        own["weight"] = ((self.out_features, self.in_features // row.per_byte), torch.uint8)  # in any layout
+        for name in self._buffers:
+            part = state.get(prefix + name)
+            if part is not None and (tuple(part.shape), part.dtype) != own.get(name):
+                raise FormatError(
+                    f"not a tensor of this {self.method} layer",
+                    where=prefix + name,
+                    got=f"{tuple(part.shape)} {part.dtype}",
+                    expected="{} {}".format(*own[name]) if name in own else "none",
+                    hint="Loading does not quantize: load floats into the float model, and quantize that.",
+                )
+        if self.mul_scale is not None and f"{prefix}weight" in state and f"{prefix}mul_scale" not in state:
+            raise FormatError(
+                "the weight comes without the multipliers that it was made under",
+                where=f"{prefix}mul_scale",
+                expected=f"({self.in_features},) torch.float32",
+                hint="Load both at once, or make the layer without smooth=True.",
+            )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        self.check_state(state_dict, prefix)
         self._unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.prepack()
 
     def extra_repr(self) -> str:

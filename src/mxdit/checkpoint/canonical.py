@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mxdit.checkpoint.checks import as_is, check_dual, check_e4m3, check_mul_scale, check_scale
 from mxdit.checkpoint.component import Component, Stored
-from mxdit.checkpoint.files import FLOATS, StoredTensor
+from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.fitting import misfit, missing, unplaced
 from mxdit.checkpoint.layouts.numeric import pack
 from mxdit.checkpoint.methods import Reading, methods_of, quantization_of
@@ -23,7 +23,7 @@ from mxdit.checkpoint.writer import Part
 from mxdit.errors import CheckpointError, FormatError, MXDiTError
 from mxdit.models import spec_of
 from mxdit.models.skeleton import skeleton_of
-from mxdit.numerics.formats import PARTS, BlockFormat, TensorInfo, block_format
+from mxdit.numerics.formats import FLOATS, PARTS, BlockFormat, TensorInfo, block_format
 
 ROTATIONS = ("q_rot", "k_rot")  # of msModelSlim's quantized attention; they cancel in the product of q and k
 

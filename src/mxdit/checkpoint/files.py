@@ -48,7 +48,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what tensors of a float model may be
 # Bytes of a header or a JSON file: 30000 tensors' worth. Parsing takes some 25 times as much memory, which is bounded so.
 MAX_JSON = 1 << 22
 MAX_NAME = 512  # characters; the names of one model's tensors are well below 100

@@ -12,15 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mxdit.checkpoint.component import Fault
-from mxdit.checkpoint.files import FLOATS, read_header
+from mxdit.checkpoint.files import read_header
 from mxdit.config import MXConfig
 from mxdit.config.choices import near_names
 from mxdit.errors import CheckpointError
 from mxdit.layers import MXLinear
-from mxdit.numerics.formats import PARTS, BlockFormat, TensorInfo, block_format
+from mxdit.numerics.formats import FLOATS, PARTS, BlockFormat, TensorInfo, block_format
+from mxdit.quantize.preconditions import remedy
+
+GGUF = "Quantize the model's BF16 release, or run the file as it is with diffusers' GGUFQuantizationConfig."
 
 
 def missing(name: str, row: BlockFormat | None = None) -> Fault:
@@ -56,14 +59,32 @@ def misfit(
 
 
 def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, TensorInfo | None]:
-    """Tensor name -> info from the headers of safetensors files; for other files the `names` alone, each with None."""
+    """Tensor name -> info from the headers of safetensors files; for other files the `names` alone, each with None.
+
+    Raises CheckpointError for a header that cannot be believed, and for GGUF files.
+    """
     files = [str(file) for file in files]
+    for file in files:
+        if file.endswith(".gguf"):
+            raise CheckpointError("the file is GGUF-quantized", where=file, expected="a float model", hint=GGUF)
     if not all(file.endswith(".safetensors") for file in files):
         return dict.fromkeys(names)
     found: dict[str, TensorInfo | None] = {}
     for file in files:
         found.update({name: tensor.info for name, tensor in read_header(Path(file)).items()})
     return found
+
+
+def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo | None]:
+    """Tensor name -> info, of tensors that a host has read. Raises CheckpointError for those of a GGUF file."""
+    for name, tensor in tensors.items():
+        # diffusers tells them by this name too: its class is only to be had with the gguf package.
+        if type(tensor).__name__ == "GGUFParameter":
+            kind = getattr(tensor, "quant_type", None)
+            raise CheckpointError(
+                "the file is GGUF-quantized", where=name, got=getattr(kind, "name", kind), expected="floats", hint=GGUF
+            )
+    return {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], config: MXConfig) -> None:
@@ -77,19 +98,19 @@ def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], con
     absent = [name for name in wanted if name not in stored]
     where = type(model).__name__
     if absent:
-        got = near_names(absent[0], extra)
+        near = near_names(absent[0], extra)
         raise CheckpointError(
             f"{_count(absent)} missing from the checkpoint",
             where=where,
             expected=_some(absent),
-            hint=" ".join(filter(None, [got, _hint(config, extra, absent)])),
+            hint=remedy(extra, "saving") or " ".join(filter(None, [near, _hint(config, extra, absent)])),
         )
     if extra:
         raise CheckpointError(
             f"{_count(extra)} in the checkpoint that the model has no place for",
             where=where,
             got=_some(extra),
-            hint=_hint(config, extra, absent),
+            hint=remedy(extra, "saving") or _hint(config, extra, absent),
         )
     rows = {path: block_format(m.method) for path, m in model.named_modules() if isinstance(m, MXLinear)}
     for name, info in stored.items():

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from mxdit.checkpoint.component import Fault, Stored
-from mxdit.checkpoint.files import FLOATS, StoredTensor
+from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.layout import CONFIG
 from mxdit.checkpoint.layouts import LAYOUTS
 from mxdit.config import MXConfig
 from mxdit.errors import ConfigError
 from mxdit.models import ModelSpec
-from mxdit.numerics.formats import FORMATS, PARTS, block_format
+from mxdit.numerics.formats import FLOATS, FORMATS, PARTS, block_format
 from mxdit.quantize.plan import plan
 
 

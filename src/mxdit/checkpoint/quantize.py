@@ -11,13 +11,12 @@ from torch import Tensor
 
 from mxdit.checkpoint.canonical import read_component
 from mxdit.checkpoint.component import Component
-from mxdit.checkpoint.files import FLOATS
 from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
 from mxdit.checkpoint.sources import open_source, rest_of
 from mxdit.checkpoint.writer import Part, check_destination, shards_of
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import CheckpointError, ConfigError, FormatError, InputError
-from mxdit.numerics.formats import TensorInfo, block_format
+from mxdit.numerics.formats import FLOATS, TensorInfo, block_format
 from mxdit.quantize.plan import plan
 from mxdit.version import __version__
 from mxdit.weights import quantize_weight

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -18,17 +18,17 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from mxdit.checkpoint.checks import SMALL
-from mxdit.checkpoint.files import FLOATS
-from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
+from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, infos_of, read_headers
 from mxdit.config import ALIASES, ConfigLike, Method, MXConfig
 from mxdit.config.choices import near_names
 from mxdit.config.components import configs_of, split_keys
-from mxdit.errors import CheckpointError, ConfigError
+from mxdit.errors import CheckpointError, ConfigError, ModelError
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
-from mxdit.numerics.formats import PARTS, TensorInfo, block_format
+from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
+from mxdit.quantize.preconditions import check_state, remedy
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import report_of
 
@@ -57,6 +57,7 @@ class MXQuantizer(DiffusersQuantizer):
         self.quantization_config: MXConfig = config
         self.decisions: dict[str, Decision] = {}
         self.tensors: dict[str, TensorInfo | None] = {}
+        self.holders: set[str] = set()
         self.as_stored = False
 
     @property
@@ -127,7 +128,7 @@ class MXQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         self.decisions = plan(model, config)
         if state_dict is not None:  # from_single_file, which has read and renamed the tensors by now
-            self.tensors = {name: TensorInfo.of(tensor) for name, tensor in state_dict.items()}
+            self.tensors = infos_of(state_dict)
         if self.pre_quantized:
             # Online, the nn.Linear stays until its weight arrives: the host takes a tensor of another shape than the
             # skeleton's only from a checkpoint that is quantized already.
@@ -209,9 +210,10 @@ class MXQuantizer(DiffusersQuantizer):
                 got=f"no data for {', '.join(absent[:3])}",
                 hint="The checkpoint is incomplete: download or convert it again.",
             )
+        model.register_load_state_dict_pre_hook(check_state)
         record(model, self.quantization_config, self.decisions)
         self.report = report_of(model, self.decisions)
-        self.tensors = {}
+        self.tensors, self.holders = {}, _holders(model.state_dict())
         logger.info(
             "%s: %d linears quantized to %s, %d kept",
             self.report.model,
@@ -220,6 +222,27 @@ class MXQuantizer(DiffusersQuantizer):
             len(self.report.kept),
         )
         return model
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The host's last word before it writes: refuse what could not be loaded again, adapters and their like."""
+        changed = sorted(_holders(state_dict) ^ self.holders)
+        if changed:
+            raise ModelError(
+                "the modules that hold the model's tensors are not those that were loaded",
+                where="save_pretrained",
+                got=f"{', '.join(changed[:2])}{' and others' if len(changed) > 2 else ''} added or removed",
+                hint=remedy(changed, "saving") or "What its config.json does not make could not be loaded again.",
+            )
+        return super().get_state_dict_and_metadata(state_dict, safe_serialization)
+
+
+def _holders(tensors: Iterable[str]) -> set[str]:
+    """The paths of the modules that tensors are of."""
+    return {name.rpartition(".")[0] for name in tensors}
 
 
 def pipeline_config(method: str, **overrides: Any) -> Any:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxdit.errors import CheckpointError, InputError
+from mxdit.errors import CheckpointError, InputError, ModelError
 from mxdit.models import SPECS
+
+# What classes raise for a config that they cannot build from.
+UNBUILDABLE = (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError, AttributeError, LookupError)
 
 
 def skeleton_of(config: Mapping[str, Any], where: str) -> nn.Module:
@@ -24,10 +27,34 @@ def skeleton_of(config: Mapping[str, Any], where: str) -> nn.Module:
         raise CheckpointError(
             "mxdit does not know this kind of model", where=where, got=repr(name), expected=" or ".join(SPECS)
         )
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        with torch.device("meta"):
-            return getattr(diffusers, name).from_config(plain)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError, AttributeError, LookupError) as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError("no model can be built from this config", where=where, got=said[:200]) from None
+        return _built(getattr(diffusers, name), config)
+    except UNBUILDABLE as error:
+        raise CheckpointError("no model can be built from this config", where=where, got=_said(error)) from None
+
+
+def skeleton_like(model: nn.Module) -> nn.Module | None:
+    """A transformer in memory as its own class builds it from its own config, without memory; None if it has no config.
+
+    Raises ModelError where the class cannot.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, Mapping) or not hasattr(model, "from_config"):
+        return None
+    try:
+        return _built(type(model), config)
+    except UNBUILDABLE as error:
+        raise ModelError(
+            "the model cannot be built from its own config, so it could not be reloaded",
+            where=type(model).__name__,
+            got=_said(error),
+        ) from None
+
+
+def _built(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return cls.from_config({key: value for key, value in config.items() if key != "quantization_config"})
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -164,7 +164,8 @@ class BlockFormat:
         return record
 
 
-_ANY = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""What tensors of a float model may be."""
 _HALF = (torch.bfloat16, torch.float16)
 _MODES = ("rint", "round", "floor")
 
@@ -172,9 +173,9 @@ FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     {
         row.name: row
         for row in (
-            BlockFormat("mxfp4", E2M1, ("ocp", "uos", "even6", "even7"), "uos", _MODES, _ANY),
+            BlockFormat("mxfp4", E2M1, ("ocp", "uos", "even6", "even7"), "uos", _MODES, FLOATS),
             BlockFormat("mxfp4_dualscale", E2M1, ("ocp",), "ocp", _MODES, _HALF, outer=512),
-            BlockFormat("mxfp8", E4M3, ("ocp", "cublas"), "ocp", ("rint",), _ANY),
+            BlockFormat("mxfp8", E4M3, ("ocp", "cublas"), "ocp", ("rint",), FLOATS),
         )
     }
 )
@@ -196,7 +197,7 @@ class Scheme:
     name: str
     activation: str
     weights: Mapping[str, str | None] = field(hash=False)
-    outputs: tuple[torch.dtype, ...] = _ANY
+    outputs: tuple[torch.dtype, ...] = FLOATS
 
     def output_dtypes(self, weight_format: str) -> tuple[torch.dtype, ...]:
         """The dtypes that this scheme can return over weights of that format."""

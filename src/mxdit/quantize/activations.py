@@ -11,7 +11,7 @@ from torch import nn
 from mxdit.config import check_activation
 from mxdit.errors import ConfigError, ModelError
 from mxdit.layers import MXLinear
-from mxdit.models import spec_of
+from mxdit.models import spec_of, uncompiled
 from mxdit.numerics.formats import scheme_for
 from mxdit.quantize.plan import Decision, check_groups, resolve
 from mxdit.quantize.recorded import recorded_config
@@ -32,6 +32,7 @@ def set_activation(model: nn.Module, activation: str, layers: Iterable[str] | No
             runtimes fuse would differ.
         ModelError: the model has no quantized linear.
     """
+    model = uncompiled(model)
     spec = spec_of(model)
     quantized_layers = {path: module for path, module in model.named_modules() if isinstance(module, MXLinear)}
     if not quantized_layers:

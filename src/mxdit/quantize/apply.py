@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import ConfigError, FormatError, ModelError
 from mxdit.layers import MXLinear
-from mxdit.models import spec_of
+from mxdit.models import spec_of, uncompiled
 from mxdit.quantize.plan import Decision, plan
+from mxdit.quantize.preconditions import check_modules, check_state, check_weights
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import QuantReport, report_of
 
@@ -19,9 +20,12 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
     A layer's weight is encoded on the device it is on and freed before the next one is read, so memory never holds more
     than the model plus one layer. A diffusers model also notes the config, so that `save_pretrained` writes it.
 
-    Raises what `plan` raises, and ModelError for a model that is quantized already or whose weights are not loaded.
+    Raises what `plan` raises, and ModelError for a model that is quantized already, whose weights are elsewhere (offloaded,
+    not loaded, in another library's form), or whose modules are not those that its config makes (adapters, fused
+    projections): see `preconditions`.
     """
-    config, _ = MXConfig.of(config), spec_of(model)
+    model, config = uncompiled(model), MXConfig.of(config)
+    spec_of(model)
     if config.is_checkpoint_serialized:
         raise ConfigError(
             "the config is one of a serialized checkpoint, and this model is to be quantized now",
@@ -31,8 +35,8 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
     for path, module in model.named_modules():
         if isinstance(module, MXLinear):
             raise ModelError("the model is quantized already", where=path, got=module.method, expected="an nn.Linear")
-        if isinstance(module, nn.Linear) and module.weight.is_meta:
-            raise ModelError("the weight is not loaded", where=path, got="a tensor on the meta device")
+    check_weights(model)
+    check_modules(model)
     decisions = plan(model, config)
     for path, decision in decisions.items():
         if decision.scheme:
@@ -40,6 +44,7 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
             assert isinstance(linear, nn.Linear)
             swap(model, path, quantized(linear.weight, linear.bias, config, decision, path))
             del linear  # or its weight would live until the next one is quantized
+    model.register_load_state_dict_pre_hook(check_state)
     record(model, config, decisions)
     return report_of(model, decisions)
 

@@ -14,7 +14,7 @@ from mxdit.config import ConfigLike, MXConfig
 from mxdit.config.choices import near_names
 from mxdit.errors import ConfigError, ModelError
 from mxdit.layers import MXLinear
-from mxdit.models import ModelSpec, spec_of
+from mxdit.models import ModelSpec, spec_of, uncompiled
 from mxdit.numerics.formats import block_format, scheme_for
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
         ModelError: no ModelSpec knows the model's class.
         ConfigError: a pattern matches no linear, layers that runtimes fuse would differ, or nothing would be quantized.
     """
-    config, spec = MXConfig.of(config), spec_of(model)
+    model, config = uncompiled(model), MXConfig.of(config)
+    spec = spec_of(model)
     linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, MXLinear))]
     ignored = resolve(model, linears, config.ignored_layers, "ignored_layers")
     raised = resolve(model, linears, config.w4a8_fallback_layers, "w4a8_fallback_layers")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mxdit.layers import MXLinear
-from mxdit.models import spec_of
+from mxdit.models import spec_of, uncompiled
 from mxdit.quantize.plan import OUTSIDE, Decision, plan
 from mxdit.quantize.recorded import recorded_config
 
@@ -105,6 +105,7 @@ def report_of(model: nn.Module, decisions: Mapping[str, Decision] | None = None)
         model: a transformer that a ModelSpec knows.
         decisions: what `plan` said; by default the plan of the config that the model was quantized or loaded with.
     """
+    model = uncompiled(model)
     spec = spec_of(model)
     recorded = recorded_config(model)
     if decisions is None:

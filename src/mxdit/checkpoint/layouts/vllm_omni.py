@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from mxdit.checkpoint.component import Component, Stored
-from mxdit.checkpoint.files import FLOATS, StoredTensor
+from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.layout import CONFIG, Folder, Layout, Written
 from mxdit.checkpoint.layouts.numeric import as_e4m3, values_of
 from mxdit.checkpoint.writer import Part
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError
 from mxdit.models import spec_of
-from mxdit.numerics.formats import block_format
+from mxdit.numerics.formats import FLOATS, block_format
 
 NAME = "vllm-omni"
 SERIALIZED = {
