@@ -20,7 +20,7 @@ PACKED = []
 def pack(w):
     PACKED.append(w.shape)
     return w.view(torch.int8)
-BACKEND = Backend("a stranger's", "privateuseone", lambda: None, layouts={"mxfp4": Layout("nz", pack, lambda w: w.view(torch.uint8))})
+BACKEND = Backend("a stranger's", "xpu", lambda: None, layouts={"mxfp4": Layout("nz", pack, lambda w: w.view(torch.uint8))})
 NONE = object()
 """
 
@@ -44,11 +44,11 @@ def installed(monkeypatch, tmp_path):
 
 
 def test_a_backend_of_another_package_is_imported_when_it_is_asked_for(installed):
-    installed(privateuseone="a_strangers_backend:BACKEND")
+    installed(xpu="a_strangers_backend:BACKEND")
     assert backends.layout_for(torch.device("cpu"), "mxfp4") is None
     assert "a_strangers_backend" not in sys.modules
-    layout = backends.layout_for(torch.device("privateuseone"), "mxfp4")
-    assert layout is not None and backends.backend_for(torch.device("privateuseone")).name == "a stranger's"
+    layout = backends.layout_for(torch.device("xpu"), "mxfp4")
+    assert layout is not None and backends.backend_for(torch.device("xpu")).name == "a stranger's"
     assert layout.pack(torch.zeros(2, 4, dtype=torch.uint8)).dtype is torch.int8
     assert importlib.import_module("a_strangers_backend").PACKED == [(2, 4)]
     assert [b.name for b in backends.backends()][-2:] == ["a stranger's", "reference (torch)"]
@@ -56,17 +56,17 @@ def test_a_backend_of_another_package_is_imported_when_it_is_asked_for(installed
 
 @pytest.mark.parametrize("value", ("a_strangers_backend:NONE", "a_strangers_backend:NOTHING", "no_such_module_here:X"))
 def test_an_entry_point_that_leads_nowhere_says_so(installed, value):
-    installed(privateuseone=value)
+    installed(xpu=value)
     with pytest.raises(
-        mxdit.BackendError, match=rf"mxdit.backends: privateuseone = {value}.*expected a mxdit.backends"
+        mxdit.BackendError, match=rf"mxdit.backends: xpu = {value}.*expected a mxdit.backends"
     ):
         backends.backends()
 
 
 def test_a_backend_for_another_device_than_its_name_is_refused(installed):
-    installed(xpu="a_strangers_backend:BACKEND")
-    with pytest.raises(mxdit.BackendError, match="whose device is 'xpu'"):
-        backends.backend_for(torch.device("xpu"))
+    installed(mps="a_strangers_backend:BACKEND")
+    with pytest.raises(mxdit.BackendError, match="whose device is 'mps'"):
+        backends.backend_for(torch.device("mps"))
 
 
 def test_where_no_backend_answers_the_reference_does():
