@@ -109,7 +109,7 @@ def test_modes_are_named():
     with pytest.raises(InputError, match="two modes of one name"):
         modes.choose(None, ['mxfp8 online={"quant_method": "mxfp8"}'])
     for text in ("x", "=y", 'x={"quant_method"', "x=nowhere"):
-        with pytest.raises(InputError, match="^mode"):
+        with pytest.raises(InputError, match=r"^mode"):
             modes.choose(None, [text])
     for keys in (
         '{"quant_method": "mxfp4", "transformer": "mxfp8"}',
