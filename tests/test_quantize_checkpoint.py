@@ -240,7 +240,10 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "a config that is no JSON": (["--method", "mxfp4", "--config", "{"], "not JSON"),
     "an unknown key": (["--method", "mxfp4", "--config", '{"ignored_layer": []}'], "ignored_layers"),
     "two methods": (["--method", "mxfp4", "--config", '{"quant_method": "mxfp8"}'], "two methods at once"),
-    "an expert's config that is none": (["--method", "mxfp4", "--config", '{"transformer": 1}'], "not a JSON object"),
+    "an expert's config that is none": (
+        ["--method", "mxfp4", "--config", '{"transformer": 1}'],
+        "no config for a component",
+    ),
     "a layer with brackets": (["--method", "mxfp4", "--ignored-layers", "*.to_[xy]"], "'*.to_[xy]'"),
     "activations that do not go with it": (["--method", "mxfp8", "--activation", "mxfp4"], "activation"),
 }

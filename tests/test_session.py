@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -224,3 +226,13 @@ def test_files_by_their_ending(session, tmp_path):
     with pytest.raises(InputError, match="could not be written"):
         result(1).save(tmp_path / "none" / "one.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "one.png"]
+
+
+def test_loading_says_nothing_that_a_user_cannot_act_on(directory):
+    code = (
+        "import sys, mxdit; from mxdit.generation import loading; from transformers.utils import logging; "
+        "loading.show_loading(False); before = logging.get_verbosity(); mxdit.Session.open(sys.argv[1]).load(); "
+        "assert logging.get_verbosity() == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    assert "torchvision" not in done.stderr and "[transformers]" not in done.stderr

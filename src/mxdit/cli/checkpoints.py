@@ -32,7 +32,7 @@ from mxdit.config import DEFAULT_SCALE_ALG, SCALE_RULES
 from mxdit.config.components import configs_of
 from mxdit.errors import InputError
 
-RULES = {name: number for number, name in SCALE_RULES.items()}
+RULES = {name: number for number, name in reversed(SCALE_RULES.items())}
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 Source = Annotated[Path, typer.Argument(help="A pipeline, a cascade of two experts, or one expert.", metavar="SRC")]
