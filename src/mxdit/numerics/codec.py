@@ -23,11 +23,15 @@ from torch import Tensor
 
 from mxdit.numerics.checks import check_encode, check_float, check_packed, check_scales
 from mxdit.numerics.formats import BlockFormat, Element, block_format
+from mxdit.numerics.scales import (
+    exponent_field,
+    given_scale,
+    level_one_scale,
+    level_zero_scale,
+    power_of_two,
+    single_scale,
+)
 
-UOS_MAX = 7.25  # block maxima are scaled into (3.625, 7.25]; above 6 they are clipped
-_SIXTH = 1.0 / 6.0  # level 0 is a product with its fp32 value, 0x3E2AAAAB, not a quotient by six
-_INVERSE_MAX = {"uos": 1.0 / UOS_MAX, "cublas": 1.0 / 448.0}  # products with their fp32 values again
-_EVEN_CARRY = {"even6": 0x3F, "even7": 0x1F}  # added to a bf16 mantissa: carries when it is above 1.5 / above 1.75
 _CHUNK = {"cpu": 1 << 18}  # elements worked on at once; a CPU wants its scratch in cache
 _CHUNK_ELSEWHERE = 1 << 24
 
@@ -148,9 +152,9 @@ def _encode_single(
     """Codes and scales of (rows, K); docs/numerics.md sections 2.2 to 2.5."""
     v = _blocked(x.float(), row.block, x.dtype is torch.float32)
     if given is None:
-        byte, reciprocal = _single_scale(v.abs().amax(-1), row, rule, x.dtype)
+        byte, reciprocal = single_scale(v.abs().amax(-1), row, rule, x.dtype)
     else:
-        byte, reciprocal = _given_scale(v, given)
+        byte, reciprocal = given_scale(v, given)
     v *= reciprocal[..., None]
     return _pack(_codes(v, row.element, round_mode, x.dtype), x.shape[-1], row), byte.to(torch.uint8)
 
@@ -163,17 +167,17 @@ def _encode_dual(
     assert row.outer is not None
     width = row.outer if k > row.outer else row.blocks(k) * row.block  # no need to pad a single short group to 512
     groups = _blocked(x.float(), width, False)
-    l0 = _level_zero_scale(groups) if given_l0 is None else given_l0
+    l0 = level_zero_scale(groups) if given_l0 is None else given_l0
     # Where l0 was flushed, x / l0 is +-inf for any nonzero x: divide by one, which keeps zeros, and say inf below.
     groups /= torch.where(l0 == 0, 1.0, l0)[..., None]
     t = groups.to(x.dtype).float().view(x.shape[0], -1, row.block)  # the quotient goes back to x's dtype before level 1
     if given is None:
         block_max = t.abs().amax(-1)
         flushed = (l0 == 0).repeat_interleave(width // row.block, -1) & (block_max > 0)
-        byte, reciprocal = _level_one_scale(block_max.masked_fill_(flushed, torch.inf), row)
+        byte, reciprocal = level_one_scale(block_max.masked_fill_(flushed, torch.inf), row)
     else:
         byte = F.pad(given, (0, t.shape[1] - given.shape[1]), value=127)  # what is padded is cut off again
-        byte, reciprocal = _given_scale(t, byte)
+        byte, reciprocal = given_scale(t, byte)
     t *= reciprocal[..., None]
     byte = byte[:, : row.blocks(k)].to(torch.uint8)
     return _pack(_codes(t, row.element, round_mode, x.dtype), k, row), byte, l0
@@ -189,60 +193,6 @@ def _blocked(x: Tensor, width: int, shared: bool) -> Tensor:
     return x.reshape(x.shape[0], -1, width)
 
 
-def _single_scale(amax: Tensor, row: BlockFormat, rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """E8M0 byte (int32) and reciprocal scale (fp32) of single-level blocks with maximum magnitude ``amax`` (fp32).
-
-    Docs/numerics.md: ``ocp`` 2.2, ``cublas`` 2.4, ``even6`` and ``even7`` 2.5a, ``uos`` 2.5b.
-    """
-    exponent = _exponent(amax)
-    not_finite = exponent == 0xFF
-    if rule in _INVERSE_MAX:
-        bits = (amax * _INVERSE_MAX[rule]).view(torch.int32)
-        byte, mantissa = bits >> 23, bits & 0x7FFFFF
-        bump = (mantissa > 0) & (byte > 0)
-        if rule == "cublas":
-            bump |= (byte == 0) & (mantissa > 0x400000)
-        byte = byte + bump
-        empty = amax == 0
-    else:
-        if rule in _EVEN_CARRY:
-            # The magnitude as a bf16 pattern: fp16 rounds to it, fp32 is cut to it, bf16 is it.
-            rounded = amax.bfloat16().float() if dtype is torch.float16 else amax
-            carried = ((rounded.view(torch.int32) >> 16) + _EVEN_CARRY[rule]) >> 7
-            exponent = torch.where(_exponent(rounded) < 2, 0, carried)
-        byte = (exponent - row.emax).clamp_min_(0)
-        empty = byte == 0
-    return _reciprocal(byte, empty, not_finite)
-
-
-def _level_zero_scale(groups: Tensor) -> Tensor:
-    """fp32 scale of groups (rows, G, width): their largest finite magnitude by six; docs/numerics.md section 3.2."""
-    l0 = groups.nan_to_num(0.0, 0.0, 0.0).abs_().amax(-1) * _SIXTH
-    return l0.masked_fill_(l0 < torch.finfo(torch.float32).tiny, 0.0)
-
-
-def _level_one_scale(amax: Tensor, row: BlockFormat) -> tuple[Tensor, Tensor]:
-    """E8M0 byte (int32) and reciprocal scale (fp32) of dual-level blocks; docs/numerics.md section 3.2.
-
-    Unlike the single-level rule, a block of exponent field 1 or 2 keeps its codes under byte 0.
-    """
-    exponent = _exponent(amax)
-    return _reciprocal((exponent - row.emax).clamp_min_(0), exponent == 0, exponent == 0xFF)
-
-
-def _given_scale(blocks: Tensor, byte: Tensor) -> tuple[Tensor, Tensor]:
-    """E8M0 byte (int32) and reciprocal scale (fp32) of blocks (rows, B, 32) whose byte is given."""
-    not_finite = (byte == 0xFF) | ~torch.isfinite(blocks).all(-1)
-    return _reciprocal(byte.int(), torch.zeros_like(not_finite), not_finite)
-
-
-def _reciprocal(byte: Tensor, empty: Tensor, not_finite: Tensor) -> tuple[Tensor, Tensor]:
-    """The bytes with 0xFF where not finite, and 2**(127 - byte), 0 for empty blocks, NaN where not finite."""
-    reciprocal = _power(254 - byte)
-    reciprocal.masked_fill_(empty, 0.0).masked_fill_(not_finite, torch.nan)
-    return byte.masked_fill(not_finite, 0xFF), reciprocal
-
-
 def _codes(v: Tensor, element: Element, round_mode: str, dtype: torch.dtype) -> Tensor:
     """Codes, one per uint8, of scaled values ``v`` (fp32, overwritten); docs/numerics.md section 1.
 
@@ -254,8 +204,8 @@ def _codes(v: Tensor, element: Element, round_mode: str, dtype: torch.dtype) -> 
     v.nan_to_num_(0.0).clamp_(-element.max, element.max)
     sign = (v.view(torch.int32) >> 31) & (1 << (element.bits - 1))
     first = 128 - element.bias  # exponent field of the lowest normal binade, whose quantum the subnormals share
-    exponent = _exponent(v).clamp_min_(first)
-    v *= _power(254 + element.mantissa - exponent)
+    exponent = exponent_field(v).clamp_min_(first)
+    v *= power_of_two(254 + element.mantissa - exponent)
     _round(v, round_mode)
     binade = exponent.sub_(first).bitwise_left_shift_(element.mantissa)
     return v.abs_().to(torch.int32).add_(binade).bitwise_or_(sign).to(torch.uint8)
@@ -353,16 +303,6 @@ def _scale_values() -> np.ndarray:
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------
-
-
-def _exponent(x: Tensor) -> Tensor:
-    """Exponent fields of an fp32 tensor, int32."""
-    return (x.view(torch.int32) >> 23).bitwise_and_(0xFF)
-
-
-def _power(field: Tensor) -> Tensor:
-    """The fp32 powers of two with these exponent fields (1 to 254)."""
-    return (field << 23).view(torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:
