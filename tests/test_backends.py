@@ -57,9 +57,7 @@ def test_a_backend_of_another_package_is_imported_when_it_is_asked_for(installed
 @pytest.mark.parametrize("value", ("a_strangers_backend:NONE", "a_strangers_backend:NOTHING", "no_such_module_here:X"))
 def test_an_entry_point_that_leads_nowhere_says_so(installed, value):
     installed(xpu=value)
-    with pytest.raises(
-        mxdit.BackendError, match=rf"mxdit.backends: xpu = {value}.*expected a mxdit.backends"
-    ):
+    with pytest.raises(mxdit.BackendError, match=rf"mxdit.backends: xpu = {value}.*expected a mxdit.backends"):
         backends.backends()
 
 

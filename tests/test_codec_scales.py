@@ -76,9 +76,15 @@ def test_under_the_scales_that_a_rule_chose_the_codes_are_the_rule_s(fmt, rule, 
 def test_the_smallest_and_the_largest_scale_round_like_the_others(fmt):
     element = FORMATS[fmt].element
     for byte, size in ((0, 2.0**-126), (1, 2.0**-125), (253, 2.0**126), (254, 2.0**127)):
-        x = torch.tensor([size * step for step in (0.0, 0.25, 0.75, 1.0, 1.5, -0.5, -1.25, -1.75)]).repeat(4).view(1, 32)
+        x = (
+            torch.tensor([size * step for step in (0.0, 0.25, 0.75, 1.0, 1.5, -0.5, -1.25, -1.75)])
+            .repeat(4)
+            .view(1, 32)
+        )
         packed = mxdit.encode(x, fmt, scales=Scales(torch.tensor([[byte]], dtype=torch.uint8)))
-        codes = packed.codes if element.bits == 8 else torch.stack((packed.codes & 15, packed.codes >> 4), -1).flatten(-2)
+        codes = (
+            packed.codes if element.bits == 8 else torch.stack((packed.codes & 15, packed.codes >> 4), -1).flatten(-2)
+        )
         want = [nearest_code(math.ldexp(value, 127 - byte), element) for value in x[0].tolist()]
         assert codes[0].tolist() == want
 

@@ -20,7 +20,7 @@ from torch import nn
 import mxdit
 import tiny
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
-from mxdit.checkpoint.files import open_tensors
+from mxdit.checkpoint.folders import open_tensors
 from mxdit.errors import InputError
 from mxdit.generation.request import Request
 from mxdit.models import COMPONENTS, SPECS, ModelSpec, register_family, spec_of
@@ -218,8 +218,8 @@ def test_offline_as_online_then_every_layout_and_back(transformers, tmp_path, sp
         )  # what diffusers keeps in FP32 was BF16 in the file
     assert inspect_checkpoint(source).clean
     inspection = inspect_checkpoint(tmp_path / "packed")
-    assert inspection.clean and inspection.experts[0].loaders["diffusers + mxdit"] is None
-    assert set(inspection.experts[0].kept) == {
+    assert inspection.clean and inspection.components[0].loaders["diffusers + mxdit"] is None
+    assert set(inspection.components[0].kept) == {
         path for path, name in linears_inside(spec, tiny_of(spec).transformer()).items()
         if any(fnmatchcase(name, pattern) for pattern in spec.keep)
     }  # fmt: skip
@@ -229,7 +229,7 @@ def test_offline_as_online_then_every_layout_and_back(transformers, tmp_path, sp
             with pytest.raises(InputError, match=f"layers of {spec.transformer}; expected .*packed layout"):
                 convert_checkpoint(tmp_path / "packed", tmp_path / to, to)
             runtime = {"vllm-omni": "vLLM-Omni 0.30", "sglang": "SGLang 0.5.23"}[to]
-            assert spec.transformer in str(inspection.experts[0].loaders[runtime])
+            assert spec.transformer in str(inspection.components[0].loaders[runtime])
             continue
         convert_checkpoint(tmp_path / "packed", tmp_path / f"to {to}", to, allow_loss=True).write()
         assert inspect_checkpoint(tmp_path / f"to {to}").clean

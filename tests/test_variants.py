@@ -104,15 +104,17 @@ def test_a_directory_with_both_is_read_from_the_plain_files_unless_told(fp16, tm
     assert weights[None] != weights["fp16"]
     assert choose_variant(both) is None and choose_variant(both, "fp16") == "fp16"
     for variant, source in ((None, bf16), ("fp16", fp16)):
-        one, other = (loading.load(open_model(path), "t2v", variant=v) for path, v in ((both, variant), (source, None)))
+        one, other = (
+            loading.load(open_model(path), "t2v", {}, variant=v) for path, v in ((both, variant), (source, None))
+        )
         assert tiny.same(one.transformer, other.transformer)
 
 
 def test_generate_loads_the_variant(monkeypatch, capsys, fp16, tmp_path):
     arguments = ["--steps", 1, "--size", "16x16", "--frames", 5, "-o", tmp_path / "a.mp4", "--prompt", "a red seven"]
-    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", fp16, *arguments)
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", fp16, *arguments)
     assert code == 0 and (tmp_path / "a.mp4").stat().st_size, err
-    code, _, err = mxdit_command(monkeypatch, capsys, "generate", "-m", fp16, *arguments, "--variant", "bf16")
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", fp16, *arguments, "--variant", "bf16")
     assert code == 2 and "no weights of this variant; got bf16; expected fp16" in err
 
 

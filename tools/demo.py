@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from mxdit.backends.carrier import note
 from mxdit.generation import directory, loading, media
 from mxdit.generation.session import Session
 
@@ -131,6 +132,8 @@ def main() -> None:
         work(args.work[0], args.work[1], Path(args.work[2]))
         return
 
+    if why := note(torch.bfloat16, "cpu"):
+        print(f"note: {why}; what is not quantized takes that long here, in all modes", flush=True)
     started = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     clips, figures = {}, {}

@@ -146,6 +146,15 @@ def device_of(name: str) -> str:
     return name
 
 
+def tell_slow(dtype: Any, device: str) -> None:
+    """Say so where FP32 would be the faster type of what is not quantized. It is not switched to: one command computes in one
+    type on every machine."""
+    from mxdit.backends.carrier import note
+
+    if why := note(dtype, device):
+        tell(f"note: {why}; --dtype fp32 is faster, and takes twice the memory for what is not quantized")
+
+
 def check_output(path: Path, *suffixes: str) -> None:
     """Raise InputError, before any work is done, for a path that no file of this kind can be written to."""
     if suffixes and path.suffix.lower() not in suffixes:

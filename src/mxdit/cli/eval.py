@@ -27,6 +27,7 @@ from mxdit.cli.console import (
     say,
     size_of,
     tell,
+    tell_slow,
 )
 from mxdit.errors import InputError
 from mxdit.evals.metrics.statistics import LEAST
@@ -146,6 +147,7 @@ def evaluate(
         device=device_of(device),
     )
     _tell_what(settings, prompts, chosen.missing if metrics is None else {})
+    tell_slow(settings.dtype, settings.device)
     loading.show_loading(False)
     with _Shown() as shown:
         run = Run(settings, Cache(cache), shown.progress)

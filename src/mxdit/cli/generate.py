@@ -36,6 +36,7 @@ from mxdit.cli.console import (
     say,
     size_of,
     tell,
+    tell_slow,
 )
 from mxdit.errors import InputError
 from mxdit.version import installed
@@ -148,6 +149,7 @@ def generate(
     media.check_kind(output, request.frames)
 
     tell(f"{session.model.preset(session.task).name} from {session.model.path}")
+    tell_slow(session.dtype, session.device)
     loading.show_loading(err.is_terminal)
     reports = session.reports()
     for name, report in reports.items():

@@ -22,7 +22,7 @@ from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, infos_of, read
 from mxdit.config import ALIASES, ConfigLike, Method, MXConfig
 from mxdit.config.choices import near_names
 from mxdit.config.components import configs_of, split_keys
-from mxdit.errors import CheckpointError, ConfigError, ModelError
+from mxdit.errors import CheckpointError, ConfigError, FormatError, ModelError
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
 from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
@@ -186,7 +186,10 @@ class MXQuantizer(DiffusersQuantizer):
             if name in SMALL:
                 SMALL[name](tensor, param_name)
             assert isinstance(module, MXLinear)
-            module.load({name: tensor.to(target_device)})
+            try:
+                module.load({name: tensor.to(target_device)})
+            except FormatError as error:  # of a file that told no dtypes beforehand
+                raise CheckpointError(error.what, where=param_name, got=error.got, expected=error.expected) from error
             return
         assert isinstance(module, nn.Linear)
         new = quantized(param_value.to(target_device), None, self.quantization_config, self.decisions[path], path)

@@ -58,7 +58,9 @@ def given_scale(blocks: Tensor, byte: Tensor) -> tuple[Tensor, Tensor]:
     """E8M0 byte (int32) and reciprocal scale (fp32) of blocks (rows, B, 32) whose byte is given."""
     not_finite = (byte == 0xFF) | ~torch.isfinite(blocks).all(-1)
     byte, reciprocal = _reciprocal(byte.int(), torch.zeros_like(not_finite), not_finite)
-    return byte, reciprocal.masked_fill_(byte == 0xFE, 2.0**-127)  # a subnormal, which has no exponent field; rules stay below
+    return byte, reciprocal.masked_fill_(
+        byte == 0xFE, 2.0**-127
+    )  # a subnormal, which has no exponent field; rules stay below
 
 
 def _reciprocal(byte: Tensor, empty: Tensor, not_finite: Tensor) -> tuple[Tensor, Tensor]:
