@@ -192,7 +192,7 @@ def test_a_converted_directory_loads_as_the_readme_shows(source, tmp_path, impor
 def test_importing_mxdit_imports_no_host_and_leaves_its_modules_as_they_are():
     program = """
 import sys, mxdit
-from mxdit.integrations import HOST, register_when_imported
+from mxdit.integrations.diffusers_hook import HOST, register_when_imported
 print(*(name for name in ("diffusers", "transformers", "accelerate", "safetensors") if name in sys.modules))
 register_when_imported()
 print(sum(type(finder).__module__.startswith("mxdit.") for finder in sys.meta_path))
