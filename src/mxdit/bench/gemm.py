@@ -24,7 +24,6 @@ from mxdit.layers import MXLinear
 from mxdit.numerics.formats import FORMATS
 
 QUANTIZE, MATMUL, WHOLE = PARTS = ("quantize", "matmul", "whole")
-ARGUMENTS = [argument.name for argument in torch.ops.mxdit.linear.default._schema.arguments]
 SAMPLE, COLUMNS = 8, 512  # rows and columns of a result that are checked
 # Operations: a larger product takes the reference seconds a round, and gigabytes in fp32.
 REFERENCE_LIMIT = {"cpu": 2e8}
@@ -118,22 +117,22 @@ def steps(layers: Sequence[MXLinear], x: Tensor) -> dict[str, list[Call]]:
     There are none for activations that stay floats, nor for a weight in a device's own layout, which only ``linear`` reads.
     """
     ops, first = torch.ops.mxdit, layers[0]
-    held = [dict(zip(ARGUMENTS, layer.arguments(x), strict=True)) for layer in layers]
-    found: dict[str, list[Call]] = {WHOLE: [partial(ops.linear, *one.values()) for one in held]}
+    found: dict[str, list[Call]] = {WHOLE: [partial(ops.linear, *layer.arguments(x)) for layer in layers]}
     dual, own = first.weight_dual_scale is not None, first.activation == "mxfp4"
     if first.activation == "bf16" or first.layout != "packed" or (dual and not own):
         return found
+    weights = [(layer.packed(), layer.bias) for layer in layers]
     if dual:
         encode = partial(ops.quantize_dual, x, None, "rint")
         codes, l0, l1 = encode()
         products: list[Call] = [
-            partial(ops.matmul_dual, codes, w["w"], l0, w["w_dual"], l1, w["w_scale"], w["bias"], x.dtype) for w in held
+            partial(ops.matmul_dual, codes, w.codes, l0, w.outer, l1, w.scale, bias, x.dtype) for w, bias in weights
         ]
     else:
         fmt = first.activation
         encode = partial(ops.quantize, x, fmt, first.rule if own else "ocp", "rint")
         packed, rest = encode(), (fmt, first.method, x.dtype)
-        products = [partial(ops.matmul, *packed, w["w"], w["w_scale"], w["bias"], *rest) for w in held]
+        products = [partial(ops.matmul, *packed, w.codes, w.scale, bias, *rest) for w, bias in weights]
     return {QUANTIZE: [encode], MATMUL: products, **found}
 
 
@@ -146,9 +145,7 @@ def is_right(layer: MXLinear, got: Tensor, x: Tensor) -> bool:
         got: (M, N), what the layer made of x (M, K).
     """
     rows, columns = _spread(SAMPLE, len(x)), _spread(COLUMNS, layer.out_features)
-    held = dict(zip(ARGUMENTS, layer.arguments(x[rows.to(x.device)]), strict=True))
-    held |= {"w": layer.packed().codes, "layout": "packed"}
-    held = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in held.items()}
+    held = dict(calls.Call.of_layer(layer, x[rows.to(x.device)]).args)
     for key in ("w", "w_scale", "w_dual", "bias"):
         held[key] = None if held[key] is None else held[key][columns]
     call = calls.Call("linear", held)

@@ -67,7 +67,7 @@ class BlockCase:
             for path, x in met:
                 layer, weight = after[path], before[path].weight
                 tally.check(quantizing(weight, block_format(layer.method), layer.rule, "rint"))
-                tally.check(_product(layer, x))
+                tally.check(Call.of_layer(layer, x))
         return tally.result(self.name)
 
     def _quantized(self, block: nn.Module) -> nn.Module:
@@ -105,12 +105,3 @@ def _forward(block: nn.Module, inputs: list[Tensor]) -> Tensor:
     hidden, text, modulation, cos, sin = inputs
     with torch.no_grad():
         return block(hidden, text, modulation, (cos, sin))
-
-
-def _product(layer: MXLinear, x: Tensor) -> Call:
-    """What a layer computes of x, with its weight as it is on its device."""
-    held = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
-    dual = held["weight_dual_scale"].squeeze(-1) if "weight_dual_scale" in held else None
-    args = {"x": x, "w": held["weight"], "w_scale": held["weight_scale"], "w_dual": dual, "mul_scale": None}
-    rule = layer.rule if layer.activation == "mxfp4" else "ocp"
-    return Call("linear", {**args, "bias": held["bias"], "scheme": layer.scheme, "rule": rule, "layout": "packed"})

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from mxdit import ops
 from mxdit.backends.environment import one_thread
+from mxdit.layers import MXLinear
 from mxdit.numerics.formats import FORMATS, SCHEMES, BlockFormat
 
 OUTPUTS = {"quantize": ("codes", "scale"), "quantize_dual": ("codes", "l0", "l1")}  # all others have one: "out"
@@ -57,6 +58,13 @@ class Call:
 
     op: str
     args: Mapping[str, Any]
+
+    @classmethod
+    def of_layer(cls, layer: MXLinear, x: Tensor) -> Call:
+        """What a layer computes of x (..., K), with its weight as it is on its device, in canonical layout."""
+        names = [argument.name for argument in torch.ops.mxdit.linear.default._schema.arguments]
+        args = dict(zip(names, layer.arguments(x), strict=True)) | {"w": layer.packed().codes, "layout": "packed"}
+        return cls("linear", {name: arg.cpu() if isinstance(arg, Tensor) else arg for name, arg in args.items()})
 
     @property
     def outputs(self) -> tuple[str, ...]:
