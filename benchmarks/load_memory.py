@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from mxdit.bench.memory import load_transformer
-from mxdit.bench.modes import variants
 from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.shapes import A14B
 from mxdit.bench.standins import make_checkpoint
+from mxdit.bench.variants import variants
 
 METHODS = ("mxfp4", "mxfp4_dualscale", "mxfp8")
 MIB = 2**20

@@ -25,13 +25,14 @@ from command import mxdit_command
 from mxdit.backends import carrier
 from mxdit.bench import gemm, memory, pipeline, timing, totals
 from mxdit.bench.ceilings import Ceilings
-from mxdit.bench.modes import CARRIERS, MODES, baseline, variants
+from mxdit.bench.modes import CARRIERS, MODES, baseline
 from mxdit.bench.plot import gemm as draw
 from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.products import Product, products
 from mxdit.bench.shapes import A14B, MINI, PUBLISHED, SEED, TI2V_5B
 from mxdit.bench.standins import block_inputs, make_checkpoint, quantized, random_block, skeleton
 from mxdit.bench.timing import Times, alternate
+from mxdit.bench.variants import variants
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import BackendError, InputError
 from mxdit.generation.memory import Sampler, status

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from mxdit.bench.memory import weight_files
-from mxdit.bench.modes import Variant, variants
 from mxdit.bench.processes import alone
 from mxdit.bench.timing import Times
+from mxdit.bench.variants import Variant, variants
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.loading import show_loading
 

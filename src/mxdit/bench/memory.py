@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxdit.bench.modes import Variant, variants
 from mxdit.bench.processes import TIDY, alone
+from mxdit.bench.variants import Variant, variants
 from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
 from mxdit.generation.directory import ModelDirectory, bundled

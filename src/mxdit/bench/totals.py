@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from mxdit.bench.memory import ExpertMemory, load_transformer
-from mxdit.bench.modes import BF16, variants
+from mxdit.bench.modes import BF16
 from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.shapes import TEXT_ENCODER, Wan
 from mxdit.bench.standins import make_checkpoint, skeleton
+from mxdit.bench.variants import variants
 from mxdit.config import MXConfig
 from mxdit.quantize.plan import fallback_blocks
 

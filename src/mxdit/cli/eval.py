@@ -32,7 +32,7 @@ from mxdit.cli.console import (
 from mxdit.errors import InputError
 from mxdit.evals.metrics.statistics import LEAST
 from mxdit.evals.modes import STANDARD
-from mxdit.generation.directory import tasks
+from mxdit.models import tasks
 
 if TYPE_CHECKING:
     from mxdit.evals.settings import Settings

@@ -23,11 +23,6 @@ from mxdit.quantize.plan import plan
 KINDS = {"t2v": "a text-to-video", "i2v": "an image-to-video", "t2i": "a text-to-image"}
 
 
-def tasks() -> tuple[str, ...]:
-    """Everything that a model of some family can be asked to make: "t2v", "i2v", "t2i"."""
-    return tuple(dict.fromkeys(made.task for spec in SPECS.values() for made in spec.pipelines.values()))
-
-
 @dataclass(frozen=True)
 class ModelDirectory:
     """What a pipeline's directory says about itself, before any weight is read.

@@ -24,6 +24,11 @@ for _spec in (WAN, FLUX, HUNYUAN_VIDEO_15):
     register_family(_spec)
 
 
+def tasks() -> tuple[str, ...]:
+    """Everything that a model of some family can be asked to make: "t2v", "i2v", "t2i"."""
+    return tuple(dict.fromkeys(made.task for spec in SPECS.values() for made in spec.pipelines.values()))
+
+
 def spec_of(model: nn.Module) -> ModelSpec:
     """The spec of a transformer, which may be of a subclass. Raises ModelError for a class that no spec names."""
     for cls in type(model).__mro__:
@@ -50,4 +55,4 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-__all__ = ["COMPONENTS", "SPECS", "ModelSpec", "register_family", "spec_of", "uncompiled"]
+__all__ = ["COMPONENTS", "SPECS", "ModelSpec", "register_family", "spec_of", "tasks", "uncompiled"]

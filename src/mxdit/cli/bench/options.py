@@ -13,7 +13,7 @@ import typer
 from mxdit.bench.modes import METHODS
 from mxdit.cli.console import app, check_output, need, path_of, size_of
 from mxdit.errors import InputError
-from mxdit.generation.directory import tasks
+from mxdit.models import tasks
 
 if TYPE_CHECKING:
     from mxdit.generation.request import Request
