@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 
@@ -21,6 +22,7 @@ def pack(w):
     PACKED.append(w.shape)
     return w.view(torch.int8)
 BACKEND = Backend("a stranger's", "xpu", lambda: None, layouts={"mxfp4": Layout("nz", pack, lambda w: w.view(torch.uint8))})
+META = Backend("another", "meta", lambda: None)
 NONE = object()
 """
 
@@ -57,14 +59,24 @@ def test_a_backend_of_another_package_is_imported_when_it_is_asked_for(installed
 @pytest.mark.parametrize("value", ("a_strangers_backend:NONE", "a_strangers_backend:NOTHING", "no_such_module_here:X"))
 def test_an_entry_point_that_leads_nowhere_says_so(installed, value):
     installed(xpu=value)
-    with pytest.raises(mxdit.BackendError, match=rf"mxdit.backends: xpu = {value}.*expected a mxdit.backends"):
-        backends.backends()
+    said = rf"mxdit.backends: xpu = {value}.*expected a mxdit.backends"
+    with pytest.raises(mxdit.BackendError, match=said):
+        backends.backend_for(torch.device("xpu"))
+    (listed,) = [backend for backend in backends.backends() if backend.device == "xpu"]
+    assert listed.name == value and re.search(said, listed.why_not() or "")
 
 
 def test_a_backend_for_another_device_than_its_name_is_refused(installed):
     installed(mps="a_strangers_backend:BACKEND")
     with pytest.raises(mxdit.BackendError, match="whose device is 'mps'"):
         backends.backend_for(torch.device("mps"))
+
+
+def test_a_weight_brings_the_backend_of_its_device(installed, monkeypatch):
+    installed(meta="a_strangers_backend:META")
+    assert "a_strangers_backend" not in sys.modules
+    mxdit.quantize_weight(torch.empty(4, 64, device="meta"), "mxfp4")
+    assert "a_strangers_backend" in sys.modules
 
 
 def test_where_no_backend_answers_the_reference_does():

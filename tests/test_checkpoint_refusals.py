@@ -66,7 +66,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], type[MXDiTError], st
     "a method unknown": (None, {"config": "mxfp5"}, ConfigError, "unknown quant_method"),
     "an expert unknown": (None, {"overrides": {"transformer_3": None}}, ConfigError, "transformer_3"),
     "every expert left out": (
-        None, {"overrides": {"transformer": None, "transformer_2": None}}, ConfigError, "every expert is left unquantized",
+        None, {"overrides": {"transformer": None, "transformer_2": None}}, ConfigError, "every component is left unquantized",
     ),
     "a config of a serialized checkpoint": (
         None, {"config": {"quant_method": "mxfp4", "is_checkpoint_serialized": True}}, ConfigError, "serialized",

@@ -192,6 +192,11 @@ def test_the_old_name_of_an_option_says_the_new_one(monkeypatch, capsys, tmp_pat
     )
 
 
+def test_a_value_that_looks_like_an_old_option_is_a_value(monkeypatch, capsys, tmp_path):
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", tmp_path / "none", "--prompt", "-mars at night")
+    assert code == 2 and "no such directory" in err
+
+
 def test_prompts_may_hold_brackets(monkeypatch, capsys, tmp_path, models):
     args = ["--prompt", "a red [/b] seven", *SMALL, "-o", tmp_path / "clip.mp4"]
     code, out, _ = mxdit_command(monkeypatch, capsys, "generate", models["t2v"], *args)

@@ -57,6 +57,14 @@ def test_a_bias_that_wants_a_gradient_gets_one():
     assert torch.equal(layer.bias.grad, grad.flatten(0, 1).sum(0))
 
 
+def test_activations_of_one_axis_have_gradients():
+    layer, x = layer_of("mxfp4", "mxfp4"), torch.randn(576).bfloat16().requires_grad_()
+    layer.bias.requires_grad_()
+    grad = torch.randn(48).bfloat16()
+    layer(x).backward(grad)
+    assert x.grad.shape == (576,) and torch.equal(layer.bias.grad, grad)
+
+
 def test_an_adapter_beside_the_layer_learns_what_it_would_beside_the_decoded_one():
     layer, x = layer_of("mxfp4_dualscale", "bf16"), torch.randn(4, 576).bfloat16()
     down, up = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((576, 4), (4, 48)))

@@ -130,6 +130,27 @@ def test_a_run_that_fails_leaves_the_session_usable(session):
     assert np.array_equal(session.run(request).frames, expected)
 
 
+def test_a_run_is_not_begun_inside_another(session):
+    request = session.request(**SMALL)
+    with pytest.raises(ModelError, match="begun inside another"):
+        session.run(request, lambda done, total: session.run(request))
+    assert session.run(request).frames.shape[0] == 5
+
+
+def test_a_component_left_alone_stays_so_over_stored_weights(directory, tmp_path):
+    Session.open(directory, method="mxfp4").load().save_pretrained(tmp_path / "stored")
+    opened = Session.open(tmp_path / "stored", keys={"activation": "bf16"}, components={"transformer_2": None})
+    assert opened.configs["transformer"].activation == "bf16" and opened.configs["transformer_2"] is None
+
+
+@pytest.mark.parametrize("of", (5, {}, "x", []))
+def test_a_component_that_is_no_list_is_refused(directory, tmp_path, of):
+    index = json.loads((directory / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": of}))
+    with pytest.raises(CheckpointError, match="no list of its library and class"):
+        Session.open(tmp_path)
+
+
 def test_numbers_that_are_none_are_refused_not_shown(directory):
     session = Session.open(directory)
     with torch.no_grad():
@@ -167,6 +188,8 @@ def test_a_request_is_json(tmp_path, directory):
 def test_errors_name_the_field(session, tmp_path):
     for fields, field in (
         ({"size": (20, 16)}, "size"),
+        ({"size": (16,)}, "size"),
+        ({"size": "16x16"}, "size"),
         ({"size": (16, 1024)}, "size"),
         ({"frames": 6}, "frames"),
         ({"frames": 133}, "frames"),
@@ -194,6 +217,10 @@ def test_a_session_refuses_before_it_loads(directory):
     assert caught.value.field == "method"
     with pytest.raises(ConfigError, match="without a method"):
         Session.open(directory, keys={"activation": "bf16"})
+    with pytest.raises(ConfigError, match="options, and no quantization"):
+        Session.open(directory, method="none", keys={"activation": "bf16"})
+    with pytest.raises(InputError, match="the bundled model does not do this"):
+        Session.open(task="t2i")
     with pytest.raises(ConfigError, match="transformer_3"):
         Session.open(directory, method="mxfp4", components={"transformer_3": None})
 

@@ -65,11 +65,12 @@ class Account {
   void enter(int64_t saved, int64_t waited) {
     const int64_t balance = std::min(kCredit, balance_.load(std::memory_order_relaxed) + saved - waited);
     balance_.store(std::max<int64_t>(balance, 0), std::memory_order_relaxed);
-    if (balance < 0) closed_until_.store(now() + kRest * waited, std::memory_order_relaxed);
+    if (balance < 0) closed_until_.store(now() + std::min(kRest * waited, kLongestRest), std::memory_order_relaxed);
   }
 
  private:
   static constexpr int64_t kCredit = 10000000;  // nanoseconds: what other programs may take now and then, from calls that pay
+  static constexpr int64_t kLongestRest = 10'000'000'000;  // ns: a process that was stopped waited for as long as it was
   static constexpr int64_t kRest = 32;          // times the last wait: so trying again costs one part in so many
   std::atomic<int64_t> balance_{kCredit}, closed_until_{0};
 };

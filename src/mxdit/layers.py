@@ -218,24 +218,21 @@ class MXLinear(nn.Module):
 
         `nn.Module` would cast floats to codes, and leave out multipliers that one of the two sides does not have.
         """
-        row = block_format(self.method)
-        own = {name: (tuple(held.shape), held.dtype) for name, held in self._buffers.items() if held is not None}
-        own["weight"] = ((self.out_features, self.in_features // row.per_byte), torch.uint8)  # in any layout
-        for name in self._buffers:
+        for name in PARTS:
             part = state.get(prefix + name)
-            if part is not None and (tuple(part.shape), part.dtype) != own.get(name):
+            if part is not None and TensorInfo.of(part) != self.record.get(name):
                 raise FormatError(
                     f"not a tensor of this {self.method} layer",
                     where=prefix + name,
-                    got=f"{tuple(part.shape)} {part.dtype}",
-                    expected="{} {}".format(*own[name]) if name in own else "none",
+                    got=TensorInfo.of(part),
+                    expected=self.record.get(name, "none"),
                     hint="Loading does not quantize: load floats into the float model, and quantize that.",
                 )
         if self.mul_scale is not None and f"{prefix}weight" in state and f"{prefix}mul_scale" not in state:
             raise FormatError(
                 "the weight comes without the multipliers that it was made under",
                 where=f"{prefix}mul_scale",
-                expected=f"({self.in_features},) torch.float32",
+                expected=self.record["mul_scale"],
                 hint="Load both at once, or make the layer without smooth=True.",
             )
 
@@ -284,5 +281,5 @@ class _StraightThrough(torch.autograd.Function):
             if layer.mul_scale is not None:
                 to_x = to_x * layer.mul_scale.to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            to_bias = grad.flatten(0, -2).sum(0).to(layer.bias.dtype)
+            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(layer.bias.dtype)
         return to_x, to_bias, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxdit.backends import backend_for
 from mxdit.errors import FormatError
 from mxdit.numerics.checks import bf16_mul_scale, check_mul_scale
 from mxdit.numerics.codec import Packed, Scales, encode
@@ -49,6 +50,9 @@ def quantize_weight(
     weight = weight.detach()
     if row.outer and weight.dtype is torch.float32:
         weight = weight.to(torch.bfloat16)
+    backend_for(
+        weight.device
+    )  # another package's, if it has one for this device, implements the ops when it is imported
     packed = _packed(weight, row, rule, scales)
     if not weight.is_meta and bool((packed.scale == 0xFF).any()):
         packed = _packed(_finite(weight, packed, scales, where), row, rule, scales)
@@ -73,10 +77,12 @@ def _finite(weight: Tensor, packed: Packed, scales: Scales | None, where: str) -
     broken = int((~torch.isfinite(weight)).sum())
     if broken or scales is not None:
         raise FormatError(
-            f"the weight holds what {packed.fmt} cannot" if broken else "scale bytes that mean NaN",
+            f"the weight holds what {packed.fmt} cannot" if broken else "the given scales do not hold the weight",
             where=where,
-            got=f"{broken} infs or NaNs" if broken else f"0xFF at {int((packed.scale == 0xFF).sum())} blocks",
-            expected="finite numbers, zeros included" if broken else "0 to 0xFE",
+            got=f"{broken} infs or NaNs" if broken else f"no number in {int((packed.scale == 0xFF).sum())} blocks",
+            expected="finite numbers, zeros included"
+            if broken
+            else "no byte 0xFF, and outer scales that no quotient overflows",
             hint="The checkpoint is damaged, or overflowed when it was cast: take it in BF16 or FP32."
             if broken
             else None,

@@ -20,7 +20,6 @@ from torch import Tensor
 
 SIZE = 64  # pixels, height and width
 FRAMES = 17
-FPS = 8
 GLYPH = 32.0  # pixels, nominal side of a digit
 NEAR = 0.25  # `spread` of the clips that the experts end on and are judged by
 

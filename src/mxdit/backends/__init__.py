@@ -25,7 +25,7 @@ _OWN = (cpu.BACKEND, cuda.BACKEND, ascend.BACKEND)
 
 def backends() -> tuple[Backend, ...]:
     """Every backend that is installed, usable or not: mxdit's, other packages' by device type, the reference last."""
-    return (*_OWN, *(_loaded(name) for name in sorted(_entry_points())), REFERENCE)
+    return (*_OWN, *(_listed(name) for name in sorted(_entry_points())), REFERENCE)
 
 
 def backend_for(device: torch.device) -> Backend:
@@ -49,13 +49,22 @@ def _entry_points() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
+def _listed(device: str) -> Backend:
+    """The backend of another package, or one that says why it cannot be had: a list of backends is for all devices."""
+    try:
+        return _loaded(device)
+    except BackendError as error:
+        said = str(error)
+        return Backend(name=_entry_points()[device], device=device, why_not=lambda: said)
+
+
 @cache
 def _loaded(device: str) -> Backend:
     """The backend of another package, imported. Raises BackendError where its entry point does not lead to one."""
     (point, *_) = entry_points(group=GROUP, name=device)
     try:
         found = point.load()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, OSError) as error:  # OSError: a shared library that does not load
         found = error
     if not isinstance(found, Backend) or found.device != device:
         raise BackendError(

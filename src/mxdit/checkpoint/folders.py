@@ -94,6 +94,7 @@ def choose_variant(path: Path, asked: str | None = None, *, optional: bool = Fal
             expected = there[lacking[0]] if lacking else known
             raise InputError(
                 "no weights of this variant",
+                field="variant",
                 where=str(lacking[0] if lacking else path),
                 got=asked,
                 expected=" or ".join(sorted(map(str, expected))) or "none, the files are plain",
@@ -103,9 +104,10 @@ def choose_variant(path: Path, asked: str | None = None, *, optional: bool = Fal
     if len(only) > 1:
         raise InputError(
             "the weights are there in more than one variant",
+            field="variant",
             where=str(path),
             got=", ".join(sorted(map(str, only))),
-            hint="Name one of them with --variant.",
+            hint="Name one of them, or load a directory that has one only.",
         )
     return only.pop() if only else None
 

@@ -55,13 +55,13 @@ def quantize_checkpoint(
     unknown = [name for name in own if name not in opened.components]
     if unknown:
         raise ConfigError(
-            "a config for an expert that the checkpoint does not have",
+            "a config for a component that the checkpoint does not have",
             where=str(source),
             got=unknown[0],
-            expected=" or ".join(opened.components) or "none, the checkpoint is one expert",
+            expected=" or ".join(opened.components) or "none, the checkpoint is one component",
         )
     if own and all(own.get(name, config) is None for name in opened.components):
-        raise ConfigError("every expert is left unquantized", where=str(source))
+        raise ConfigError("every component is left unquantized", where=str(source))
     planned = []
     for name in opened.components:
         component = read_component(opened.read(name))

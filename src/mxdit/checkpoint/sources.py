@@ -73,10 +73,11 @@ def open_source(path: Path, variant: str | None = None, *, optional: bool = Fals
         raise InputError("no such directory", where=str(path))
     found = next(filter(None, (_components(path, spec) for spec in _families(path))), None)
     if found is None:
+        folders = [*COMPONENTS, *(name for spec in SPECS.values() for name in spec.original_components)]
         raise CheckpointError(
             "no checkpoint that mxdit knows",
             where=str(path),
-            expected="model_index.json, transformer/, high_noise_model/ and low_noise_model/, or one expert's .safetensors",
+            expected=f"model_index.json, {'/, '.join(folders)}/, or one component's .safetensors",
             hint="PyTorch .bin and .pth files are not read.",
         )
     return replace(found, variant=choose_variant(path, variant, optional=optional))

@@ -35,7 +35,7 @@ from mxdit.errors import InputError
 RULES = {name: number for number, name in reversed(SCALE_RULES.items())}
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
-Source = Annotated[Path, typer.Argument(help="A pipeline, a cascade of two experts, or one expert.", metavar="SRC")]
+Source = Annotated[Path, typer.Argument(help="A pipeline, its transformers alone, or one of them.", metavar="SRC")]
 Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist.", metavar="DST")]
 ShardSize = Annotated[str, typer.Option(help="Largest file, such as 2GiB or 500MB.", metavar="SIZE")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy what is carried over instead of hard-linking it.")]

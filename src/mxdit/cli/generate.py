@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -53,15 +53,20 @@ RENAMED = {
 }
 
 
+USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])  # click's UsageError, or that of the click which newer releases of typer bring
+
+
 class Generate(TyperCommand):
     """Says the new name of an option that had another one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for arg in args:
-            name = arg.partition("=")[0] if arg.startswith("--") else arg[:2]
-            if name in RENAMED:
-                raise InputError("this option has another name", where=name, expected=RENAMED[name])
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except USAGE as error:
+            name = getattr(error, "option_name", None)  # of an option that there is not
+            if name not in RENAMED:
+                raise
+            raise InputError("this option has another name", where=name, expected=RENAMED[name]) from None
 
 
 @app.command(cls=Generate)

@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         model: the unquantized model.
-        task: "t2v" or "i2v".
+        task: what the model is asked to make, such as "t2v" or "i2v".
         modes: from `modes.choose`; BF16 is the first.
         videos: from `samples.choose_videos`, all of one size.
         judge: who says what the videos show, or None.

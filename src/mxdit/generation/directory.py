@@ -23,6 +23,9 @@ from mxdit.quantize.plan import plan
 KINDS = {"t2v": "a text-to-video", "i2v": "an image-to-video", "t2i": "a text-to-image"}
 
 
+BUNDLED = ("t2v", "i2v")  # what the models that come with mxdit do
+
+
 @dataclass(frozen=True)
 class ModelDirectory:
     """What a pipeline's directory says about itself, before any weight is read.
@@ -82,7 +85,10 @@ class ModelDirectory:
 
 
 def bundled(task: str) -> Path:
-    """Directory of the small trained model that comes with mxdit. Raises InputError where it is not installed."""
+    """Directory of the small trained model that comes with mxdit. Raises InputError where it is not installed, or has no such
+    task."""
+    if task not in BUNDLED:
+        raise InputError("the bundled model does not do this", field="task", got=task, expected=" or ".join(BUNDLED))
     spec = find_spec("mxdit_models")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
@@ -120,7 +126,17 @@ def open_model(path: Path) -> ModelDirectory:
             got=index.get("_class_name"),
             expected=" or ".join(known),
         )
-    present = [name for name in spec.components if (index.get(name) or [None])[0] is not None]
+    present = []
+    for name in spec.components:
+        of = index.get(name)
+        if of is not None and not (isinstance(of, list) and of):
+            raise CheckpointError(
+                "a component is no list of its library and class",
+                where=str(path / "model_index.json"),
+                got=f"{name}: {of!r}",
+            )
+        if of is not None and of[0] is not None:
+            present.append(name)
     if not present:
         raise CheckpointError("the pipeline names no transformer", where=str(path / "model_index.json"))
     components = {name: read_json(path / name / "config.json") for name in present}

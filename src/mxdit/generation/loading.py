@@ -52,6 +52,14 @@ def quantization(
     given = (*keys, *(own or {}))
     if not given and method in (None, "none"):
         return dict.fromkeys(model.components)
+    if method == "none":
+        raise ConfigError(
+            "quantization options, and no quantization",
+            field="method",
+            where=where,
+            got=", ".join(given),
+            hint="Leave them out, or name a method.",
+        )
     if method is None and "quant_method" not in keys:
         if not stored:
             raise ConfigError(
@@ -65,8 +73,9 @@ def quantization(
         method = str(next(iter(stored.values())).quant_method)
         own = dict(own or {})
         for name, config in stored.items():
-            mine = own.get(name) or {}
-            own[name] = {"quant_method": str(config.quant_method), **mine} if isinstance(mine, Mapping) else mine
+            mine = own.get(name, {})
+            if isinstance(mine, Mapping):
+                own[name] = {"quant_method": str(config.quant_method), **mine}
     configs = configs_of(model.components, method, keys, own)
     if stored:  # what is stored unquantized is so on purpose
         configs = {name: config if name in stored else None for name, config in configs.items()}

@@ -41,7 +41,7 @@ class Recorder:
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
 
     def on_latents(self, step: int, latents: Tensor) -> None:
-        """For `generate`."""
+        """For `Session.run`."""
         self.latents.append(latents.float().cpu())
 
     @contextmanager

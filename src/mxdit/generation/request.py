@@ -103,6 +103,8 @@ def make_request(
         if value is not None and not model.takes(task, "height" if name == "size" else name):
             words = name.replace("guidance", "guidance scale").replace("_", " ")
             raise InputError(f"{preset.name} takes no {words} for {task}", field=name, got=value, hint="Leave it out.")
+    if size is not None and not (isinstance(size, tuple) and len(size) == 2 and all(type(n) is int for n in size)):
+        raise InputError("not a size", field="size", got=repr(size), expected="(height, width) in pixels")
     text = preset.prompt if prompt is None else prompt
     if text is None:
         raise InputError("no prompt", field="prompt", hint=f"{preset.name} has none of its own: say what to show.")

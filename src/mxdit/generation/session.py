@@ -93,6 +93,7 @@ class Session:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
         self.variant = variant
         self.lock = threading.RLock()
+        self._running = False
         self._pipeline: DiffusionPipeline | None = None
 
     @classmethod
@@ -168,12 +169,20 @@ class Session:
         Raises:
             Cancelled: `stop` was set.
             InputError: another task's request, or a flow shift for a scheduler that has none.
-            ModelError: pixels that are no numbers.
+            ModelError: pixels that are no numbers, or a run that was begun from another one's `on_step`.
         """
         if request.task != self.task:
             raise InputError("the request is of another task", field="task", got=request.task, expected=self.task)
         with self._turn(stop):
-            return self._run(request, on_step, stop, on_latents)
+            if self._running:  # by this thread, which holds the lock
+                raise ModelError(
+                    "a run was begun inside another one", where="Session.run", hint="Wait until on_step returns."
+                )
+            self._running = True
+            try:
+                return self._run(request, on_step, stop, on_latents)
+            finally:
+                self._running = False
 
     def _run(
         self,

@@ -249,12 +249,12 @@ def _holders(tensors: Iterable[str]) -> set[str]:
 
 
 def pipeline_config(method: str, **overrides: Any) -> Any:
-    """The `quantization_config=` of a pipeline's `from_pretrained`, one config per expert.
+    """The `quantization_config=` of a pipeline's `from_pretrained`, one config per component.
 
     Args:
         method: "mxfp4", "mxfp4_dualscale" or "mxfp8".
-        overrides: keys of `MXConfig` for every expert, and per expert (`transformer`, `transformer_2`) a dictionary of keys
-            that differ there, an MXConfig that replaces all, or None to leave that expert as it is.
+        overrides: keys of `MXConfig` for every component, and per component (`transformer`, `transformer_2`) a dictionary of keys
+            that differ there, an MXConfig that replaces all, or None to leave that component as it is.
 
     Returns:
         A diffusers PipelineQuantizationConfig. A component that the pipeline does not have is passed over by diffusers.

@@ -15,7 +15,20 @@ COMPONENTS: list[str] = []  # every name that a pipeline of any family gives a t
 
 
 def register_family(spec: ModelSpec) -> None:
-    """Let mxdit know a family, in place of one of the same transformer class; docs/adapting-a-model.md says how to write it."""
+    """Let mxdit know a family, in place of one of the same transformer class; docs/adapting-a-model.md says how to write it.
+
+    Raises ModelError for a task of its pipelines that no preset fits whatever the model, or pipelines without a geometry.
+    """
+    for task in {called.task for called in spec.pipelines.values()}:
+        if spec.geometry is None or not any(
+            p.task == task and not p.config and p.components is None for p in spec.presets
+        ):
+            raise ModelError(
+                "the ModelSpec cannot run its pipelines",
+                where=spec.transformer,
+                expected=f"a geometry, and for {task!r} a last preset that fits any model of the family",
+                hint="docs/adapting-a-model.md has the fields.",
+            )
     SPECS[spec.transformer] = spec
     COMPONENTS.extend(name for name in spec.components if name not in COMPONENTS)
 
