@@ -49,7 +49,8 @@ def test_no_dtype_but_its_own(method, dtype, strict, assign):
     for name in ("weight", "weight_scale"):
         state = {**copied(layer(method)), name: torch.ones_like(before[name], dtype=dtype)}
         with pytest.raises(
-            FormatError, match=rf"^{name}: not a tensor of this {method} layer; got .*{str(dtype).removeprefix('torch.')}; expected"
+            FormatError,
+            match=rf"^{name}: not a tensor of this {method} layer; got .*{str(dtype).removeprefix('torch.')}; expected",
         ):
             m.load_state_dict(state, strict=strict, assign=assign)
     assert unchanged(m, before)

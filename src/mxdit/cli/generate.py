@@ -53,7 +53,9 @@ RENAMED = {
 }
 
 
-USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])  # click's UsageError, or that of the click which newer releases of typer bring
+USAGE = cast(
+    type[Exception], typer.BadParameter.__mro__[1]
+)  # click's UsageError, or that of the click which newer releases of typer bring
 
 
 class Generate(TyperCommand):
