@@ -1,6 +1,6 @@
 // The C ABI of mxdit's CPU kernels, and all that src/mxdit/backends/cpu.py knows of them.
 //
-// What is computed is docs/numerics.md; the reference in torch (src/mxdit/codec.py, reference.py) gives the same bits.
+// What is computed is docs/numerics.md; the reference in torch (src/mxdit/numerics/codec.py, reference.py) gives the same bits.
 // Matrices are row-major with the last axis contiguous; `stride` counts elements from row to row. Packed operands are in
 // the canonical layout: FP4 codes (rows, K/2) with element 2i in the low nibble, FP8 codes (rows, K), E8M0 scales
 // (rows, ceil(K/32)), outer scales fp32 (rows, ceil(K/512)). Arguments are the caller's to check.
