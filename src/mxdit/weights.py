@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxdit.backends import backend_for
+from mxdit.backends import import_backend_of
 from mxdit.errors import FormatError
 from mxdit.numerics.checks import bf16_mul_scale, check_mul_scale
 from mxdit.numerics.codec import Packed, Scales, encode
@@ -50,9 +50,7 @@ def quantize_weight(
     weight = weight.detach()
     if row.outer and weight.dtype is torch.float32:
         weight = weight.to(torch.bfloat16)
-    backend_for(
-        weight.device
-    )  # another package's, if it has one for this device, implements the ops when it is imported
+    import_backend_of(weight.device)
     packed = _packed(weight, row, rule, scales)
     if not weight.is_meta and bool((packed.scale == 0xFF).any()):
         packed = _packed(_finite(weight, packed, scales, where), row, rule, scales)

@@ -38,6 +38,12 @@ def backend_for(device: torch.device) -> Backend:
     return REFERENCE
 
 
+def import_backend_of(device: torch.device) -> None:
+    """Import another package's backend for this device, if there is one: it implements the ops from then on."""
+    if device.type in _entry_points():
+        _loaded(device.type)
+
+
 def layout_for(device: torch.device, fmt: str) -> Layout | None:
     """The layout that weights of this format are better brought into on this device; None where the canonical one is best."""
     return backend_for(device).layouts.get(fmt)
@@ -45,8 +51,9 @@ def layout_for(device: torch.device, fmt: str) -> Layout | None:
 
 @cache
 def _entry_points() -> dict[str, str]:
-    """Device type -> the entry point's value, of backends in other packages."""
-    return {point.name: point.value for point in entry_points(group=GROUP)}
+    """Device type -> the entry point's value, of backends in other packages for devices that mxdit has none for."""
+    own = {backend.device for backend in _OWN}
+    return {point.name: point.value for point in entry_points(group=GROUP) if point.name not in own}
 
 
 def _listed(device: str) -> Backend:
@@ -77,4 +84,4 @@ def _loaded(device: str) -> Backend:
     return found
 
 
-__all__ = ["GROUP", "REFERENCE", "Backend", "Layout", "backend_for", "backends", "layout_for"]
+__all__ = ["GROUP", "REFERENCE", "Backend", "Layout", "backend_for", "backends", "import_backend_of", "layout_for"]
