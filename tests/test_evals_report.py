@@ -167,6 +167,7 @@ def out(results, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(out):
     text = (out / "report.html").read_text()
     page = Page(text)
