@@ -275,6 +275,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "fmt"), LINEARS, ids=str)
 @pytest.mark.parametrize("m", [63, 64, 200], ids="M={}".format)
 @pytest.mark.parametrize("extreme", [False, True], ids=["plain", "extreme"])

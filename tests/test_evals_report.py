@@ -258,6 +258,7 @@ def test_a_change_of_what_clips_show_is_said(results):
     assert "what the clips show changes measurably for mxfp4 uos online: Digit right -" in said
 
 
+@pytest.mark.slow
 def test_a_model_without_a_judge_or_a_second_expert_has_a_report_too(results, tmp_path):
     plain = copy.deepcopy(results)
     plain["model"]["boundary_ratio"] = plain["settings"]["guidance_2"] = None
@@ -278,6 +279,7 @@ def test_a_model_without_a_judge_or_a_second_expert_has_a_report_too(results, tm
     assert not Page(text).open and "judge" not in text and "worse than" not in text
 
 
+@pytest.mark.slow
 def test_a_figure_gives_the_same_bytes_again(results):
     rows = rows_of(results)
     first, again = (figures.rendered(figures.steps(rows)) for _ in range(2))
