@@ -36,6 +36,8 @@ from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import BackendError, InputError
 from mxdit.generation.memory import Sampler, status
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -115,7 +117,6 @@ def test_what_is_too_large_for_the_reference_is_said(monkeypatch):
     assert not rows[-1].parts and rows[-1].ratio is None and "too large" in rows[-1].note
 
 
-@pytest.mark.slow
 def test_an_accelerator_is_measured_by_its_events_and_its_own_layout_by_its_own_kernels(npu):
     (rows,) = gemm.run([Product("test", 5, 512, 64, 5)], list(MODES), torch.device("npu:0"), 2)
     assert [row.method for row in rows] == ["bf16", *MODES, *MODES]
@@ -156,7 +157,6 @@ def taken() -> tuple[int, int]:
     return sampler.anon - before, sampler.rss - before
 
 
-@pytest.mark.slow
 def test_memory_that_is_taken_and_given_back_is_seen():
     anon, rss = alone(taken, environment=TIDY)  # elsewhere earlier tests may have left memory that is taken again
     assert anon > 60 << 20 and rss >= anon
@@ -242,7 +242,6 @@ def test_the_profiler_s_split_finds_linears_and_attention():
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_gemm_command(monkeypatch, capsys, tmp_path):
     code, out, _ = mxdit_command(
         monkeypatch, capsys, "bench", "gemm", "--shape", "3,64,32", "--method", "mxfp4", "--method", "w4a16",
@@ -255,7 +254,6 @@ def test_gemm_command(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "a.svg").stat().st_size
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="libraries emulate bf16 on demand on x86 only"
 )
@@ -290,7 +288,6 @@ def test_only_a_cpu_has_a_slow_bf16():
     assert (carrier.note(torch.bfloat16, "cpu") is None) == (baseline("cpu") == "bf16")
 
 
-@pytest.mark.slow
 def test_pipeline_command(monkeypatch, capsys, tmp_path):
     small = ["--size", "32x32", "--frames", 5, "--steps", 3]
     code, out, _ = mxdit_command(
@@ -304,7 +301,6 @@ def test_pipeline_command(monkeypatch, capsys, tmp_path):
     assert all(row["linear"] > 0 and row["attention"] > 0 and row["times"]["rounds"] == 2 for row in rows)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_measured_in_every_mode(tmp_path):
     source = tiny.save(tmp_path / "bf16")
     found = variants(source, False, ["mxfp4", "mxfp8"], tmp_path, lambda _: None)
@@ -323,7 +319,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "packed"
 
 
-@pytest.mark.slow
 def test_memory_command(monkeypatch, capsys, tmp_path, packed):
     small = ["--size", "16x16", "--frames", 5, "--steps", 2, "--model", "none"]
     code, out, _ = mxdit_command(monkeypatch, capsys, "bench", "memory", packed, *small, "--json", tmp_path / "a.json")
@@ -334,7 +329,6 @@ def test_memory_command(monkeypatch, capsys, tmp_path, packed):
     assert expert["model"] == weights["transformer"] and row["generating"] > 0 and row["rss"] > row["loading"]
 
 
-@pytest.mark.slow
 def test_load_command(monkeypatch, capsys, tmp_path, packed):
     code, out, _ = mxdit_command(
         monkeypatch, capsys, "bench", "load", packed, "--rounds", 1, "--json", tmp_path / "a.json"

@@ -18,6 +18,8 @@ from mxdit.evals.pages import figures, sheets
 from mxdit.evals.pages.reading import best, number, reading, rows_of
 from mxdit.evals.pages.report import write_report
 
+pytestmark = pytest.mark.slow
+
 STEPS, BLOCKS, FRAMES, SIDE = 8, 4, 9, 64
 # name, method, activation, rule, how, same_as, MiB, PSNR, velocity error, SQNR
 MODES = (
@@ -167,7 +169,6 @@ def out(results, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_the_page_is_whole_and_asks_for_nothing_from_elsewhere(out):
     text = (out / "report.html").read_text()
     page = Page(text)
@@ -258,7 +259,6 @@ def test_a_change_of_what_clips_show_is_said(results):
     assert "what the clips show changes measurably for mxfp4 uos online: Digit right -" in said
 
 
-@pytest.mark.slow
 def test_a_model_without_a_judge_or_a_second_expert_has_a_report_too(results, tmp_path):
     plain = copy.deepcopy(results)
     plain["model"]["boundary_ratio"] = plain["settings"]["guidance_2"] = None
@@ -279,7 +279,6 @@ def test_a_model_without_a_judge_or_a_second_expert_has_a_report_too(results, tm
     assert not Page(text).open and "judge" not in text and "worse than" not in text
 
 
-@pytest.mark.slow
 def test_a_figure_gives_the_same_bytes_again(results):
     rows = rows_of(results)
     first, again = (figures.rendered(figures.steps(rows)) for _ in range(2))

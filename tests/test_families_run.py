@@ -20,6 +20,8 @@ from mxdit.generation.session import Result
 from mxdit.models import SPECS
 from tiny_families import families, pipelines, tiny_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -51,7 +53,6 @@ def run(session: Session) -> Result:
     return result
 
 
-@pytest.mark.slow
 @pipelines
 def test_the_pipeline_runs_quantized_online_and_offline_alike(saved, tmp_path, spec, name):
     session = Session.open(saved[name])
@@ -68,7 +69,6 @@ def test_the_pipeline_runs_quantized_online_and_offline_alike(saved, tmp_path, s
     online.save(tmp_path / ("clip.png" if session.task == "t2i" else "clip.mp4"))
 
 
-@pytest.mark.slow
 @pipelines
 def test_guidance_changes_the_picture_and_the_pipeline_stays_as_it_was(saved, spec, name):
     session = Session.open(saved[name])
