@@ -27,7 +27,7 @@ lint: $(STAMP)
 
 quick: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/pytest -n 2 -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not slow"  # two processes on two cores
 
 test: lint
 	$(BIN)/pytest -n 2 --durations=15

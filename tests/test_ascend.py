@@ -351,6 +351,7 @@ def test_a_checkpoint_quantized_on_the_device_is_canonical(method, tmp_path, dev
         assert (tmp_path / "npu" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", tiny.TASKS)
 def test_a_whole_cascade(task, tmp_path, device):
     directory = tiny.save(tmp_path / "float", task)
@@ -427,6 +428,7 @@ def test_the_reference_computes_in_ieee_fp32_there(device):
 # -- the conformance command -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_threaded")
 @pytest.mark.parametrize(
     "case",  # rounding modes and rules are looked at above

@@ -183,7 +183,7 @@ MUTANTS = [
     ),
 ]
 
-pytestmark = pytest.mark.usefixtures("npu")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("npu")]
 
 
 def mutant(old: str, new: str) -> Any:

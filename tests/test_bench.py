@@ -37,6 +37,8 @@ from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import BackendError, InputError
 from mxdit.generation.memory import Sampler, status
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parent.parent / "docs"
 

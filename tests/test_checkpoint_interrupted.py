@@ -57,6 +57,7 @@ def killed_at(plan: CheckpointPlan, nbytes: int) -> None:
     plan.write(lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done >= nbytes else None)
 
 
+@pytest.mark.slow
 def test_killed_after_any_number_of_bytes(source, whole, tmp_path):
     out = tmp_path / "out"
     plan = plan_of(source, out)
@@ -79,6 +80,7 @@ def test_killed_after_any_number_of_bytes(source, whole, tmp_path):
     assert KILLS / 2 < resumed <= KILLS
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_again_and_again(source, whole, tmp_path):
     """From outside, wherever it is: between tensors or within one, before the first or after the last."""
     out = tmp_path / "out"

@@ -44,6 +44,7 @@ def read_mp4(path: Path) -> tuple[np.ndarray, int]:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), int(rate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "mxfp4", "mxfp4_dualscale", "mxfp8"])
 def test_generate_in_every_mode(monkeypatch, capsys, tmp_path, models, image, task, method):
     output = tmp_path / "clip.mp4"
@@ -77,6 +78,7 @@ def test_what_each_expert_runs_is_said(monkeypatch, capsys, tmp_path, models):
     assert "s per step" in out and "peak memory" in out
 
 
+@pytest.mark.slow
 def test_a_quantized_directory_runs_as_it_is_stored_and_says_so(monkeypatch, capsys, tmp_path, models):
     session = mxdit.Session.open(models["t2v"], method="mxfp4", components={"transformer_2": None})
     session.load().save_pretrained(tmp_path / "packed")

@@ -241,6 +241,7 @@ def test_parts_that_do_not_fit_each_other():
         mxdit.decode(mxdit.Packed(good.codes, good.scale, good.outer, "mxfp4"))
 
 
+@pytest.mark.slow
 def test_decoding_first_in_a_special_mode_leaves_nothing_behind():
     packed = mxdit.encode(torch.randn(2, 64), "mxfp4")
     expected = mxdit.decode(packed)

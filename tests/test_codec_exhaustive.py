@@ -14,6 +14,8 @@ import oracle
 from agreement import assert_as_dual_oracle, assert_as_oracle, every_pattern, single_codes
 from mxdit.numerics.formats import E2M1, E4M3, FORMATS
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     (fmt, rule, mode)
     for fmt in ("mxfp4", "mxfp8")

@@ -27,6 +27,7 @@ def nearest_code(value: float, element) -> int:
     return code + (half if math.copysign(1, value) < 0 else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS)
 @settings(max_examples=25)
 @given(data=st.data())

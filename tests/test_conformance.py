@@ -25,7 +25,7 @@ from mxdit.numerics.codec import _codes, _level_one_scale, _pack, decode_blocks,
 from mxdit.numerics.formats import FORMATS
 from native_cases import product_bounds
 
-pytestmark = pytest.mark.usefixtures("single_threaded")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_threaded")]
 CASES = {case.name: case for case in conformance.cases()}
 DUAL = FORMATS["mxfp4_dualscale"]
 

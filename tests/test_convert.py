@@ -118,6 +118,7 @@ def test_an_original_image_expert_loads(tmp_path):
     assert torch.isfinite(tiny.forward(loaded)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*CONFIGS, *ONLY_VLLM])
 def test_original_to_packed_to_vllm_omni_and_back(wan, tmp_path, method):
     diffusers = by_diffusers(wan, tmp_path / "diffusers")

@@ -275,6 +275,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "fmt"), LINEARS, ids=str)
 @pytest.mark.parametrize("m", [63, 64, 200], ids="M={}".format)
 @pytest.mark.parametrize("extreme", [False, True], ids=["plain", "extreme"])
@@ -354,6 +355,7 @@ def test_calls_from_several_threads_at_once():
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("before", ["y()", "torch.randn(1500, 1500) @ torch.randn(1500, 1500)"])
 def test_a_forked_child_computes_the_same(before):
@@ -377,6 +379,7 @@ print("status", status, answer[8:] == y()[:60000])
     assert done.stdout.split() == ["status", "0", "True"], done.stderr
 
 
+@pytest.mark.slow
 def test_the_environment_forces_a_path():
     code = "import mxdit; from mxdit.backends import cpu; print(cpu.selected(), cpu.why_not())"
     for path in cpu.paths():

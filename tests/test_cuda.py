@@ -28,6 +28,8 @@ pytest.importorskip("triton", minversion="3.9")  # whose interpreter has FMA and
 from interpreted import interpreted  # after triton is known to be there
 from mxdit.backends import triton_codec, triton_matmul
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROUTES = ("int8", "bf16", "fp4")
 # All but what differs from another case in the rounding mode alone, and takes the interpreter long.

@@ -173,6 +173,7 @@ print(sum(isinstance(module, mxdit.MXLinear) for module in pipe.transformer_2.mo
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -189,6 +190,7 @@ def test_a_converted_directory_loads_as_the_readme_shows(source, tmp_path, impor
     assert output_of("-c", README.format(imports=imports, directory=str(tmp_path))).strip() == "20"
 
 
+@pytest.mark.slow
 def test_importing_mxdit_imports_no_host_and_leaves_its_modules_as_they_are():
     program = """
 import sys, mxdit
@@ -205,6 +207,7 @@ print("class DiffusersAutoQuantizer" in inspect.getsource(auto), "mxfp4" in auto
     assert lines == ["", "1", "0", "SourceFileLoader SourceFileLoader", "True True"]
 
 
+@pytest.mark.slow
 def test_loading_never_holds_a_float_copy(tmp_path):
     """A checkpoint in FP32, as Wan2.2 is published: online and offline peaks of RssAnon under the limit."""
     out = tmp_path / "rows.json"

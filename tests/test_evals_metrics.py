@@ -175,6 +175,7 @@ def test_the_judge_asks_for_held_out_captions_and_reads_their_clips(task):
         judge.samples(10_000)
 
 
+@pytest.mark.slow
 def test_the_judge_reads_real_clips_and_notices_a_wrong_one():
     digits = pytest.importorskip("mxdit_models.digits")
     judge = judge_for(directory.open_model(directory.bundled("i2v")), "i2v")

@@ -18,6 +18,8 @@ from mxdit.evals.pages import figures, sheets
 from mxdit.evals.pages.reading import best, number, reading, rows_of
 from mxdit.evals.pages.report import write_report
 
+pytestmark = pytest.mark.slow
+
 STEPS, BLOCKS, FRAMES, SIDE = 8, 4, 9, 64
 # name, method, activation, rule, how, same_as, MiB, PSNR, velocity error, SQNR
 MODES = (

@@ -24,6 +24,8 @@ from mxdit.evals import run as evaluations
 from mxdit.evals.metrics.definitions import DEFINITIONS
 from mxdit.evals.metrics.networks import ADAPTERS
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4", "--metrics", "psnr_db,flicker"]
 PROMPTS = "a red seven moving left\n\na blue three moving right\n"
 

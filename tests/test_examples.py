@@ -16,6 +16,8 @@ from safetensors import safe_open
 import tiny
 from mxdit.checkpoint import quantize_checkpoint
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROGRAMS = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
 COMMANDS = str(Path(sys.executable).parent)  # where `mxdit` is installed

@@ -15,6 +15,8 @@ import mxdit
 import tiny
 from mxdit.backends import cpu
 
+pytestmark = pytest.mark.slow
+
 OPS = torch.ops.mxdit
 CASTS = [torch.bfloat16, torch.float16, torch.float32]
 

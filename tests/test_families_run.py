@@ -20,6 +20,8 @@ from mxdit.generation.session import Result
 from mxdit.models import SPECS
 from tiny_families import families, pipelines, tiny_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

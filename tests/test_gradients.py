@@ -90,6 +90,7 @@ def test_gradients_reach_the_input_of_a_quantized_transformer():
     assert float(latents.grad.abs().sum()) > 0 and float(text.grad.abs().sum()) > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_has_the_same_gradient():
     layer, x = layer_of("mxfp4", "mxfp4"), torch.randn(4, 576).bfloat16()
     grads = []

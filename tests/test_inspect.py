@@ -174,6 +174,7 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], Any], str, str, str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, edit, where, what, seen, wanted", BROKEN.values(), ids=BROKEN.keys())
 def test_each_fault_is_named(monkeypatch, capsys, experts, tmp_path, name, edit, where, what, seen, wanted):
     folder = shutil.copytree(experts[name], tmp_path / "broken")

@@ -200,6 +200,7 @@ def test_copies_compute_alike(method, activation, scheme):
         assert same_state(m, other) and other.scheme == scheme and torch.equal(other(x), m(x))
 
 
+@pytest.mark.slow
 @case
 def test_compiled_whole(method, activation, scheme):
     torch.compiler.reset()
@@ -207,6 +208,7 @@ def test_compiled_whole(method, activation, scheme):
     assert torch.equal(torch.compile(m, fullgraph=True, backend="aot_eager")(x), m(x))
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor():
     torch.compiler.reset()
     model = nn.Sequential(layer("mxfp4", k=64, n=64), nn.GELU(), layer("mxfp4_dualscale", k=64)).eval()

@@ -180,6 +180,7 @@ def test_worked_example_c():
     assert np.float32(wide.item()) == np.float32(-0.27500004)
 
 
+@pytest.mark.slow
 @on_every_path
 @pytest.mark.parametrize("k", [2, 64, 512, 544, 1536, 2100])
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -14,6 +14,8 @@ from mxdit.generation import directory, media
 from mxdit.generation.session import Session
 from processes import output_of
 
+pytestmark = pytest.mark.slow
+
 STOCK = """
 import sys
 import numpy as np, torch

@@ -95,6 +95,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, overrides", CONFIGS.values(), ids=CONFIGS.keys())
 def test_every_config_as_online(source, tmp_path, method, overrides):
     pipe = WanPipeline.from_pretrained(
@@ -109,6 +110,7 @@ def test_every_config_as_online(source, tmp_path, method, overrides):
     assert inspect_checkpoint(tmp_path / "offline").clean
 
 
+@pytest.mark.slow
 def test_the_pipeline_loads_and_draws_the_same_pixels(source, tmp_path):
     quantize_checkpoint(source, tmp_path / "packed", "mxfp4_dualscale", shard_size=100_000).write()
     offline = WanPipeline.from_pretrained(tmp_path / "packed", torch_dtype=torch.bfloat16)

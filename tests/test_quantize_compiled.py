@@ -15,6 +15,7 @@ def fresh():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_quantized_and_set_like_the_model_itself(tmp_path):
     model, plain = (tiny.transformer().bfloat16() for _ in range(2))
     compiled = torch.compile(model, backend="eager")
@@ -38,6 +39,7 @@ def test_a_compiled_model_is_quantized_and_set_like_the_model_itself(tmp_path):
     assert tiny.same(WanTransformer3DModel.from_pretrained(tmp_path), plain)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place():
     model, plain = (tiny.transformer().bfloat16() for _ in range(2))
     model.compile(backend="eager")

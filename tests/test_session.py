@@ -255,6 +255,7 @@ def test_files_by_their_ending(session, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "one.png"]
 
 
+@pytest.mark.slow
 def test_loading_says_nothing_that_a_user_cannot_act_on(directory):
     code = (
         "import sys, mxdit; from mxdit.generation import loading; from transformers.utils import logging; "

@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline
 import mxdit
 import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("task", tiny.TASKS)
 @pytest.mark.parametrize("method", ["mxfp4", "mxfp4_dualscale", "mxfp8"])
