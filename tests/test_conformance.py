@@ -21,8 +21,9 @@ from mxdit.conformance.acceptance import acceptance
 from mxdit.conformance.calls import Call
 from mxdit.conformance.case import Case, generator
 from mxdit.conformance.compare import Finding, compare
-from mxdit.numerics.codec import _codes, _level_one_scale, _pack, decode_blocks, encode
+from mxdit.numerics.codec import _codes, _pack, decode_blocks, encode
 from mxdit.numerics.formats import FORMATS
+from mxdit.numerics.scales import level_one_scale
 from native_cases import product_bounds
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_threaded")]
@@ -175,7 +176,7 @@ def dual_by(quotient, x, mul_scale, mode):
     scale = l0.repeat_interleave(512, -1)[..., :k]
     t = torch.where(x == 0, x.float(), torch.where(scale == 0, torch.inf, quotient(x, scale).float()))
     blocks = torch.nn.functional.pad(t, (0, -k % 32)).view(-1, l1.shape[-1], 32)
-    byte, reciprocal = _level_one_scale(blocks.abs().amax(-1), DUAL)
+    byte, reciprocal = level_one_scale(blocks.abs().amax(-1), DUAL)
     packed = _pack(_codes(blocks * reciprocal[..., None], DUAL.element, mode, x.dtype), k, DUAL)
     return packed.view(codes.shape), l0, byte.to(torch.uint8).view(l1.shape)
 
