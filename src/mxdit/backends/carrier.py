@@ -7,16 +7,18 @@ from functools import cache
 
 import torch
 
+from mxdit.backends.environment import one_thread
+
 SLOW = 1.5  # times as long as FP32: with instructions for it BF16 takes half as long, and emulated 3 to 40 times
-_SIZE = 256  # of the square product that is timed: 1 ms, and 10 where it is emulated
-_CALLS = 4  # of which the fastest counts; the first one compiles
+_SIZE = 256  # of the square product that is timed: 1 ms, and 10 to 30 where it is emulated
+_CALLS = 8  # of which the fastest counts; the first one compiles
 
 
 @cache
 def slowdown(dtype: torch.dtype) -> float:
     """How many times as long as in FP32 a linear of torch's takes on this CPU in ``dtype``; below 1 is faster.
 
-    It is measured, once a process, in up to 0.1 s. What the CPU has does not tell: torch and the libraries below it also go
+    It is measured, once a process, in up to 0.3 s. What the CPU has does not tell: torch and the libraries below it also go
     by their version and by variables such as ``ONEDNN_MAX_CPU_ISA``.
 
     Args:
@@ -48,8 +50,9 @@ def note(dtype: torch.dtype, device: str) -> str | None:
 def _seconds(dtype: torch.dtype) -> float:
     x = torch.ones(_SIZE, _SIZE, dtype=dtype)
     taken = []
-    for _ in range(_CALLS):
-        started = time.perf_counter()
-        torch.nn.functional.linear(x, x)
-        taken.append(time.perf_counter() - started)
+    with one_thread():  # or a busy neighbour would keep the other threads, and the answer, waiting
+        for _ in range(_CALLS):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, x)
+            taken.append(time.perf_counter() - started)
     return min(taken)
