@@ -24,6 +24,8 @@ from mxdit.checkpoint import quantize_checkpoint
 from mxdit.layers import MXLinear
 from mxdit.numerics.formats import FORMATS, SCHEMES
 
+pytestmark = pytest.mark.slow
+
 OPS = torch.ops.mxdit
 LINEARS = [(scheme, fmt) for scheme, row in SCHEMES.items() for fmt in row.weights]
 ENCODINGS = [

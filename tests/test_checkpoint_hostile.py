@@ -20,6 +20,8 @@ from mxdit.checkpoint.folders import open_tensors
 from mxdit.errors import CheckpointError
 from safefiles import bits, entry, raw
 
+pytestmark = pytest.mark.slow
+
 FUZZ = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

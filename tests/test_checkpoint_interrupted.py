@@ -23,6 +23,8 @@ from mxdit.checkpoint.writer import PLAN, new_directory
 from mxdit.errors import CheckpointError, InputError
 from safefiles import contents
 
+pytestmark = pytest.mark.slow
+
 SHARD = 60_000  # some five shards an expert
 KILLS = 20
 

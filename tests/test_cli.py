@@ -16,6 +16,8 @@ import mxdit
 import tiny
 from command import mxdit_command
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--size", "16x16", "--frames", "5", "--steps", "4"]
 
 

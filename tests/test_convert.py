@@ -19,6 +19,8 @@ from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_ch
 from mxdit.errors import CheckpointError, InputError
 from safefiles import contents
 
+pytestmark = pytest.mark.slow
+
 QKV = ["attn1.to_q", "attn1.to_k", "attn1.to_v"]
 KEPT = [f"blocks.0.{name}" for name in (*QKV, "attn2.to_out.0", "ffn.net.2")]
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -15,6 +15,8 @@ import layouts
 from layouts import OUT, UP, Config, Q, change, change_json
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint
 
+pytestmark = pytest.mark.slow
+
 DESCRIPTION = "quant_model_description.json"
 RUNTIME_QKV = "blocks.0.attn1.to_qkv"
 

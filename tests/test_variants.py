@@ -20,6 +20,8 @@ from mxdit.errors import InputError
 from mxdit.generation import loading
 from mxdit.generation.directory import open_model
 
+pytestmark = pytest.mark.slow
+
 
 def saved(folder: Path, **kwargs: Any) -> Path:
     """The pipeline in FP16; transformers and text encoder in shards that an index lists."""
