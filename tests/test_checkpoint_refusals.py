@@ -17,6 +17,8 @@ from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import CheckpointError, ConfigError, InputError, MXDiTError
 from safefiles import contents
 
+pytestmark = pytest.mark.slow
+
 SHARD = 100_000  # some three shards an expert
 
 

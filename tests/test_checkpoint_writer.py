@@ -21,6 +21,8 @@ from mxdit.errors import CheckpointError, InputError
 from mxdit.numerics.formats import TensorInfo
 from safefiles import bits, contents
 
+pytestmark = pytest.mark.slow
+
 SHARD = 100_000  # some three shards an expert
 
 

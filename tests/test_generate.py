@@ -16,6 +16,8 @@ from mxdit.generation.directory import open_model
 from mxdit.generation.request import make_request
 from mxdit.models import SPECS
 
+pytestmark = pytest.mark.slow
+
 
 def directory(root: Path, task: str, *, layers: int, heads: int, boundary: float | None, ti2v: bool = False) -> Path:
     """The JSON files of a published model, without its weights."""

@@ -18,6 +18,8 @@ import tiny
 from layouts import DOWN, OUT, UP, K, Q, Tensors, V, change
 from mxdit.checkpoint import quantize_checkpoint
 
+pytestmark = pytest.mark.slow
+
 RUNTIMES = ("diffusers + mxdit", "vLLM-Omni 0.30", "SGLang 0.5.23")
 
 

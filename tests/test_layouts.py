@@ -20,6 +20,8 @@ from mxdit.checkpoint.layouts import LAYOUTS, TARGETS
 from mxdit.checkpoint.sources import open_folder
 from mxdit.models.wan import WAN
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 

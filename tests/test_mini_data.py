@@ -8,6 +8,8 @@ import torch
 
 from mxdit_models import digits as data
 
+pytestmark = pytest.mark.slow
+
 
 def test_no_scan_is_in_two_splits():
     splits = [data.scans(name)[0].flatten(1) for name in ("train", "judge", "test")]

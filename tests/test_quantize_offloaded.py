@@ -21,6 +21,8 @@ import mxdit
 import tiny
 from mxdit import ModelError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FP8 = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.bfloat16}
 ROOMS = ("rope", "patch_embedding", "condition_embedder", "norm_out", "proj_out", "scale_shift_table", "blocks.1")

@@ -19,6 +19,8 @@ import tiny
 from mxdit.errors import Cancelled, CheckpointError, ConfigError, InputError, ModelError
 from mxdit.generation.session import Result, Session
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"prompt": "a red seven", "size": (16, 16), "frames": 5, "steps": 4, "guidance": 3.0}
 
 
