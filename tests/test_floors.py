@@ -22,7 +22,7 @@ FLOORS = (
     {"models", "config"},
     {"ops"},
     {"backends"},
-    {"weights"},
+    {"weights", "shards"},
     {"layers"},
     {"quantize"},
     {"conformance", "checkpoint"},

@@ -23,6 +23,7 @@ from mxdit.quantize.activations import set_activation
 from mxdit.quantize.apply import quantize_
 from mxdit.quantize.plan import plan
 from mxdit.quantize.report import QuantReport, report_of
+from mxdit.shards import Shard, shard
 from mxdit.version import __version__
 from mxdit.weights import quantize_weight
 
@@ -63,6 +64,7 @@ __all__ = [
     "Result",
     "Scales",
     "Session",
+    "Shard",
     "__version__",
     "decode",
     "encode",
@@ -72,4 +74,5 @@ __all__ = [
     "quantize_weight",
     "report_of",
     "set_activation",
+    "shard",
 ]
