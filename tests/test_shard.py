@@ -7,7 +7,9 @@ so every path of the CPU must give each rank's result bit for bit, and with them
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 import mxdit
 import oracle
-from mxdit.bench.shapes import A14B, MINI, TI2V_5B
+from mxdit.bench.shapes import A14B, MINI, PUBLISHED, TI2V_5B, Wan
 from mxdit.errors import FormatError
 from mxdit.numerics.formats import FORMATS, SCHEMES, TensorInfo
 
@@ -267,6 +269,56 @@ def test_a_weight_of_a_broken_last_block_is_its_own_only_shard():
     held, shard = mxdit.shard(parts, "mxfp4_dualscale", "row", 0, 1)
     assert all(torch.equal(held[name], part) for name, part in parts.items()) and shard.in_features == 1100
 
+
+# -- figures of the documents --------------------------------------------------------------------------------------------
+
+
+def zeros(model: Wan, degree: int, names: str) -> str:
+    """What zeros in front cost, as docs/numerics.md has it: percent for the slowest rank of each layer (mean over ranks)."""
+
+    def phases(k: int) -> list[int]:
+        return [mxdit.Shard("mxfp4_dualscale", model.dim, k, "row", rank, degree).phase for rank in range(degree)]
+
+    rows = model.tokens("720p")
+    out, ffn = phases(model.dim), phases(model.ffn)
+    if names == "all linears":
+        added = [2 * max(out) + max(ffn), (2 * sum(out) + sum(ffn)) / degree]
+        total = sum(m * layer.k * layer.n * layer.count for m, layer in model.gemms(rows)) / (rows * model.dim)
+    else:
+        found = ffn if names == "`ffn.2`" else out
+        added, total = [max(found), sum(found) / degree], model.ffn if found is ffn else model.dim
+    slowest, mean = (100 * a * degree / total for a in added)
+    return f"{slowest:.1f} ({mean:.1f})"
+
+
+def test_the_table_of_padded_work_is_what_shards_hold():
+    text = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text()
+    table = re.findall(r"^\| (A14B|TI2V-5B) (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    assert len(table) == 6
+    for model, names, *cells in table:
+        assert cells == [zeros(PUBLISHED[model], degree, names) for degree in (2, 4, 8)], (model, names)
+
+
+@pytest.mark.parametrize("outliers", (0, 27))
+def test_ranks_are_as_accurate_as_one_device(outliers):
+    k = A14B.ffn
+    x, weight = torch.randn(64, k), (torch.randn(32, k) * 0.02).bfloat16()
+    x[:, torch.randperm(k)[:outliers]] *= 30
+    x = x.bfloat16()
+    parts, exact = mxdit.quantize_weight(weight, "mxfp4_dualscale"), x.double() @ weight.double().T
+    errors = []
+    for degree in DEGREES:
+        results = [
+            result(x, parts, torch.zeros(32).bfloat16(), "mxfp4_dualscale", "mxfp4", r, degree) for r in range(degree)
+        ]
+        total = results[0]
+        for partial in results[1:]:
+            total = total + partial  # in bf16, as all-reduces add
+        errors.append(float((total.double() - exact).norm() / exact.norm()))
+    assert 0.15 < errors[0] < 0.18 and max(errors) < 1.005 * errors[0], errors
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------
 
 LAYER = "blocks.3.ffn.net.2"
 
