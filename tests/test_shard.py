@@ -199,6 +199,21 @@ def test_columns_are_columns_of_the_result(path, method, activation, smooth):
     assert {shard.phase for _, shard in held} == {0}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, where a device says nothing
+@pytest.mark.parametrize(("method", "activation", "smooth"), LINEARS, ids=str)
+@pytest.mark.parametrize(("k", "degree"), [(1536, 4), (13824, 2)])
+def test_triton_kernels_compute_what_is_defined(method, activation, smooth, k, degree):
+    pytest.importorskip("triton", minversion="3.9")
+    from interpreted import interpreted
+
+    x, parts, bias = case(method, activation, smooth, k)
+    for rank, defined_result in enumerate(expected(method, activation, smooth, k, degree)):
+        with interpreted():
+            got = result(x, parts, bias, method, activation, rank, degree)
+        assert torch.equal(got, defined_result), rank
+
+
 # -- tensors -------------------------------------------------------------------------------------------------------------
 
 
