@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -126,9 +127,9 @@ class Shard:
             whole: the tensor of that name, in canonical layout, on any device, meta included.
 
         Returns:
-            The tensor that `record` names: a view of ``whole`` where nothing is put in front, else of its own. In front of a
-            phase's channels are zero codes under scale bytes of 0, which is what zeros are encoded to, and factors of 1.
-            A group that two ranks share has its outer scale on both.
+            The tensor that `record` names: a view of ``whole`` where nothing is put in front, else of its own. What is put
+            there is zero codes, under the scale of the block behind them, and factors of 1. A group that two ranks share
+            has its outer scale on both.
 
         Raises:
             FormatError: ``whole`` is not that tensor of the whole linear.
@@ -149,7 +150,13 @@ class Shard:
         first, last = self.start // step, -(-self.stop // step)
         held = whole.narrow(0 if name == "mul_scale" else 1, first, last - first)
         front = self.phase // step  # none of an outer scale: a phase is less than a group
-        return F.pad(held, (front, 0), value=1 if name == "mul_scale" else 0) if front else held
+        if not front:
+            return held
+        if (
+            name == "weight_scale"
+        ):  # zeros have any scale: one that leaves a group as narrow as it was for integer kernels
+            return torch.cat((held[:, :1].expand(-1, front), held), 1)
+        return F.pad(held, (front, 0), value=1 if name == "mul_scale" else 0)
 
 
 def shard(
