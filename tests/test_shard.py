@@ -201,8 +201,11 @@ def test_columns_are_columns_of_the_result(path, method, activation, smooth):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, where a device says nothing
-@pytest.mark.parametrize(("method", "activation", "smooth"), LINEARS, ids=str)
-@pytest.mark.parametrize(("k", "degree"), [(1536, 4), (13824, 2)])
+@pytest.mark.parametrize(
+    ("method", "activation", "smooth", "k", "degree"),
+    [(*linear, 1536, 4) for linear in LINEARS] + [("mxfp4_dualscale", "mxfp4", True, 13824, 2)],
+    ids=str,
+)
 def test_triton_kernels_compute_what_is_defined(method, activation, smooth, k, degree):
     pytest.importorskip("triton", minversion="3.9")
     from interpreted import interpreted
@@ -214,6 +217,7 @@ def test_triton_kernels_compute_what_is_defined(method, activation, smooth, k, d
         assert torch.equal(got, defined_result), rank
 
 
+@pytest.mark.slow
 def test_the_operators_of_an_npu_take_shards(npu):
     x, parts, bias = case("mxfp4_dualscale", "mxfp4", True, 1536)
     for rank, defined_result in enumerate(expected("mxfp4_dualscale", "mxfp4", True, 1536, 4)):
