@@ -1,232 +1,20 @@
-"""Shards of a quantized linear: slices of the whole one's tensors, whose products are what docs/numerics.md 5.5 defines.
-
-The definition is written here once more, by the oracle and without `mxdit.shard`: a rank's channels are cut at the whole
-weight's multiples of 512, and each piece is quantized by itself. Inputs are such that no order of a sum matters (asserted),
-so every path of the CPU must give each rank's result bit for bit, and with them their sum.
-"""
+"""Shards of a quantized linear are slices of the whole one's tensors; what cannot be split is refused."""
 
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mxdit
-import oracle
-from mxdit.bench.shapes import A14B, MINI, PUBLISHED, TI2V_5B, Wan
+from mxdit.bench.shapes import PUBLISHED, Wan
 from mxdit.errors import FormatError
-from mxdit.numerics.formats import FORMATS, SCHEMES, TensorInfo
-
-WIDTHS = sorted({layer.k for model in (A14B, TI2V_5B, MINI) for layer in model.layers})
-DEGREES = (1, 2, 4, 8)
-SPLITS = [(k, degree) for k in WIDTHS for degree in DEGREES if k % (32 * degree) == 0]
-LINEARS = [
-    (method, scheme.activation, smooth)
-    for method, row in FORMATS.items()
-    for scheme in SCHEMES.values()
-    if method in scheme.weights
-    for smooth in ((False, True) if row.smooths else (False,))
-]
-ROWS, OUTPUTS = 17, 6
-
-
-# -- the definition ------------------------------------------------------------------------------------------------------
-
-
-def quantum(x: np.ndarray) -> float:
-    """The largest power of two that every number of x is a multiple of."""
-    significand, exponent = np.frexp(x[x != 0])
-    whole = np.ldexp(significand, 53).astype(np.int64)
-    return float(np.ldexp((whole & -whole).astype(float), exponent - 53).min())
-
-
-def exact_product(a: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """a @ w.T of numbers whose sums fit 24 bits in any order."""
-    assert (abs(a) @ abs(w).T).max() <= 2.0**24 * quantum(a) * quantum(w), "the inputs of this test spread too far"
-    return a @ w.T
-
-
-def activation_of(
-    x: np.ndarray, factors: np.ndarray | None, method: str, activation: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values without an outer scale, and the outer scale (rows, 1), of channels that lie in one group."""
-    one = np.ones((len(x), 1))
-    if activation == "mxfp4" and method == "mxfp4_dualscale":
-        codes, outer, byte = oracle.encode_dual(x, "rint", oracle.BF16, factors)
-        return oracle.values(codes, byte, "mxfp4"), outer
-    if factors is not None:
-        x = oracle.to_float(x * factors, oracle.BF16)
-    if activation == "bf16":
-        return x, one
-    codes, byte = oracle.encode(x, activation, "uos" if activation == "mxfp4" else "ocp", "rint", oracle.BF16)
-    return oracle.values(codes, byte, activation), one
-
-
-def defined(
-    x: torch.Tensor,
-    parts: dict[str, torch.Tensor],
-    bias: torch.Tensor,
-    method: str,
-    activation: str,
-    start: int,
-    stop: int,
-) -> torch.Tensor:
-    """(M, N) bf16 of the rank that holds channels [start, stop) of x and the whole weight's ``parts``; 0 has the bias."""
-    values, codes = x.double().numpy(), parts["weight"].numpy()
-    codes = codes if method == "mxfp8" else oracle.unpack(codes)
-    weight = oracle.values(codes, parts["weight_scale"].numpy(), method)
-    factors = parts["mul_scale"].double().numpy() if "mul_scale" in parts else None
-    first = bias.double().numpy() if start == 0 else np.zeros(len(weight))
-    if method != "mxfp4_dualscale":
-        held, _ = activation_of(
-            values[:, start:stop], None if factors is None else factors[start:stop], method, activation
-        )
-        total = oracle.to_float(exact_product(held, weight[:, start:stop]) + first, oracle.FP32)
-        return torch.from_numpy(oracle.to_float(total, oracle.BF16)).bfloat16()
-    outer = parts["weight_dual_scale"].squeeze(-1).double().numpy()
-    acc = np.broadcast_to(first, (len(values), len(weight)))
-    for group in range(start // 512, -(-stop // 512)):
-        piece = slice(max(start, group * 512), min(stop, (group + 1) * 512))
-        held, level_0 = activation_of(values[:, piece], None if factors is None else factors[piece], method, activation)
-        p = exact_product(held, weight[:, piece])
-        acc = np.vectorize(oracle.fma)(p, oracle.to_float(level_0 * outer[:, group], oracle.FP32), acc)
-    return torch.from_numpy(oracle.to_float(acc, oracle.BF16)).bfloat16()
-
-
-# -- inputs --------------------------------------------------------------------------------------------------------------
-
-
-def whole(method: str, k: int, smooth: bool, activation: str, n: int = OUTPUTS) -> dict[str, torch.Tensor]:
-    """The tensors of a linear, quantized whole."""
-    weight = torch.randn(n, k) * 0.1
-    factors = torch.exp2(torch.randint(-1, 2, (k,))) if activation != "mxfp4" else torch.rand(k) + 0.5
-    if method == "mxfp8":
-        weight = torch.randint(-4, 5, (n, k)).float()
-    return mxdit.quantize_weight(weight.bfloat16(), method, mul_scale=factors if smooth else None)
-
-
-def inputs(k: int, activation: str, rows: int = ROWS) -> torch.Tensor:
-    """Gaussian numbers whose groups differ; small whole ones where more than four bits of them are multiplied."""
-    if activation != "mxfp4":
-        return torch.randint(-7, 8, (rows, k)).bfloat16()
-    return (torch.randn(rows, k) * torch.exp2(torch.arange(k) // 96 % 5)).bfloat16()
-
-
-@cache
-def case(method: str, activation: str, smooth: bool, k: int, n: int = OUTPUTS, rows: int = ROWS):
-    torch.manual_seed(k)
-    return inputs(k, activation, rows), whole(method, k, smooth, activation, n), torch.arange(n) - n / 2
-
-
-@cache
-def expected(method: str, activation: str, smooth: bool, k: int, degree: int) -> list[torch.Tensor]:
-    """What each rank's result is, by the definition."""
-    x, parts, bias = case(method, activation, smooth, k)
-    width = k // degree
-    return [defined(x, parts, bias, method, activation, r * width, (r + 1) * width) for r in range(degree)]
-
-
-def product(
-    x: torch.Tensor, parts: dict[str, torch.Tensor], bias: torch.Tensor | None, method: str, activation: str
-) -> torch.Tensor:
-    """What a layer that holds the tensors computes."""
-    n, k = parts["weight"].shape[0], x.shape[-1]
-    smooth = "mul_scale" in parts
-    layer = mxdit.MXLinear(k, n, False, method=method, activation=activation, smooth=smooth, device="meta")
-    layer.load(parts)
-    if bias is not None:
-        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
-    return layer(x)
-
-
-def result(
-    x: torch.Tensor,
-    parts: dict[str, torch.Tensor],
-    bias: torch.Tensor,
-    method: str,
-    activation: str,
-    rank: int,
-    degree: int,
-) -> torch.Tensor:
-    """A row-parallel rank's, as a caller of `mxdit.shard` computes it."""
-    held, shard = mxdit.shard(parts, method, "row", rank, degree)
-    x = F.pad(x[:, shard.start : shard.stop], (shard.phase, 0))
-    return product(x, held, bias if rank == 0 else None, method, activation)
-
-
-# -- products ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("method", "activation", "smooth"), LINEARS, ids=str)
-@pytest.mark.parametrize("k", [pytest.param(k, marks=pytest.mark.slow if k > MINI.ffn else ()) for k in WIDTHS])
-def test_every_rank_computes_what_is_defined(path, method, activation, smooth, k):
-    x, parts, bias = case(method, activation, smooth, k)
-    for degree in (degree for width, degree in SPLITS if width == k):
-        for rank, defined_result in enumerate(expected(method, activation, smooth, k, degree)):
-            got = result(x, parts, bias, method, activation, rank, degree)
-            assert torch.equal(got, defined_result), (degree, rank)
-    assert torch.equal(expected(method, activation, smooth, k, 1)[0], product(x, parts, bias, method, activation))
-
-
-@pytest.mark.parametrize(("method", "activation", "smooth"), LINEARS, ids=str)
-@pytest.mark.parametrize(("k", "degree"), [(3072, 2), (14336, 4), (1536, 1)])
-def test_one_device_gives_the_same_where_no_group_is_cut_and_one_rank_has_all(
-    path, method, activation, smooth, k, degree
-):
-    """The other ranks add zeros then."""
-    x, parts, _ = case(method, activation, smooth, k)
-    width = k // degree
-    for rank in range(degree):
-        alone = torch.zeros_like(x)
-        alone[:, rank * width : (rank + 1) * width] = x[:, rank * width : (rank + 1) * width]
-        partial = [result(alone, parts, torch.zeros(OUTPUTS), method, activation, r, degree) for r in range(degree)]
-        assert torch.equal(torch.stack(partial).sum(0), product(alone, parts, torch.zeros(OUTPUTS), method, activation))
-
-
-@pytest.mark.parametrize(("method", "activation", "smooth"), LINEARS, ids=str)
-def test_columns_are_columns_of_the_result(path, method, activation, smooth):
-    x, parts, bias = case(method, activation, smooth, 1536, 40)
-    held = [mxdit.shard(parts, method, "column", rank, 8) for rank in range(8)]
-    columns = [product(x, shares, bias[shard.start : shard.stop], method, activation) for shares, shard in held]
-    assert torch.equal(torch.cat(columns, -1), product(x, parts, bias, method, activation))
-    assert {shard.phase for _, shard in held} == {0}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, where a device says nothing
-@pytest.mark.parametrize(
-    ("method", "activation", "smooth", "k", "degree"),
-    [(*linear, 1536, 4) for linear in LINEARS] + [("mxfp4_dualscale", "mxfp4", True, 13824, 2)],
-    ids=str,
-)
-def test_triton_kernels_compute_what_is_defined(method, activation, smooth, k, degree):
-    pytest.importorskip("triton", minversion="3.9")
-    from interpreted import interpreted
-
-    x, parts, bias = case(method, activation, smooth, k)
-    for rank, defined_result in enumerate(expected(method, activation, smooth, k, degree)):
-        with interpreted():
-            got = result(x, parts, bias, method, activation, rank, degree)
-        assert torch.equal(got, defined_result), rank
-
-
-@pytest.mark.slow
-def test_the_operators_of_an_npu_take_shards(npu):
-    x, parts, bias = case("mxfp4_dualscale", "mxfp4", True, 1536)
-    for rank, defined_result in enumerate(expected("mxfp4_dualscale", "mxfp4", True, 1536, 4)):
-        on_device = {name: part.to("npu") for name, part in parts.items()}
-        got = result(x.to("npu"), on_device, bias.to("npu"), "mxfp4_dualscale", "mxfp4", rank, 4)
-        assert torch.equal(got.cpu(), defined_result), rank
-
-
-# -- tensors -------------------------------------------------------------------------------------------------------------
+from mxdit.numerics.formats import FORMATS, TensorInfo
+from ranks import OUTPUTS, SPLITS, whole
 
 
 def decoded(parts: dict[str, torch.Tensor], method: str) -> torch.Tensor:
@@ -324,25 +112,6 @@ def test_the_table_of_padded_work_is_what_shards_hold():
     assert len(table) == 6
     for model, names, *cells in table:
         assert cells == [zeros(PUBLISHED[model], degree, names) for degree in (2, 4, 8)], (model, names)
-
-
-@pytest.mark.parametrize("outliers", (0, 27))
-def test_ranks_are_as_accurate_as_one_device(outliers):
-    k = A14B.ffn
-    x, weight = torch.randn(64, k), (torch.randn(32, k) * 0.02).bfloat16()
-    x[:, torch.randperm(k)[:outliers]] *= 30
-    x = x.bfloat16()
-    parts, exact = mxdit.quantize_weight(weight, "mxfp4_dualscale"), x.double() @ weight.double().T
-    errors = []
-    for degree in DEGREES:
-        results = [
-            result(x, parts, torch.zeros(32).bfloat16(), "mxfp4_dualscale", "mxfp4", r, degree) for r in range(degree)
-        ]
-        total = results[0]
-        for partial in results[1:]:
-            total = total + partial  # in bf16, as all-reduces add
-        errors.append(float((total.double() - exact).norm() / exact.norm()))
-    assert 0.15 < errors[0] < 0.18 and max(errors) < 1.005 * errors[0], errors
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------------
