@@ -152,9 +152,7 @@ class Shard:
         front = self.phase // step  # none of an outer scale: a phase is less than a group
         if not front:
             return held
-        if (
-            name == "weight_scale"
-        ):  # zeros have any scale: one that leaves a group as narrow as it was for integer kernels
+        if name == "weight_scale":  # a scale that makes the group no wider: integer kernels are faster over narrow ones
             return torch.cat((held[:, :1].expand(-1, front), held), 1)
         return F.pad(held, (front, 0), value=1 if name == "mul_scale" else 0)
 
