@@ -16,10 +16,13 @@ def single_codes(packed: mxdit.Packed) -> np.ndarray:
     return codes if packed.format.per_byte == 1 else oracle.unpack(codes)
 
 
-def assert_as_oracle(x: torch.Tensor, fmt: str, rule: str, mode: str) -> None:
+def assert_as_oracle(x: torch.Tensor, fmt: str, rule: str, mode: str, mul_scale: torch.Tensor | None = None) -> None:
     """Single-level codes and scales of x (rows, K) are the oracle's."""
-    packed = mxdit.encode(x, fmt, rule, mode)
-    codes, byte = oracle.encode(x.double().numpy(), fmt, rule, mode, KINDS[x.dtype])
+    packed = mxdit.encode(x, fmt, rule, mode, mul_scale)
+    values = x.double().numpy()
+    if mul_scale is not None:
+        values = oracle.to_float(values * mul_scale.to(x.dtype).double().numpy(), KINDS[x.dtype])
+    codes, byte = oracle.encode(values, fmt, rule, mode, KINDS[x.dtype])
     np.testing.assert_array_equal(packed.scale.numpy(), byte)
     np.testing.assert_array_equal(single_codes(packed), codes)
 

@@ -37,9 +37,10 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     floats = {"wide": 16, "fit_m": integers["tile_m"], "fit_n": integers["tile_n"], **triton_matmul.FLOATS}
     found: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {}
 
-    def encode(name: str, dtype: str, element: str, rule: str, dual: bool = False) -> None:
+    def encode(name: str, dtype: str, element: str, rule: str, dual: bool = False, smooth: bool = False) -> None:
         types = {"x_ptr": f"*{dtype}", **CODES, "stride": "i32"}
-        types |= {"mul_ptr": f"*{dtype}", "outer_ptr": "*fp32"} if dual else {}
+        types |= {"mul_ptr": f"*{dtype}"} if smooth else {}
+        types |= {"outer_ptr": "*fp32"} if dual else {}
         constants = {"element": element, "rule": rule, "mode": "rint", "dual": dual, **rows}
         found[f"encode {name}"] = (triton_codec._encode, types, constants)
 
@@ -48,8 +49,10 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
 
     for dtype in ("bf16", "fp16", "fp32"):
         encode(f"mxfp4 {dtype}", dtype, "e2m1", "uos")
+        encode(f"mxfp4 {dtype}, smooth", dtype, "e2m1", "uos", smooth=True)
     encode("mxfp8", "bf16", "e4m3", "cublas")
-    encode("mxfp4_dualscale", "bf16", "e2m1", "ocp", dual=True)
+    encode("mxfp8, smooth", "bf16", "e4m3", "ocp", smooth=True)
+    encode("mxfp4_dualscale", "bf16", "e2m1", "ocp", dual=True, smooth=True)
     for element in ("e2m1", "e4m3"):
         types = {**CODES, "outer_ptr": "*fp32", "out_ptr": "*bf16"}
         found[f"decode {element}"] = (triton_codec._decode, types, {"element": element, **rows})

@@ -24,25 +24,28 @@ OUT, UP, DOWN = "blocks.0.attn1.to_out.0", "blocks.1.ffn.net.0.proj", "blocks.1.
 
 
 def experts(root: Path) -> dict[str, Path]:
-    """The expert in every layout, by name. Dual-scale is smoothed, and its first block's output stays float."""
+    """The expert in every layout, by name. Dual-scale is smoothed, and its first block's output stays float; "smooth" is
+    single-scale."""
     tiny.transformer().bfloat16().save_pretrained(root / "float")
     original.save(root / "wan")
     shutil.move(root / "wan" / "high_noise_model", root / "original")
     dual = {"quant_method": "mxfp4_dualscale", "ignored_layers": [OUT]}
     single = {"quant_method": "mxfp4", "mxfp4_scale_alg": 0}
-    for name, config in {"dual": dual, "mxfp4": single, "mxfp8": "mxfp8"}.items():
+    configs = {"dual": dual, "mxfp4": single, "smooth": single, "mxfp8": "mxfp8"}
+    for name, config in configs.items():
         quantize_checkpoint(root / "float", root / name, config).write()
-    change(root / "dual", smooth)
-    for name in ("dual", "mxfp4", "mxfp8"):
+    for name in ("dual", "smooth"):
+        change(root / name, smooth)
+    for name in configs:
         for to in ("vllm-omni", "sglang"):
             convert_checkpoint(root / name, root / f"{name} {to}", to).write()
     return {path.name: path for path in root.iterdir()}
 
 
 def smooth(tensors: Tensors) -> None:
-    """Give every dual-scale layer factors."""
-    for name in [name for name in tensors if name.endswith(".weight_dual_scale")]:
-        path = name.removesuffix(".weight_dual_scale")
+    """Give every four-bit layer factors."""
+    for name in [name for name in tensors if name.endswith(".weight_scale")]:
+        path = name.removesuffix(".weight_scale")
         factors = torch.linspace(0.5, 2, 2 * tensors[f"{path}.weight"].shape[1]).bfloat16().float()
         tensors[f"{path}.mul_scale"] = factors
 

@@ -151,10 +151,10 @@ def codec_cases(cases: Cases) -> None:
         if dtype not in row.inputs:
             continue
         for i, (x, settings) in enumerate(encoder_inputs(dtype, fmt)):
-            mul = (torch.rand(x.shape[1]) + 0.5).to(dtype) if row.outer and i % 2 else None
+            mul = (torch.rand(x.shape[1]) + 0.5).to(dtype) if i % 2 else None
             stride = x.shape[1] + (0, 1, 6)[i % 3]
             for rule, mode in settings:
-                packed = encode(x, fmt, rule, mode, mul)
+                packed = encode(x if mul is None else x * mul, fmt, rule, mode)
                 cases.add(
                     f"encode {fmt}",
                     ENCODE,
@@ -326,8 +326,7 @@ def ordinary_products(cases: Cases) -> None:
                     torch.manual_seed(i)  # one weight for all schemes, and one x
                     weight = encode(ordinary(n, k, torch.bfloat16) * 0.1, weight_format)
                     x = ordinary(m, k, dtype) * torch.exp2(torch.randint(-1, 2, (k,))).to(dtype)
-                    dual = weight.outer is not None
-                    mul = torch.rand(k) + 0.5 if dual and i % 2 else None
+                    mul = torch.rand(k) + 0.5 if weight.format.smooths and i % 2 else None
                     bias = torch.randn(n) if i % 3 else None
                     stride = k + (0, 1, 8)[i % 3]
                     add_product(cases, name, scheme, weight, dtype, x, None, next(rules), mul, bias, stride)

@@ -119,7 +119,7 @@ def test_linear_is_the_references(m, n, k, case, dtype, layout, with_bias, smoot
         k = -(-k // 64) * 64
     x, w = spread(m, k, dtype), mxdit.encode(spread(n, k) * 0.1, fmt)
     bias = torch.randn(n).to(dtype) if with_bias else None
-    mul_scale = torch.rand(k) + 0.5 if smooth and w.outer is not None else None
+    mul_scale = torch.rand(k) + 0.5 if smooth and w.format.smooths else None
     activation = SCHEMES[scheme].weights[fmt]
     rule = FORMATS[activation].default_rule
     expected = reference_linear(x, w, scheme, rule, bias, mul_scale)

@@ -70,6 +70,14 @@ MUTANTS = [
     ),
     ("smooth vector in the wrong dtype", "mul_scale.to(x.dtype)", "mul_scale", "smooth_scale is torch.float32"),
     ("smooth vector dropped", "smooth_scale=smooth", "smooth_scale=None", "numbers: w4a4 over mxfp4_dualscale"),
+    ("smooth product in FP32", "mul_scale.to(rows.dtype)", "mul_scale", "numbers: w4a4 over mxfp4"),
+    ("smooth product dropped", "rows * mul_scale.to(rows.dtype)", "rows", "numbers: w4a4 over mxfp4"),
+    (
+        "smooth product over four bits alone",
+        "if mul_scale is not None:  #",
+        'if mul_scale is not None and scheme == "w4a4":  #',
+        "numbers: w4a8 over mxfp4",
+    ),
     (
         "bias in bf16",
         "if mixed else bias.to(torch.float32)",
@@ -244,7 +252,7 @@ def product(scheme: str, fmt: str, m: int, n: int, k: int, dtype: torch.dtype) -
     """Arguments of a linear op, and what the reference makes of them."""
     w = mxdit.encode(numbers(n, k, torch.bfloat16, 4) * 0.1, fmt)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(5)) / 3
-    mul_scale = torch.linspace(0.5, 2, k) if w.outer is not None else None
+    mul_scale = torch.linspace(0.5, 2, k) if w.format.smooths else None
     arguments = [numbers(m, k, dtype, 3), w.codes, w.scale, w.outer, mul_scale, bias]
     with cpu.using("reference"):
         return arguments, torch.ops.mxdit.linear(*arguments, scheme, rule_of(scheme, fmt), "packed")

@@ -196,6 +196,20 @@ def test_mul_scale_is_one_product_in_the_inputs_dtype():
         assert torch.equal(wide.codes, mxdit.encode(x, "mxfp4_dualscale", mul_scale=scale).codes)
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("rule", FORMATS["mxfp4"].rules)
+def test_mul_scale_of_a_single_level_comes_before_all_else(dtype, rule):
+    """By the oracle, whose product is rounded to the dtype once; an inf or NaN of either is its block's."""
+    x, scale = torch.randn(16, 1056).to(dtype), (torch.rand(1056) * 3).bfloat16().float()
+    x[3, 40], x[4, 1050] = torch.inf, torch.finfo(dtype).max
+    scale[1050] = 2
+    for mode in FORMATS["mxfp4"].round_modes:
+        assert_as_oracle(x, "mxfp4", rule, mode, scale)
+    packed, plain = mxdit.encode(x, "mxfp4", rule, mul_scale=scale), mxdit.encode(x, "mxfp4", rule)
+    assert not torch.equal(packed.codes, plain.codes)
+    assert packed.scale[3, 1] == packed.scale[4, 32] == 0xFF != plain.scale[4, 32]
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 X = torch.zeros(4, 64, dtype=torch.bfloat16)
@@ -213,7 +227,8 @@ X = torch.zeros(4, 64, dtype=torch.bfloat16)
         (lambda: mxdit.encode(X.double(), "mxfp4"), ["torch.float64", "torch.bfloat16 or torch.float16"]),
         (lambda: mxdit.encode(X[:, :63], "mxfp4"), ["(4, 63)", "even"]),
         (lambda: mxdit.encode(X[0, 0], "mxfp8"), ["shape ()"]),
-        (lambda: mxdit.encode(X, "mxfp4", mul_scale=torch.ones(64)), ["takes no mul_scale"]),
+        (lambda: mxdit.encode(X, "mxfp8", mul_scale=torch.ones(64)), ["mxfp8 takes no mul_scale", "four-bit"]),
+        (lambda: mxdit.encode(X, "mxfp4", mul_scale=torch.ones(32)), ["(32,)", "(64,)"]),
         (lambda: mxdit.encode(X, "mxfp4_dualscale", mul_scale=torch.ones(32)), ["(32,)", "(64,)"]),
         (lambda: mxdit.decode(mxdit.Packed(X, X, None, "mxfp4")), ["codes", "torch.bfloat16", "torch.uint8"]),
         (lambda: mxdit.decode(mxdit.encode(X, "mxfp4"), torch.int8), ["torch.int8", "torch.float32"]),

@@ -15,6 +15,7 @@ EXAMPLES = [
     MXConfig("mxfp4", w4a8_fallback_layers=("blocks.1.ffn.*",)),
     MXConfig("mxfp4_dualscale", num_bf16_fallback_layers=3, activation="mxfp8"),
     MXConfig("mxfp4_dualscale", is_checkpoint_serialized=True, require_smooth_scale=True, producer={"mxdit": "0.1.0"}),
+    MXConfig("mxfp4", is_checkpoint_serialized=True, require_smooth_scale=True),
     MXConfig("mxfp8", ignored_layers=("a", "b")),
 ]
 
@@ -128,6 +129,10 @@ def test_frozen():
             "got 2 with quant_method 'mxfp8'; expected quant_method 'mxfp4'",
         ),
         ({"quant_method": "mxfp4", "require_smooth_scale": True}, "no mul_scale to require"),
+        (
+            {"quant_method": "mxfp8", "is_checkpoint_serialized": True, "require_smooth_scale": True},
+            "no mul_scale to require; got quant_method 'mxfp8'.*expected a serialized 'mxfp4' or 'mxfp4_dualscale'",
+        ),
         ({"quant_method": "mxfp4_dualscale", "require_smooth_scale": True}, "is_checkpoint_serialized False"),
         ({"quant_method": "mxfp4", "is_checkpoint_serialized": "yes"}, "no boolean; got 'yes'"),
         ({"quant_method": "mxfp4", "layout": "numeric"}, "unknown layout; got 'numeric'; expected one of packed"),

@@ -258,6 +258,8 @@ BROKEN = {
     "no FMA": ("matmul_dual", without_fma, "matmul w4a4 mxfp4_dualscale: Wan's K and 576", "outputs"),
     "a group left out": ("matmul_dual", last_group_missing, "matmul w4a4 mxfp4_dualscale: Wan's K and 576", "outputs"),
     "a linear's multipliers": ("linear", linear_without_mul_scale, "linear w4a16 mxfp4_dualscale: K = 96", "outputs"),
+    "a single-scale linear's": ("linear", linear_without_mul_scale, "linear w4a4 mxfp4: K = 96", "outputs"),
+    "multipliers before eight bits": ("linear", linear_without_mul_scale, "linear w4a8 mxfp4: K = 96", "outputs"),
 }
 
 

@@ -12,6 +12,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 
+import layouts
 import mxdit
 import original
 import tiny
@@ -22,6 +23,7 @@ from safefiles import contents
 pytestmark = pytest.mark.slow
 
 QKV = ["attn1.to_q", "attn1.to_k", "attn1.to_v"]
+ALONE = "blocks.1.attn2.to_q"  # reads what no other does
 KEPT = [f"blocks.0.{name}" for name in (*QKV, "attn2.to_out.0", "ffn.net.2")]
 CONFIGS: dict[str, dict[str, Any]] = {
     "mxfp4": {"quant_method": "mxfp4", "mxfp4_scale_alg": 0},
@@ -78,7 +80,7 @@ def by_diffusers(source: Path, destination: Path) -> Path:
 
 
 def smoothed(packed: Path, destination: Path) -> Path:
-    """A dual-scale directory whose layers have factors, those with one input the same."""
+    """A four-bit directory whose layers have factors, those with one input the same."""
     experts = sorted(path.parent for path in packed.glob("*/config.json") if path.parent.name.startswith("transformer"))
     for expert in experts:
         (destination / expert.name).mkdir(parents=True)
@@ -144,15 +146,51 @@ def test_packed_to_sglang_and_back(wan, tmp_path, method):
     assert len(reasons) == 1 and (None in reasons) == (method in ("mxfp4", "mxfp8"))
 
 
-@pytest.mark.parametrize("to", ["vllm-omni", "sglang"])
-def test_smoothing_goes_there_and_back(wan, tmp_path, to):
-    plain = quantize(wan, tmp_path / "plain", CONFIGS["kept"])
+SMOOTH = [("vllm-omni", name) for name in ("kept", "mxfp4", *ONLY_VLLM)] + [("sglang", "kept"), ("sglang", "mxfp4")]
+
+
+@pytest.mark.parametrize(("to", "config"), SMOOTH)
+def test_smoothing_goes_there_and_back(wan, tmp_path, to, config):
+    plain = quantize(wan, tmp_path / "plain", (CONFIGS | ONLY_VLLM)[config])
     packed = convert(smoothed(plain, tmp_path / "smoothed"), tmp_path / "packed", "packed")
     exported = convert(packed, tmp_path / "exported", to)
     back = contents(convert(exported, tmp_path / "back", "packed"))
     assert back == contents(packed) and any(b"mul_scale" in data for data in back.values())
     layer = tiny.load(tmp_path / "back" / "transformer").blocks[1].attn1.to_q
     assert layer.mul_scale.dtype == torch.float32 and not torch.equal(layer.mul_scale, torch.ones_like(layer.mul_scale))
+    assert all(found.loaders["vLLM-Omni 0.30"] is None for found in inspect_checkpoint(exported).components) == (
+        to == "vllm-omni"
+    )
+
+
+def test_single_scale_factors_are_neither_filled_in_nor_left_out(wan, tmp_path):
+    """Where none are stored vLLM-Omni takes ones; so ones that are stored stay, and so does the key that wants them all."""
+    plain = quantize(wan, tmp_path / "plain", CONFIGS["mxfp4"], {"transformer_2": None})
+    ones, asked = f"{ALONE}.mul_scale", {"require_smooth_scale": True}
+    folder = smoothed(plain, tmp_path / "smoothed") / "transformer"
+
+    def some(tensors: layouts.Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("mul_scale") and ".ffn." in name]:
+            del tensors[name]
+        tensors[ones].fill_(1)
+
+    layouts.change(folder, some)
+    exported = convert(folder, tmp_path / "some", "vllm-omni")
+    file = f"{original.STEM}.safetensors"
+    factors = {n: t for n, t in load_file(exported / file).items() if n.endswith("mul_scale")}
+    stored = {n: t for n, t in load_file(folder / file).items() if n.endswith("mul_scale")}
+    assert factors.keys() == stored.keys() and all(torch.equal(factors[n], t) for n, t in stored.items())
+    back = convert(exported, tmp_path / "some back", "packed")
+    assert load_file(back / file).keys() == load_file(folder / file).keys()
+
+    whole = smoothed(plain, tmp_path / "whole") / "transformer"
+    layouts.change(whole, lambda tensors: tensors[ones].fill_(1))
+    layouts.change_json(whole / "config.json", lambda config: config["quantization_config"].update(asked))
+    exported = convert(whole, tmp_path / "asked", "vllm-omni")
+    assert json.loads((exported / "config.json").read_text())["quantization_config"].items() >= asked.items()
+    assert inspect_checkpoint(exported).components[0].loaders["vLLM-Omni 0.30"] is None
+    back = convert(exported, tmp_path / "asked back", "packed")
+    assert tiny.load(back).get_submodule(ALONE).mul_scale.eq(1).all()
 
 
 @pytest.mark.parametrize("to", ["vllm-omni", "sglang"])

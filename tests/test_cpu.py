@@ -76,7 +76,7 @@ def weights(fmt: str, n: int, k: int, binades: float = 4) -> mxdit.Packed:
 def linear(
     x: torch.Tensor, w: mxdit.Packed, scheme: str, bias: torch.Tensor | None = None, smooth: bool = True
 ) -> torch.Tensor:
-    mul_scale = (torch.arange(x.shape[-1]) % 7 * 0.25 + 0.5) if smooth and w.outer is not None else None
+    mul_scale = (torch.arange(x.shape[-1]) % 7 * 0.25 + 0.5) if smooth and w.format.smooths else None
     activation = SCHEMES[scheme].weights[w.fmt]
     rule = "ocp" if activation is None else FORMATS[activation].default_rule
     return OPS.linear(x, w.codes, w.scale, w.outer, mul_scale, bias, scheme, rule, "packed")

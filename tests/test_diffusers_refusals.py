@@ -80,7 +80,7 @@ def put(name, tensor):
             put("blocks.7.weight", torch.zeros(1)),
             "1 tensor in the checkpoint that the model has no place for; got blocks.7",
         ),
-        (put(f"{LAYER}.mul_scale", torch.ones(576)), "no place for; got blocks.1.ffn.net.2.mul_scale"),
+        (put(f"{LAYER}.weight_dual_scale", torch.ones(64, 2, 1)), "no place for; got blocks.1.ffn.net.2.weight_dual"),
         (
             put(f"{LAYER}.weight_scale", torch.zeros(64, 17, dtype=torch.uint8)),
             r"got \(64, 17\) uint8; expected \(64, 18\) uint8",
@@ -120,8 +120,9 @@ def test_small_tensors_are_looked_at_when_they_are_loaded(source, tmp_path, leaf
         tiny.load(edited(tmp_path / "good", tmp_path / "bad", edit))
 
 
-def test_mul_scale_is_loaded_where_there_is_one(source, tmp_path):
-    tiny.load(source / "transformer", MXConfig("mxfp4_dualscale")).save_pretrained(tmp_path / "good")
+@pytest.mark.parametrize("method", ["mxfp4", "mxfp4_dualscale"])
+def test_mul_scale_is_loaded_where_there_is_one(source, tmp_path, method):
+    tiny.load(source / "transformer", MXConfig(method)).save_pretrained(tmp_path / "good")
     scale = torch.rand(576).bfloat16().float() + 0.5
     smooth = tiny.load(edited(tmp_path / "good", tmp_path / "smooth", put(f"{LAYER}.mul_scale", scale)))
     assert smooth.get_submodule(LAYER).mul_scale.dtype == torch.float32
@@ -132,6 +133,13 @@ def test_mul_scale_is_loaded_where_there_is_one(source, tmp_path):
     (tmp_path / "smooth" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"19 tensors missing.*mul_scale"):
         tiny.load(tmp_path / "smooth")
+
+
+def test_eight_bits_have_no_place_for_factors(source, tmp_path):
+    tiny.load(source / "transformer", MXConfig("mxfp8")).save_pretrained(tmp_path / "good")
+    folder = edited(tmp_path / "good", tmp_path / "smooth", put(f"{LAYER}.mul_scale", torch.ones(576)))
+    with pytest.raises(CheckpointError, match=f"no place for; got {LAYER}.mul_scale"):
+        tiny.load(folder)
 
 
 @pytest.mark.parametrize(

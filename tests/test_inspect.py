@@ -37,12 +37,15 @@ VERDICTS: dict[str, tuple[str, dict[str, int], list[str | None]]] = {
     "original": ("original", {"float": 26}, ["mxdit quantize"] * 3),
     "dual": ("packed", {"float": 7, "mxfp4_dualscale": 19}, [None, f"{CONVERT} vllm-omni", f"{CONVERT} sglang"]),
     "mxfp4": ("packed", {"float": 6, "mxfp4": 20}, [None, f"{CONVERT} vllm-omni", f"{CONVERT} sglang"]),
+    "smooth": ("packed", {"float": 6, "mxfp4": 20}, [None, f"{CONVERT} vllm-omni", f"{CONVERT} sglang"]),
     "mxfp8": ("packed", {"float": 6, "mxfp8": 20}, [None, f"{CONVERT} vllm-omni", f"{CONVERT} sglang"]),
     "dual vllm-omni": ("vllm-omni", {"float": 7, "mxfp4_dualscale": 19}, [f"{CONVERT} packed", None, f"{CONVERT} sglang"]),
     "mxfp4 vllm-omni": ("vllm-omni", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", None, f"{CONVERT} sglang"]),
+    "smooth vllm-omni": ("vllm-omni", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", None, f"{CONVERT} sglang"]),
     "mxfp8 vllm-omni": ("vllm-omni", {"float": 6, "mxfp8": 20}, [f"{CONVERT} packed", None, f"{CONVERT} sglang"]),
     "dual sglang": ("sglang", {"float": 7, "mxfp4_dualscale": 19}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", "AttributeError"]),
     "mxfp4 sglang": ("sglang", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", None]),
+    "smooth sglang": ("sglang", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", None]),
     "mxfp8 sglang": ("sglang", {"float": 6, "mxfp8": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", None]),
 }  # fmt: skip
 
@@ -81,6 +84,15 @@ def test_what_it_says_of_diffusers_is_what_diffusers_does(experts, name):
     quantized = sum(count for method, count in linears.items() if method != "float")
     assert (len(mxdit.report_of(model).quantized) == quantized) is not bool(refused)
     assert torch.isfinite(tiny.forward(model)).all()
+
+
+@pytest.mark.parametrize("name", [f"{UP}.mul_scale", f"{UP}.div.mul_scale"])
+def test_sglang_needs_factors_under_both_names(monkeypatch, capsys, experts, tmp_path, name):
+    folder = shutil.copytree(experts["smooth sglang"], tmp_path / "smooth")
+    layouts.change_json(folder / "quant_model_description.json", lambda said: said.pop(name))
+    code, out, _ = layouts.inspect(monkeypatch, capsys, folder, "--json")
+    reason = json.loads(out)["experts"][0]["loaders"]["SGLang 0.5.23"]
+    assert code == 0 and reason.startswith(f"{UP} is smoothed") and name in reason
 
 
 def test_a_pipeline_is_inspected_expert_by_expert(monkeypatch, capsys, tmp_path):
@@ -150,7 +162,10 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], Any], str, str, str, str]] = {
     "another factor for k": ("dual", put(f"{K}.mul_scale", 9, 3.0), f"{Q}.mul_scale", UNEQUAL, f"{Q}, {K}, {V}", "equal mul_scale"),
     "no factors for v": ("dual", drop(f"{V}.mul_scale"), f"{Q}.mul_scale", UNEQUAL, f"{Q}, {K}, {V}", "equal mul_scale"),
     "a float layer that is smoothed": ("dual", lambda t: t.update({f"{OUT}.mul_scale": torch.ones(64)}), f"{OUT}.mul_scale", "was smoothed", "", "--base"),
-    "factors in a single scale": ("mxfp4", lambda t: t.update({f"{UP}.mul_scale": torch.ones(64)}), f"{UP}.mul_scale", "not smoothed", "", "dual"),
+    "factors in eight bits": ("mxfp8", lambda t: t.update({f"{UP}.mul_scale": torch.ones(64)}), f"{UP}.mul_scale", "mxfp8 is not smoothed", "four-bit", "to four bits"),
+    "a factor of zero, single scale": ("smooth sglang", put(f"{UP}.mul_scale", 5, 0.0), f"{UP}.mul_scale", "positive in bf16", "0.0 at channel 5", "above 0"),
+    "another factor for k, single scale": ("smooth vllm-omni", put(f"{K}.mul_scale", 9, 3.0), f"{Q}.mul_scale", UNEQUAL, f"{Q}, {K}, {V}", "equal mul_scale"),
+    "no factors for v, single scale": ("smooth", drop(f"{V}.mul_scale"), f"{Q}.mul_scale", UNEQUAL, f"{Q}, {K}, {V}", "equal mul_scale"),
     "a dual scale in a single scale": ("mxfp4", lambda t: t.update({f"{UP}.weight_dual_scale": torch.ones(576, 1, 1)}), f"{UP}.weight_dual_scale", NOWHERE, "(576, 1, 1)", ""),
     "no scale": ("dual", drop(f"{UP}.weight_scale"), f"{UP}.weight_scale", "missing tensor", "", "again"),
     "no dual scale": ("dual", drop(f"{UP}.weight_dual_scale"), f"{UP}.weight_dual_scale", "missing tensor", "", "again"),

@@ -49,6 +49,8 @@ SAID: dict[str, tuple[str, str, Callable[[Config], Any], str]] = {
     "no word of how": ("mxfp4", "config.json", lambda c: c.pop("quantization_config"), f"{Q}.weight: nothing says how this and 19 other layers"),
     "no word of how, dual": ("dual vllm-omni", "config.json", lambda c: c.pop("quantization_config"), "18 other layers are quantized"),
     "quantized by its word alone": ("float", "config.json", lambda c: c.update(quantization_config={"quant_method": "mxfp4", "layout": "packed", "is_checkpoint_serialized": True}), "said to be quantized, and no layer is"),
+    "factors that it asks for": ("mxfp4", "config.json", lambda c: c["quantization_config"].update(require_smooth_scale=True), f"{Q}.mul_scale: missing tensor"),
+    "vLLM-Omni: factors that it asks for": ("mxfp4 vllm-omni", "config.json", lambda c: c["quantization_config"].update(require_smooth_scale=True), f"{Q}.mul_scale: missing tensor"),
     "a block fewer": ("mxfp4", "config.json", lambda c: c.update(num_layers=1), "blocks.1."),
     "another width": ("mxfp4", "config.json", lambda c: c.update(ffn_dim=640), "(576, 32) uint8; expected (640, 32) uint8"),
     "eight bits by its description": ("mxfp4 sglang", DESCRIPTION, describe("W8A8_MXFP8", *(f"{UP}.{x}" for x in ("weight", "weight_scale"))), f"{UP}: 1 layers are stored in another method than the rest; got mxfp8 in blocks 1; expected mxfp4"),

@@ -29,7 +29,7 @@ method = pytest.mark.parametrize("method", FORMATS)
 
 
 def layer(method: str, activation: str | None = None, k: int = 1056, n: int = 20, smooth: bool = True) -> MXLinear:
-    scale = torch.rand(k) + 0.5 if smooth and FORMATS[method].outer else None
+    scale = torch.rand(k) + 0.5 if smooth and FORMATS[method].smooths else None
     weight, bias = torch.randn(n, k).bfloat16() * 0.1, torch.randn(n).bfloat16()
     return MXLinear.from_weight(weight, bias, method=method, activation=activation, mul_scale=scale)
 
@@ -180,7 +180,8 @@ def test_state_dict_is_canonical():
         "mul_scale": ((1056,), torch.float32),
         "bias": ((20,), torch.bfloat16),
     }
-    assert list(layer("mxfp4", k=64).state_dict()) == ["bias", "weight", "weight_scale"]
+    assert list(layer("mxfp4", k=64).state_dict()) == ["bias", "weight", "weight_scale", "mul_scale"]
+    assert list(layer("mxfp8", k=64).state_dict()) == ["bias", "weight", "weight_scale"]
     assert tuple(layer("mxfp8", k=64).weight.shape) == (20, 64)
     assert "mul_scale" not in layer("mxfp4_dualscale", smooth=False).state_dict()
 
@@ -218,12 +219,13 @@ def test_compiled_by_inductor():
     assert torch.compile(model, fullgraph=True)(x).shape == (4, 20)
 
 
-def test_mul_scale_is_stored_as_bf16_values_and_multiplies_activations():
+@pytest.mark.parametrize(("method", "activation", "scheme"), [row for row in CASES if FORMATS[row[0]].smooths])
+def test_mul_scale_is_stored_as_bf16_values_and_multiplies_activations(method, activation, scheme):
     weight, scale = torch.randn(6, 64).bfloat16(), torch.rand(64) + 0.5
-    m = MXLinear.from_weight(weight, None, method="mxfp4_dualscale", mul_scale=scale)
+    m = MXLinear.from_weight(weight, None, method=method, activation=activation, mul_scale=scale)
     assert m.mul_scale is not None and m.mul_scale.dtype is torch.float32
     assert torch.equal(m.mul_scale, scale.bfloat16().float())
-    plain = MXLinear.from_weight(weight, None, method="mxfp4_dualscale")
+    plain = MXLinear.from_weight(weight, None, method=method, activation=activation)
     x = torch.randn(3, 64).bfloat16()
     assert torch.equal(m(x), plain(x * scale.bfloat16())) and not torch.equal(m(x), plain(x))
 
@@ -241,7 +243,7 @@ def test_repr_names_the_scheme():
         (lambda: MXLinear(63, 8, method="mxfp4"), ["in_features=63", "even"]),
         (lambda: MXLinear(64, 0, method="mxfp8"), ["out_features=0", "positive"]),
         (lambda: MXLinear(64, 8, method="mxfp4", rule="cublas"), ["'cublas'", "uos"]),
-        (lambda: MXLinear(64, 8, method="mxfp4", smooth=True), ["takes no mul_scale"]),
+        (lambda: MXLinear(64, 8, method="mxfp8", smooth=True), ["mxfp8 takes no mul_scale", "four-bit"]),
         (lambda: MXLinear(64, 8, method="mxfp8", activation="mxfp4"), ["mxfp8 weights", "'mxfp4'"]),
         (lambda: MXLinear(64, 8, method="mxfp4", activation="int8"), ["'int8'", "mxfp4, mxfp8, bf16"]),
         (lambda: setattr(layer("mxfp8"), "activation", "bf16"), ["mxfp8 weights", "'bf16'"]),

@@ -33,7 +33,7 @@ def linear_args(scheme: str, method: str, x: torch.Tensor, n: int = 24, rule: st
     k = x.shape[-1]
     w, bias = torch.randn(n, k).bfloat16() * 0.1, torch.randn(n).to(x.dtype)
     packed = mxdit.encode(w, method)
-    smooth = (torch.rand(k) + 0.5).bfloat16().float() if packed.outer is not None else None
+    smooth = (torch.rand(k) + 0.5).bfloat16().float() if packed.format.smooths else None
     activation = mxdit.numerics.formats.SCHEMES[scheme].weights[method]
     rule = rule or ("ocp" if activation is None else mxdit.numerics.formats.FORMATS[activation].default_rule)
     return x, packed.codes, packed.scale, packed.outer, smooth, bias, scheme, rule, "packed"
@@ -64,7 +64,7 @@ def test_linear_is_quantize_and_matmul(scheme, method, dtype):
     exact = left @ right.T + bias.double()
     torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
     if scheme == "w4a4" and w_dual is None:
-        codes, scale = OPS.quantize(x, "mxfp4", rule, "rint")
+        codes, scale = OPS.quantize(smoothed, "mxfp4", rule, "rint")
         assert torch.equal(got, OPS.matmul(codes, scale, w, w_scale, bias, "mxfp4", "mxfp4", dtype))
     if scheme == "w4a4" and w_dual is not None:
         codes, l0, l1 = OPS.quantize_dual(x, smooth, "rint")
@@ -219,7 +219,7 @@ def refused(name: str, index: int, value: object, sample: int = 0, error: type[E
         (lambda: refused("linear", 7, "cublas"), ["no such scale rule", "'cublas'"]),
         (lambda: refused("linear", 8, "tiled", error=mxdit.BackendError), ["layout", "'tiled'", "'packed'"]),
         (lambda: refused("linear", 0, torch.zeros(2, 64).bfloat16()), ["(24, 272)", "(N, 32)", "K = 64"]),
-        (lambda: refused("linear", 4, torch.ones(544)), ["takes no mul_scale"]),
+        (lambda: refused("linear", 4, torch.ones(544), 6), ["mxfp8 takes no mul_scale"]),
         (lambda: refused("linear", 0, torch.zeros(2, 544, dtype=torch.int32), 4), ["torch.int32"]),
     ],
 )

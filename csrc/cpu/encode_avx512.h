@@ -52,19 +52,6 @@ inline void encode_blocks_avx512(const Bf16* x, int blocks, int carry, uint8_t* 
   for (; special; special &= special - 1) rare(__builtin_ctz(special));
 }
 
-inline void encode_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale) {
-  static constexpr int carries[] = {0, 0x17, 0x3F, 0x1F};  // by rule; 1.8125 = 7.25 / 4 is 104 / 128 above 1
-  const auto rare = [&](int64_t b) {
-    encode_block(x + b * kBlock, nullptr, static_cast<int>(min_of<int64_t>(kBlock, job.k - b * kBlock)), MX_FP4, job.rule,
-                 MX_RINT, codes + b * 16, scale + b);
-  };
-  const int64_t full = job.k / kBlock;
-  for (int64_t b = 0; b < full; b += 16)
-    encode_blocks_avx512(x + b * kBlock, static_cast<int>(min_of<int64_t>(16, full - b)), carries[job.rule], codes + b * 16,
-                         scale + b, [&](int at) { rare(b + at); });
-  if (full < blocks_of(job.k)) rare(full);
-}
-
 // fp32 lanes to the nearest bf16, as fp32.
 inline __m512 nearest_bf16(__m512 x) {
   const __m512i u = _mm512_castps_si512(x);
@@ -157,6 +144,28 @@ inline __m512i thirty_two(const Bf16* x, const float* mul) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(bits(sixteen(x, mul))), bits(sixteen(x + 16, mul + 16)), 1);
 }
 
+inline void encode_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale) {
+  static constexpr int carries[] = {0, 0x17, 0x3F, 0x1F};  // by rule; 1.8125 = 7.25 / 4 is 104 / 128 above 1
+  const auto rare = [&](int64_t b) {
+    encode_block(x + b * kBlock, job.mul_scale ? job.mul_scale + b * kBlock : nullptr,
+                 static_cast<int>(min_of<int64_t>(kBlock, job.k - b * kBlock)), MX_FP4, job.rule, MX_RINT, codes + b * 16,
+                 scale + b);
+  };
+  alignas(64) Bf16 products[kGroup];
+  const int64_t full = job.k / kBlock;
+  for (int64_t b = 0; b < full; b += 16) {
+    const int blocks = static_cast<int>(min_of<int64_t>(16, full - b));
+    const Bf16* from = x + b * kBlock;
+    if (job.mul_scale) {
+      for (int i = 0; i < blocks * kBlock; i += kBlock)
+        _mm512_store_si512(products + i, thirty_two(from + i, job.mul_scale + b * kBlock + i));
+      from = products;
+    }
+    encode_blocks_avx512(from, blocks, carries[job.rule], codes + b * 16, scale + b, [&](int at) { rare(b + at); });
+  }
+  if (full < blocks_of(job.k)) rare(full);
+}
+
 inline void encode_fp8_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* codes, uint8_t* scale) {
   for (int64_t k = 0; k < job.k; k += kBlock) {
     const float* mul = job.mul_scale ? job.mul_scale + k : nullptr;
@@ -175,8 +184,7 @@ inline void encode_fp8_row_avx512(const MxEncode& job, const Bf16* x, uint8_t* c
 }
 
 inline void encode_avx512(const MxEncode& job, int64_t first, int64_t last) {
-  const bool here = job.x_dtype == MX_BF16 && job.round == MX_RINT && (job.format == MX_FP8 || job.outer || !job.mul_scale);
-  if (!here) return encode_any(job, first, last);
+  if (job.x_dtype != MX_BF16 || job.round != MX_RINT) return encode_any(job, first, last);
   for (int64_t row = first; row < last; row++) {
     const Bf16* x = static_cast<const Bf16*>(job.x) + row * job.x_stride;
     uint8_t *codes = job.codes + row * code_bytes(job.format, job.k), *scale = job.scale + row * blocks_of(job.k);

@@ -33,7 +33,7 @@ class MXLinear(nn.Module):
             for mxfp8.
         rule: the scale rule of the weight and of four-bit activations; None means the format's default. Eight-bit
             activations always use ``ocp``.
-        smooth: whether activations are multiplied by ``mul_scale`` first (dual-scale only).
+        smooth: whether activations are multiplied by ``mul_scale`` first (four-bit methods only).
 
     Buffers are the format's record (`BlockFormat.tensors`): ``weight``, ``weight_scale``, and where the method has them
     ``weight_dual_scale`` and ``mul_scale``. They are uninitialized until `load` is given them; `from_weight` makes them. On a

@@ -29,7 +29,7 @@ def quantize_weight(
             bf16 first.
         method: ``mxfp4``, ``mxfp4_dualscale`` or ``mxfp8``.
         rule: the rule that scales are chosen by; None means the format's default.
-        mul_scale: (K,), finite and positive; rounded to bf16, which is what devices multiply by.
+        mul_scale: (K,), finite and positive, for four-bit methods; rounded to bf16, which is what devices multiply by.
         scales: the scales to round under instead of choosing them, as `mxdit.encode` takes them.
         where: for errors.
 

@@ -32,6 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dual-shards": {"method": "dual", "smooth": ["*.ffn.*"], "part": 1},
     "dual-ascendv1": {"method": "dual", "smooth": ["*_attn.*"], "saver": "ascendv1"},
     "single": {"method": "single"},
+    "single-smoothed": {"method": "single", "smooth": ["blocks.1.*"]},
     "single-some-float": {
         "method": "single, searched",
         "methods": {"blocks.0.*": "float", "blocks.1.cross_attn.o": "float"},
@@ -40,7 +41,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mxfp8": {"method": "mxfp8"},
     "mxfp8-some-float": {"method": "mxfp8, searched", "methods": {"blocks.1.*": "float"}},
     # What has no place in a packed expert, wholly or in part.
-    "single-smoothed": {"method": "single", "smooth": ["blocks.1.*"]},
     "dual-float-smoothed": {
         "method": "dual",
         "smooth": ["*"],

@@ -28,6 +28,7 @@ READABLE = {
     "dual-shards": "mxfp4_dualscale",
     "dual-ascendv1": "mxfp4_dualscale",
     "single": "mxfp4",
+    "single-smoothed": "mxfp4",
     "single-some-float": "mxfp4",
     "w4a8": "mxfp4",
     "mxfp8": "mxfp8",
@@ -148,7 +149,6 @@ def test_packed_and_numeric_files_convert_to_the_same_bytes(base, quantized, tmp
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("single-smoothed", r"blocks\.1\.attn1\.to_q\.mul_scale: mxfp4 is not smoothed"),
         ("dual-float-smoothed", r"blocks\.0\.attn1\.to_q\.mul_scale: a float layer was smoothed.*--fallback-from-base"),
         ("dual-mxfp8-smoothed", r"blocks\.0\.attn1\.to_q: 10 layers are stored in another method.*mxfp8 in blocks 0"),
         ("public", r"blocks\.0\.attn1\.to_q: 10 layers are stored in another method.*mxfp8 in blocks 0.*--fallback-from-base"),
@@ -190,13 +190,6 @@ def test_the_base_gives_what_has_no_place(base, quantized, tmp_path, name, kept)
             if path.startswith(kept):
                 assert torch.equal(expert.parts[path].read(), tensor.bfloat16()), path
         assert torch.isfinite(tiny.forward(tiny.load(tmp_path / "packed" / component))).all()
-
-
-def test_smoothed_single_scale_has_no_way_in(base, quantized, tmp_path):
-    with pytest.raises(CheckpointError, match="mxfp4 is not smoothed"):
-        convert_checkpoint(
-            quantized / "single-smoothed", tmp_path / "packed", "packed", base=base, fallback_from_base=True
-        )
 
 
 @pytest.mark.parametrize(

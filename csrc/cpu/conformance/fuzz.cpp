@@ -301,7 +301,7 @@ Linear some_product(Random& random) {
           with_dtype(job.x_dtype, [&]<class T>(const T*) {
             narrow(random.one_in(2) ? kNan : -kInfinity, linear.x.as<T>() + row * job.x_stride + random.below(job.k));
           });
-    if (dual && random.one_in(2)) linear.mul_scale = some_mul_scale(random, job.x_dtype, job.k, true);
+    if (job.w_format == MX_FP4 && random.one_in(2)) linear.mul_scale = some_mul_scale(random, job.x_dtype, job.k, true);
   }
   linear.w_codes = some_codes(random, job.w_format, job.n, job.k, spread == kNans);
   linear.w_scale = some_scales(random, job.n, job.k, w);

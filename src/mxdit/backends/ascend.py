@@ -236,6 +236,8 @@ def linear(
         codes, l0, l1 = _dual_quant(rows, mul_scale, "rint")
         return _dual_matmul(codes, l0, l1, w, w_dual, pairs, bias, x.dtype).view(shape)
     assert activation is not None
+    if mul_scale is not None:  # npu_dynamic_mx_quant takes none
+        rows = rows * mul_scale.to(rows.dtype)
     codes, scale = _mx_quant(rows, activation, rule, "rint")
     return _mx_matmul(codes, scale, w, pairs, bias, activation, weight, x.dtype).view(shape)
 

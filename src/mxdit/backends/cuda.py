@@ -199,10 +199,10 @@ def linear(
         return products.linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
     weight, activation = products.check_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
     result = x.new_empty((*x.shape[:-1], w.shape[0]))
-    if mul_scale is not None and activation != _DUAL:
-        x, mul_scale = x * mul_scale.to(x.dtype), None
-    a: Packed | Tensor = x
-    if activation is not None:
+    a: Packed | Tensor
+    if activation is None:
+        a = x if mul_scale is None else x * mul_scale.to(x.dtype)
+    else:
         row = FORMATS[activation]
         codes, scale = quantize_ops.empty_packed(x, row)
         outer = x.new_empty((*x.shape[:-1], row.groups(x.shape[-1])), dtype=torch.float32) if row.outer else None

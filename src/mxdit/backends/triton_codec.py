@@ -147,7 +147,7 @@ def _encode(
     x_ptr, mul_ptr, codes_ptr, scale_ptr, outer_ptr, m, k, stride,
     element: tl.constexpr, rule: tl.constexpr, mode: tl.constexpr, dual: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
-    """x (m, k), rows ``stride`` apart, to codes and scales; the outer ones, and mul_ptr's multipliers, where ``dual``."""
+    """x (m, k), rows ``stride`` apart, times mul_ptr's multipliers, if any, to codes and scales; outer ones where ``dual``."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     emax: tl.constexpr = 2 if element == "e2m1" else 8
     blocks: tl.constexpr = _GROUP // 32
@@ -156,10 +156,10 @@ def _encode(
     column = tl.program_id(1) * _GROUP + tl.arange(0, _GROUP)
     inside = (row[:, None] < m) & (column[None, :] < k)
     v = widen(tl.load(x_ptr + at * stride + column[None, :], mask=inside, other=0.0))
+    if mul_ptr is not None:
+        mul = widen(tl.load(mul_ptr + column, mask=column < k, other=0.0))
+        v = nearest(v * mul[None, :], dtype)
     if dual:
-        if mul_ptr is not None:
-            mul = widen(tl.load(mul_ptr + column, mask=column < k, other=0.0))
-            v = nearest(v * mul[None, :], dtype)
         magnitude = bits(v) & 0x7FFFFFFF
         finite = tl.max(tl.where(magnitude >= 0x7F800000, 0, magnitude), axis=1)
         l0 = finite.to(tl.float32, bitcast=True) * _SIXTH

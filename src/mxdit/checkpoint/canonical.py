@@ -108,15 +108,18 @@ def _dtype(reading: Reading) -> torch.dtype:
 
 def _quantized(reading: Reading, path: str, linear: nn.Linear, row: BlockFormat) -> dict[str, Part]:
     """The parts of a quantized linear, each converted from the form in which it is stored."""
+    stated = reading.stored.quantization
+    required = stated is not None and stated.require_smooth_scale
     smooth = f"{path}.mul_scale" in reading.tensors
     if smooth and not row.smooths:
         reading.find(
             f"{path}.mul_scale",
-            f"{row.name} is not smoothed: only mxfp4_dualscale has a place for the factors",
-            hint="Quantize without smoothing, or with dual scales.",
+            f"{row.name} is not smoothed: only four-bit weights have a place for the factors",
+            hint="Quantize without smoothing, or to four bits.",
         )
+    smooth = row.smooths and (smooth or required)
     try:
-        record = row.tensors(linear.out_features, linear.in_features, smooth=smooth and row.smooths, where=path)
+        record = row.tensors(linear.out_features, linear.in_features, smooth=smooth, where=path)
     except FormatError as error:
         reading.find(f"{path}.weight", error.what, error.got, error.expected)
         return {}

@@ -15,6 +15,7 @@ from mxdit.checkpoint.writer import Part
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError
 from mxdit.models import ModelSpec
+from mxdit.numerics.formats import BlockFormat
 
 CONFIG = "config.json"
 
@@ -91,7 +92,8 @@ class Layout:
     by_runtime_names  whether it names layers as `ModelSpec.runtimes[name]` says.
     floats       linear -> whether its config calls it float, for those of which the config says anything; given the config
                  and the skeleton. Raises ConfigError where the config does not fit the model.
-    filler       whether a tensor of a linear, given its leaf name, is one that `write` fills in and that says nothing.
+    filler       whether a tensor of a linear, given the linear's format and the tensor's leaf name, is one that `write` fills
+                 in and that says nothing.
     scale_alg    `mxfp4_scale_alg` of single-scale components, where its files do not say.
     """
 
@@ -105,7 +107,7 @@ class Layout:
     common: bool = False
     by_runtime_names: bool = False
     floats: Callable[[MXConfig, nn.Module], Mapping[str, bool]] | None = None
-    filler: Callable[[str, StoredTensor], bool] | None = None
+    filler: Callable[[BlockFormat, str, StoredTensor], bool] | None = None
     scale_alg: int | None = None
 
     def unknown(self, spec: ModelSpec) -> str | None:

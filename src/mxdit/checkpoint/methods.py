@@ -62,11 +62,13 @@ def methods_of(reading: Reading, linears: Iterable[str]) -> dict[str, str | None
             "Restore that file: MXFP8 codes and FP4 values look alike.",
         )
     _settle(reading, methods)
-    filler = LAYOUTS[reading.stored.layout].filler
-    for name in [f"{path}.{leaf}" for path in methods for leaf in PARTS if filler]:
-        tensor = reading.tensors.get(name)
-        if filler and tensor is not None and filler(name.rpartition(".")[2], tensor):
-            del reading.tensors[name]
+    filler, stated = LAYOUTS[reading.stored.layout].filler, reading.stored.quantization
+    if filler and not (stated and stated.require_smooth_scale):
+        for path, method in methods.items():
+            for name in [f"{path}.{leaf}" for leaf in PARTS if method]:
+                tensor = reading.tensors.get(name)
+                if method and tensor is not None and filler(block_format(method), name.rpartition(".")[2], tensor):
+                    del reading.tensors[name]
     return methods
 
 

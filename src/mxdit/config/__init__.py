@@ -55,7 +55,7 @@ class MXConfig:
             which means not at all. None takes the weights' own precision.
         w4a8_fallback_layers: linears (paths or globs) whose activations are MXFP8 whatever `activation` says.
         mxfp4_scale_alg: for "mxfp4" only, the scale rule: 0 (OCP) or 2 (UOS, Qmax 7.25; default).
-        require_smooth_scale: for serialized "mxfp4_dualscale" only: refuse a checkpoint whose layers lack `mul_scale`.
+        require_smooth_scale: for serialized four-bit methods only: refuse a checkpoint whose layers lack `mul_scale`.
         is_checkpoint_serialized: the checkpoint's weights are already quantized.
         layout: how a serialized checkpoint stores them.
         version: of the layout.
@@ -97,12 +97,12 @@ class MXConfig:
             check_activation(method, "mxfp8")
         self._check_fallback_blocks()
         self._check_scale_alg()
-        if self.require_smooth_scale and not (self.is_checkpoint_serialized and method == "mxfp4_dualscale"):
+        if self.require_smooth_scale and not (self.is_checkpoint_serialized and FORMATS[method].smooths):
             raise ConfigError(
                 "require_smooth_scale is set where there is no mul_scale to require",
                 where=WHERE,
                 got=f"quant_method '{method}', is_checkpoint_serialized {self.is_checkpoint_serialized}",
-                expected="a serialized 'mxfp4_dualscale' checkpoint",
+                expected="a serialized 'mxfp4' or 'mxfp4_dualscale' checkpoint",
                 hint="Leave the key out.",
             )
         check_choice("layout", self.layout, LAYOUTS)

@@ -122,7 +122,7 @@ def products(scheme: Scheme, w_fmt: str, a_fmt: str, ks: tuple[int, ...], g: Gen
 
 def linears(scheme: Scheme, w_fmt: str, ks: tuple[int, ...], g: Generator) -> Iterator[Call]:
     rules = FORMATS["mxfp4"].rules if scheme.weights[w_fmt] == "mxfp4" else ("ocp",)
-    smooth = (False, True) if FORMATS[w_fmt].outer else (False,)
+    smooth = (False, True) if FORMATS[w_fmt].smooths else (False,)
     settings = product(ROWS, ks, scheme.output_dtypes(w_fmt), rules, smooth, (False, True))
     for (m, n), k, dtype, rule, smoothed, biased in settings:
         w = weight(w_fmt, n, k, g)

@@ -46,8 +46,8 @@ def check_encode(
 
 def check_mul_scale(mul_scale: Tensor, k: int, row: BlockFormat, *, where: str) -> None:
     """Raise the FormatError that says why these multipliers do not go with K = ``k`` in this format, if they do not."""
-    if row.outer is None:
-        raise FormatError(f"{row.name} takes no mul_scale", where=where, hint="Only mxfp4_dualscale has one.")
+    if not row.smooths:
+        raise FormatError(f"{row.name} takes no mul_scale", where=where, hint="Only four-bit weights have one.")
     if tuple(mul_scale.shape) != (k,) or not mul_scale.is_floating_point():
         raise FormatError(
             "mul_scale does not fit the last axis of x",

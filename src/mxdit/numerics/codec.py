@@ -107,7 +107,7 @@ def encode(
             ``ocp``, ``cublas`` for mxfp8; ``ocp`` for mxfp4_dualscale. None means the format's default.
         round_mode: ``rint`` (to nearest, ties to even), ``round`` (ties away from zero) or ``floor`` (toward -inf);
             mxfp8 takes only ``rint``.
-        mul_scale: (K,), dual-scale only: multiplied into x first, in x's dtype, with one rounding.
+        mul_scale: (K,), four-bit formats only: multiplied into x first, in x's dtype, with one rounding.
         scales: the scales to round under, as a search or GPTQ chose them; ``rule`` is then not used. A code is the one
             nearest to x / outer (in x's dtype, section 3.2) * 2**(127 - scale), saturated. Byte 0 means 2**-127 as it does
             to `decode`; an outer scale of 0 divides by one. Values of the scales are not checked.
@@ -120,7 +120,7 @@ def encode(
     Raises:
         FormatError: when the names, the dtype or the shapes are not the format's.
 
-    Source: docs/numerics.md sections 2 and 3.
+    Source: docs/numerics.md sections 2, 3 and 5.3.
     """
     row = block_format(fmt, where="encode")
     rule = row.default_rule if rule is None else rule
@@ -137,11 +137,11 @@ def encode(
     given, given_outer = (None, None) if scales is None else (_rows(scales.scale), scales.outer)
     for part in _row_chunks(rows):
         byte = None if given is None else given[part]
+        x_part = rows[part] if mul_scale is None else rows[part] * mul_scale
         if outer is None:
-            rows_codes[part], rows_scale[part] = _encode_single(rows[part], row, rule, round_mode, byte)
+            rows_codes[part], rows_scale[part] = _encode_single(x_part, row, rule, round_mode, byte)
         else:
             l0 = None if given_outer is None else _rows(given_outer)[part]
-            x_part = rows[part] if mul_scale is None else rows[part] * mul_scale
             rows_codes[part], rows_scale[part], _rows(outer)[part] = _encode_dual(x_part, row, round_mode, byte, l0)
     return Packed(codes, scale, outer, fmt)
 

@@ -129,8 +129,8 @@ class BlockFormat:
 
     @property
     def smooths(self) -> bool:
-        """Whether a linear of this format can have a `mul_scale`."""
-        return self.outer is not None
+        """Whether a linear of this format can have a `mul_scale`: the four-bit ones can."""
+        return self.bits == 4
 
     def tensors(self, n: int, k: int, *, smooth: bool = False, where: str = "a linear") -> dict[str, TensorInfo]:
         """The record of a quantized linear of K = ``k`` inputs and N = ``n`` outputs: name -> shape and dtype.
@@ -152,7 +152,7 @@ class BlockFormat:
                 expected="positive numbers" + (", in_features even" if self.per_byte == 2 else ""),
             )
         if smooth and not self.smooths:
-            raise FormatError(f"{self.name} takes no mul_scale", where=where, hint="Only mxfp4_dualscale has one.")
+            raise FormatError(f"{self.name} takes no mul_scale", where=where, hint="Only four-bit weights have one.")
         record = {
             "weight": TensorInfo((n, k // self.per_byte), torch.uint8),
             "weight_scale": TensorInfo((n, self.blocks(k)), torch.uint8),

@@ -108,10 +108,10 @@ def linear(
 ) -> Tensor:
     """Quantize x as ``scheme`` says and multiply: (..., K) to (..., N) in x's dtype; quantize and matmul in one.
 
-    ``w_dual`` (N, ceil(K/512)) fp32 is what makes a weight dual-scale; ``mul_scale`` (K,) goes with it and multiplies
-    x in x's dtype whatever the scheme. ``rule`` is the activation's scale rule; schemes that leave x in its own float
-    dtype, and dual-scale activations, which have one rule, do not read it. ``layout`` is one of `MEMORY_LAYOUTS`; the reference
-    reads ``packed`` only.
+    ``w_dual`` (N, ceil(K/512)) fp32 is what makes a weight dual-scale. ``mul_scale`` (K,) goes with four-bit weights and
+    multiplies x first, in x's dtype, whatever the scheme (section 5.3). ``rule`` is the activation's scale rule; schemes that
+    leave x in its own float dtype, and dual-scale activations, which have one rule, do not read it. ``layout`` is one of
+    `MEMORY_LAYOUTS`; the reference reads ``packed`` only.
     """
     weight, activation = check_linear(x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
     if layout != "packed":
@@ -182,13 +182,13 @@ def check_linear(
         w = _packed_like(w, where=where)
     weight = weight_format(w_dual, scheme)
     activation = SCHEMES[scheme].weights[weight.name]
-    if mul_scale is not None:
-        check_mul_scale(mul_scale, x.shape[-1], weight, where=where)
     if activation is not None:
         row = FORMATS[activation]
         check_encode(x, row, row.default_rule if row.outer else rule, "rint", None, where=where)
     check_output(x.dtype, SCHEMES[scheme].output_dtypes(weight.name), where=where)
     check_weight(w, w_scale, w_dual, weight, bias, x.shape[-1], where=where)
+    if mul_scale is not None:
+        check_mul_scale(mul_scale, x.shape[-1], weight, where=where)
     return weight, activation
 
 

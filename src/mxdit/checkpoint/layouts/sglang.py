@@ -43,9 +43,13 @@ def why_not(component: Component) -> str | None:
                 return f"{path}.weight is uint8, which it would take for the numbers 0 to 255"
             if not eight and weight.info.dtype is not torch.uint8:
                 return f"{path}.weight holds one value a byte, and it takes two codes"
+        said = stored.description or {}
+        factors = f"{path}.mul_scale", f"{path}.div.mul_scale"
+        if factors[0] in stored.tensors and not said.keys() >= {*factors}:
+            return f"{path} is smoothed, and the description does not name both {factors[0]} and {factors[1]}"
         name = component.spec.runtime_name(path, SGLANG.name)
         looked_up = not method and component.spec.looked_up(path, SGLANG.name)
-        if looked_up and (stored.description or {}).get(f"{name}.weight") != "FLOAT":
+        if looked_up and said.get(f"{name}.weight") != "FLOAT":
             return f"{path} is float, and the description has no FLOAT under {name}.weight, where it looks"
     return None
 
@@ -73,6 +77,8 @@ def write(component: Component) -> Written:
     lost = []
     if config.effective_activation == "bf16" or config.w4a8_fallback_layers:
         lost.append("activation: SGLang runs every layer with the type of its weight")
+    if config.require_smooth_scale:
+        lost.append("require_smooth_scale: SGLang's description has no such key")
     if config.quant_method == "mxfp4" and config.mxfp4_scale_alg:
         lost.append(f"mxfp4_scale_alg {config.mxfp4_scale_alg}: SGLang scales activations by 0 (OCP)")
     return Written(parts, files={"quant_model_description.json": description}, lost=tuple(lost))

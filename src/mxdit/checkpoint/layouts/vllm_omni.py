@@ -23,7 +23,7 @@ from mxdit.checkpoint.writer import Part
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError
 from mxdit.models import spec_of
-from mxdit.numerics.formats import FLOATS, block_format
+from mxdit.numerics.formats import FLOATS, BlockFormat, block_format
 
 NAME = "vllm-omni"
 SERIALIZED = {
@@ -101,9 +101,13 @@ def floats(config: MXConfig, skeleton: nn.Module) -> dict[str, bool]:
     return {path: spec.runtime_name(path, NAME) in listed for path in linears if spec.place_of(path)}
 
 
-def filler(leaf: str, tensor: StoredTensor) -> bool:
-    """It wants factors in every dual-scale layer; where there is no smoothing a converter writes ones."""
-    return leaf == "mul_scale" and tensor.info.dtype in FLOATS and bool((tensor.read() == 1).all())
+def filler(row: BlockFormat, leaf: str, tensor: StoredTensor) -> bool:
+    """It wants factors in every dual-scale layer; where there is no smoothing a converter writes ones.
+
+    Single-scale layers take ones of themselves, so that ones in a file are the file's own.
+    """
+    factors = bool(row.outer) and leaf == "mul_scale" and tensor.info.dtype in FLOATS
+    return factors and bool((tensor.read() == 1).all())
 
 
 def why_not(component: Component) -> str | None:
@@ -128,17 +132,20 @@ def why_not(component: Component) -> str | None:
             continue  # a fault says so
         if weight.info.dtype is torch.uint8:
             return f"{path}.weight is uint8, which it would take for the numbers 0 to 255"
-        if row.smooths and f"{path}.mul_scale" not in stored.tensors:
-            return f"{path}.mul_scale is missing: every dual-scale layer needs one, if of ones"
+        if f"{path}.mul_scale" not in stored.tensors:
+            if row.outer:
+                return f"{path}.mul_scale is missing: every dual-scale layer needs one, if of ones"
+            if config.get("require_smooth_scale"):
+                return f"{path}.mul_scale is missing, and require_smooth_scale asks for it"
         if row.bits == 4 and row.blocks(weight.shape[1]) % 2:
             return f"{path} has {row.blocks(weight.shape[1])} scales a row, and it takes pairs"
     return None
 
 
 def write(component: Component) -> Written:
-    """The component's tensors and `quantization_config`, with ones for the factors of layers that were not smoothed.
+    """The component's tensors and `quantization_config`, with ones for the factors of dual-scale layers that were not smoothed.
 
-    It allocates the factors without a default and never checks that a file gave them.
+    It allocates those without a default and never checks that a file gave them.
     """
     config = component.quantization
     assert config is not None
@@ -150,7 +157,7 @@ def write(component: Component) -> Written:
             parts[name] = part
             continue
         parts[name] = values_of(part) if row.bits == 4 else as_e4m3(part)
-        if row.smooths and f"{path}.mul_scale" not in component.parts:
+        if row.outer and f"{path}.mul_scale" not in component.parts:
             n, k = part.info.shape[0], part.info.shape[1] * row.per_byte
             ones = row.tensors(n, k, smooth=True)["mul_scale"]
             parts[f"{path}.mul_scale"] = Part(ones, partial(torch.ones, ones.shape, dtype=ones.dtype))
@@ -165,6 +172,8 @@ def _config(component: Component, config: MXConfig) -> dict[str, Any]:
     }
     if config.quant_method == "mxfp4":
         written["mxfp4_scale_alg"] = config.mxfp4_scale_alg
+        if config.require_smooth_scale:
+            written["require_smooth_scale"] = True
         everything = [path for path, method in component.methods.items() if method]
         raised = everything if config.activation == "mxfp8" else config.w4a8_fallback_layers
         if raised:
@@ -184,7 +193,7 @@ def _lost(config: MXConfig) -> list[str]:
         config.effective_activation != "mxfp4" or config.w4a8_fallback_layers
     ):
         lost.append("activation 'mxfp8': vLLM-Omni has it over single-scale MXFP4 only")
-    if config.require_smooth_scale:
+    if config.require_smooth_scale and config.quant_method == "mxfp4_dualscale":
         lost.append("require_smooth_scale: vLLM-Omni's dual-scale config has no such key")
     return lost
 
