@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mxdit.config import ACTIVATIONS, Method, MXConfig
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import ConfigError
 from mxdit.numerics.formats import FORMATS
 
@@ -69,6 +70,20 @@ def test_vllm_omni_names():
     ).is_checkpoint_serialized
 
 
+@pytest.mark.parametrize("method", ["mxfp4", "mxfp4_dualscale", "mxfp8"])
+def test_steps_by_our_key_and_by_vllm_omnis(method):
+    ours = MXConfig.from_dict({"quant_method": method, "activation_steps": {"mxfp8": [0, 1]}})
+    assert ours.activation_steps == StepPolicy({"mxfp8": (0, 1)})
+    assert MXConfig.from_dict({"quant_method": method, "w4a8_fallback_steps": [1, 0, 1]}) == ours
+    assert MXConfig.from_dict(json.loads(json.dumps(ours.to_dict()))) == ours and hash(ours) == hash(ours)
+    both = {"activation_steps": {"mxfp8": [0, 1]}, "w4a8_fallback_steps": [0, 1]}
+    assert MXConfig.from_dict({"quant_method": method, **both}) == ours
+    assert ours.serialized([], {}).activation_steps == ours.activation_steps
+    none = MXConfig.from_dict({"quant_method": method, "activation_steps": {}})
+    assert none.activation_steps is not None and not none.activation_steps  # said, where no key says nothing
+    assert "activation_steps" not in none.to_dict()
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_an_alias_counts_only_where_the_key_is_empty(order):
     """As vLLM-Omni reads them."""
@@ -110,9 +125,16 @@ def test_frozen():
             "'mxfp4' do not go with weights in 'mxfp8'; expected .*'mxfp8'",
         ),
         ({"quant_method": "mxfp8", "activation": "bf16"}, "'bf16' do not go with weights in 'mxfp8'"),
+        ({"quant_method": "mxfp4", "w4a8_fallback_steps": 1}, "steps of 'mxfp8' are no list of step numbers.* got 1"),
+        ({"quant_method": "mxfp4", "w4a8_fallback_steps": ["0"]}, "are no list of step numbers"),
+        ({"quant_method": "mxfp4", "activation_steps": [0]}, r"no object of activations and steps; got \[0\]"),
         (
-            {"quant_method": "mxfp4", "w4a8_fallback_steps": [0, 1]},
-            r"per denoising step.* \[0, 1\].* w4a8_fallback_layers",
+            {"quant_method": "mxfp4", "activation_steps": {"mxfp8": [1]}, "w4a8_fallback_steps": [2]},
+            "activation_steps is given twice, once under another name",
+        ),
+        (
+            {"quant_method": "mxfp8", "activation_steps": {"bf16": [0]}},
+            "activation_steps: activations in 'bf16' do not go with weights in 'mxfp8'",
         ),
         ({"quant_method": "mxfp4", "num_bf16_fallback_layers": -1}, "no number of blocks; got -1"),
         ({"quant_method": "mxfp4", "num_bf16_fallback_layers": True}, "no number of blocks; got True"),

@@ -253,7 +253,7 @@ def test_configs_that_do_not_fit_the_model(source):
         ("mxfp4", {"transformer": "mxfp8"}, "transformer: no config for a component; got 'mxfp8'"),
         ("mxfp4", {"transformer": None, "transformer_2": None}, "every component is left as it is"),
         ("mxfp4", {"quant_method": "mxfp8"}, "two methods at once; got 'mxfp8'; expected 'mxfp4'"),
-        ("mxfp4", {"w4a8_fallback_steps": [1]}, "per denoising step is not supported"),
+        ("mxfp4", {"w4a8_fallback_steps": [-1]}, "are no list of step numbers"),
     ],
 )
 def test_pipeline_config_refuses(method, overrides, message):

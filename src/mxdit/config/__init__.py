@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 from mxdit.config.choices import WHERE, check_choice, check_names, near_names
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import ConfigError
 from mxdit.numerics.formats import FORMATS, SCHEMES
 
@@ -40,6 +41,7 @@ ALIASES = {
     "is_checkpoint_mxfp4_serialized": "is_checkpoint_serialized",
     "is_checkpoint_mxfp8_serialized": "is_checkpoint_serialized",
 }
+STEPS_OF_W4A8 = "w4a8_fallback_steps"  # vLLM-Omni's `activation_steps`: MXFP8 at these, of any number of steps
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class MXConfig:
         activation: what activations are quantized to at run time, over the same weights: "mxfp4", "mxfp8", or "bf16",
             which means not at all. None takes the weights' own precision.
         w4a8_fallback_layers: linears (paths or globs) whose activations are MXFP8 whatever `activation` says.
+        activation_steps: what all quantized linears' activations are at some denoising steps, whatever the two above say: a
+            `StepPolicy`, or its JSON form {"mxfp8": [0, 1, 38, 39], "of": 40}. `from_dict` also takes vLLM-Omni's key for
+            it, `w4a8_fallback_steps`: a list of steps with MXFP8 activations.
         mxfp4_scale_alg: for "mxfp4" only, the scale rule: 0 (OCP) or 2 (UOS, Qmax 7.25; default).
         require_smooth_scale: for serialized four-bit methods only: refuse a checkpoint whose layers lack `mul_scale`.
         is_checkpoint_serialized: the checkpoint's weights are already quantized.
@@ -69,6 +74,7 @@ class MXConfig:
     num_bf16_fallback_layers: int | None = None
     activation: str | None = None
     w4a8_fallback_layers: tuple[str, ...] = ()
+    activation_steps: StepPolicy | None = None
     mxfp4_scale_alg: int | None = None
     require_smooth_scale: bool = False
     is_checkpoint_serialized: bool = False
@@ -95,6 +101,11 @@ class MXConfig:
             check_activation(method, self.activation)
         if self.w4a8_fallback_layers:
             check_activation(method, "mxfp8")
+        if self.activation_steps is not None:
+            if not isinstance(self.activation_steps, StepPolicy):
+                _set(self, "activation_steps", StepPolicy.from_dict(self.activation_steps))
+            for activation in self.activation_steps.activations:
+                check_activation(method, activation, where=None, field="activation_steps")
         self._check_fallback_blocks()
         self._check_scale_alg()
         if self.require_smooth_scale and not (self.is_checkpoint_serialized and FORMATS[method].smooths):
@@ -167,16 +178,20 @@ class MXConfig:
             raise ConfigError("no dictionary of keys", where=WHERE, got=repr(values), expected="a JSON object")
         check_choice("quant_method", values.get("quant_method"), FORMATS)
         known = [f.name for f in fields(cls)]
-        accepted = [*known, *ALIASES, "w4a8_fallback_steps"]
+        accepted = [*known, *ALIASES, STEPS_OF_W4A8]
         found: dict[str, Any] = {}
         for key, value in values.items():
             name = ALIASES.get(key, key)
             if key not in accepted:
                 hint = near_names(key, accepted) or f"Known keys: {', '.join(accepted)}."
                 raise ConfigError("unknown key", where=WHERE, got=repr(key), hint=hint)
-            if key == "w4a8_fallback_steps":
-                _refuse_steps(value)
-            elif value is not None:
+            if key == STEPS_OF_W4A8:
+                if value in (None, [], ()):  # empty is what a runtime that knows the key writes by default
+                    continue
+                name, value = "activation_steps", {"mxfp8": value}
+            if name == "activation_steps" and value is not None and not isinstance(value, StepPolicy):
+                value = StepPolicy.from_dict(value)
+            if value is not None:
                 # As vLLM-Omni reads them: an alias counts where the key itself is missing or empty.
                 if found.get(name) and value and _list_or_self(found[name]) != _list_or_self(value):
                     raise ConfigError(
@@ -219,6 +234,7 @@ class MXConfig:
             "activation": self.activation,
             "num_bf16_fallback_layers": self.num_bf16_fallback_layers,
             "w4a8_fallback_layers": list(self.w4a8_fallback_layers) or None,
+            "activation_steps": self.activation_steps.to_dict() if self.activation_steps else None,
             "mxfp4_scale_alg": self.mxfp4_scale_alg,
             "require_smooth_scale": self.require_smooth_scale or None,
             "producer": dict(self.producer) or None,
@@ -248,13 +264,16 @@ class MXConfig:
 ConfigLike: TypeAlias = MXConfig | str | Mapping[str, Any]
 
 
-def check_activation(method: str, activation: str | None, *, where: str = WHERE) -> None:
+def check_activation(
+    method: str, activation: str | None, *, where: str | None = WHERE, field: str | None = None
+) -> None:
     """Raise ConfigError unless activations may be `activation` over weights in `method`."""
     check_choice("activation", activation, dict.fromkeys(row.activation for row in SCHEMES.values()), where=where)
     if activation not in ACTIVATIONS[method]:
         raise ConfigError(
             f"activations in {activation!r} do not go with weights in '{method}'",
             where=where,
+            field=field,
             expected=f"activation {' or '.join(map(repr, ACTIVATIONS[method]))}",
             hint="Keep that, or quantize the weights to 'mxfp4', over which activations may be in any precision.",
         )
@@ -267,14 +286,3 @@ def _list_or_self(value: object) -> object:
 
 def _set(config: MXConfig, key: str, value: object) -> None:
     object.__setattr__(config, key, value)  # how a frozen dataclass normalizes its own fields
-
-
-def _refuse_steps(steps: object) -> None:
-    """Empty is what a runtime that knows the key writes by default; anything else would be silently ignored."""
-    if steps:
-        raise ConfigError(
-            "activation precision per denoising step is not supported",
-            where=WHERE,
-            got=f"w4a8_fallback_steps {steps!r}",
-            hint="Use w4a8_fallback_layers (per layer) or activation 'mxfp8' (everywhere), or leave the key out.",
-        )

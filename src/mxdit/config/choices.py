@@ -16,7 +16,7 @@ def near_names(name: str, known: Iterable[str]) -> str | None:
     return f"Did you mean {' or '.join(map(repr, close))}?" if close else None
 
 
-def check_choice(key: str, value: object, choices: Iterable[str], *, where: str = WHERE) -> None:
+def check_choice(key: str, value: object, choices: Iterable[str], *, where: str | None = WHERE) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     choices = list(choices)
     if value not in choices:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mxdit.checkpoint.checks import SMALL
 from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, infos_of, read_headers
-from mxdit.config import ALIASES, ConfigLike, Method, MXConfig
+from mxdit.config import ALIASES, STEPS_OF_W4A8, ConfigLike, Method, MXConfig
 from mxdit.config.choices import near_names
 from mxdit.config.components import configs_of, split_keys
 from mxdit.errors import CheckpointError, ConfigError, FormatError, ModelError
@@ -267,7 +267,7 @@ def pipeline_config(method: str, **overrides: Any) -> Any:
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
     shared, own = split_keys(overrides, COMPONENTS)
-    keys = {f.name for f in fields(MXConfig)} | set(ALIASES) | {"w4a8_fallback_steps"}
+    keys = {f.name for f in fields(MXConfig)} | {*ALIASES, STEPS_OF_W4A8}
     for key, value in shared.items():
         if key not in keys:
             known = COMPONENTS if isinstance(value, (Mapping, MXConfig)) else [*keys, *COMPONENTS]
