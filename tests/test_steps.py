@@ -85,7 +85,8 @@ def test_the_text_form(text, policy):
     assert StepPolicy.parse(text) == policy == StepPolicy.parse(str(policy))
 
 
-def test_it_writes_ranges():
+def test_it_writes_ranges_in_one_order():
+    assert str(StepPolicy({"bf16": (20,), "mxfp8": (38, 39, 0, 1)}, 40)) == str(POLICY)
     assert str(POLICY) == "0-1,38-39=mxfp8;20=bf16;of=40" and str(StepPolicy({})) == ""
 
 

@@ -248,6 +248,18 @@ class MXConfig:
             **{key: value for key, value in optional.items() if value is not None},
         }
 
+    def run_as(self, asked: MXConfig) -> MXConfig:
+        """This config of a stored checkpoint with the run-time choices of another one: a wish for activations in general
+        replaces what is stored for layers and steps, a wish for layers or for steps replaces what is stored for those."""
+        layers, steps = asked.w4a8_fallback_layers, asked.activation_steps
+        if asked.activation is not None:
+            return replace(self, activation=asked.activation, w4a8_fallback_layers=layers, activation_steps=steps)
+        return replace(
+            self,
+            w4a8_fallback_layers=layers or self.w4a8_fallback_layers,
+            activation_steps=self.activation_steps if steps is None else steps,
+        )
+
     def serialized(self, ignored_layers: Iterable[str], producer: Mapping[str, str]) -> MXConfig:
         """This config as a checkpoint states it: no default left open, every layer that stayed listed by its path."""
         return replace(
@@ -255,6 +267,7 @@ class MXConfig:
             ignored_layers=tuple(ignored_layers),
             num_bf16_fallback_layers=None,
             activation=self.effective_activation,
+            activation_steps=self.activation_steps or None,
             is_checkpoint_serialized=True,
             version=FORMAT_VERSION,
             producer=dict(producer),

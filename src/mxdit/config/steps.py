@@ -41,7 +41,8 @@ class StepPolicy:
 
     def __post_init__(self) -> None:
         named = {name: _steps(name, steps) for name, steps in self.activations.items()}
-        object.__setattr__(self, "activations", {name: steps for name, steps in named.items() if steps})
+        # In one order, because JSON has none: equal policies are written alike.
+        object.__setattr__(self, "activations", {name: named[name] for name in NAMES if named.get(name)})
         at: dict[int, str] = {}
         for name, steps in self.activations.items():
             for step in steps:
