@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mxdit import backends as backends  # register torch.ops.mxdit and its kernels; the aliases say that they are
 from mxdit import ops as ops  # meant to be here
 from mxdit.config import MXConfig
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import (
     BackendError,
     Cancelled,
@@ -17,6 +18,7 @@ from mxdit.errors import (
     MXDiTError,
 )
 from mxdit.integrations.diffusers_hook import pipeline_config, register_when_imported
+from mxdit.integrations.diffusers_steps import step_policy
 from mxdit.layers import MXLinear
 from mxdit.numerics.codec import Packed, Scales, decode, encode
 from mxdit.quantize.activations import set_activation
@@ -65,6 +67,7 @@ __all__ = [
     "Scales",
     "Session",
     "Shard",
+    "StepPolicy",
     "__version__",
     "decode",
     "encode",
@@ -75,4 +78,5 @@ __all__ = [
     "report_of",
     "set_activation",
     "shard",
+    "step_policy",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -301,9 +301,7 @@ def _reconciled(stored: MXConfig, asked: object) -> MXConfig:
     config = cast(MXConfig, config)  # nothing else has such a method
     if set(config.ignored_layers) - set(stored.ignored_layers) or config.num_bf16_fallback_layers:
         logger.warning("the checkpoint's own choice of quantized layers is used: its weights are quantized already")
-    if config.activation is not None:
-        return replace(stored, activation=config.activation, w4a8_fallback_layers=config.w4a8_fallback_layers)
-    return replace(stored, w4a8_fallback_layers=config.w4a8_fallback_layers or stored.w4a8_fallback_layers)
+    return stored.run_as(config)
 
 
 def _config_of_caller() -> object:

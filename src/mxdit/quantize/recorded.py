@@ -8,15 +8,20 @@ from torch import nn
 
 from mxdit.config import MXConfig
 from mxdit.quantize.plan import Decision
+from mxdit.quantize.steps import remind
 from mxdit.version import __version__
 
 
 def record(model: nn.Module, config: MXConfig, decisions: Mapping[str, Decision]) -> None:
-    """Note in a diffusers model's own config how its tensors are stored, for `save_pretrained` to write."""
+    """Note in a diffusers model's own config how its tensors are stored, for `save_pretrained` to write.
+
+    A policy of the config is noted too; it is carried out by whoever knows the steps.
+    """
     register = getattr(model, "register_to_config", None)
     if callable(register):
         kept = [path for path, decision in decisions.items() if not decision.scheme]
         register(quantization_config=config.serialized(kept, {"mxdit": __version__}))
+    remind(model, config.activation_steps)
 
 
 def recorded_config(model: nn.Module) -> MXConfig | None:
