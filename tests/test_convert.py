@@ -17,6 +17,7 @@ import mxdit
 import original
 import tiny
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import CheckpointError, InputError
 from safefiles import contents
 
@@ -228,6 +229,40 @@ def test_patterns_become_the_layers_they_name(wan, tmp_path):
     assert before == after and set(before.values()) == {"mxfp4", "mxfp8"}
 
 
+def test_steps_by_vllm_omnis_key_and_back(wan, tmp_path):
+    config = {"quant_method": "mxfp4", "activation_steps": {"mxfp8": [0, 1, 3]}}
+    packed = quantize(wan, tmp_path / "packed", config, {"transformer_2": "mxfp4"})
+    exported = convert(packed, tmp_path / "exported", "vllm-omni")
+    stated = [json.loads((exported / name / "config.json").read_text()) for name in ("transformer", "transformer_2")]
+    assert [one["quantization_config"].get("w4a8_fallback_steps") for one in stated] == [[0, 1, 3], None]
+    found = inspect_checkpoint(exported).components
+    assert all(component.loaders["vLLM-Omni 0.30"] is None for component in found)
+    assert [component.activation_steps for component in found] == [StepPolicy({"mxfp8": (0, 1, 3)}), None]
+    assert contents(convert(exported, tmp_path / "back", "packed")) == contents(packed)
+
+
+def test_the_steps_that_vllm_omni_has_stay_where_others_are_lost(wan, tmp_path):
+    config = {"quant_method": "mxfp4", "activation_steps": {"mxfp8": [0, 1], "bf16": [2], "of": 4}}
+    packed = quantize(wan, tmp_path / "packed", config)
+    exported = convert(packed, tmp_path / "exported", "vllm-omni", allow_loss=True)
+    stated = json.loads((exported / "transformer" / "config.json").read_text())["quantization_config"]
+    assert stated["w4a8_fallback_steps"] == [0, 1] and "activation_steps" not in stated
+
+
+def test_vllm_omni_refuses_steps_over_dual_scale_weights(wan, tmp_path):
+    packed = quantize(wan, tmp_path / "packed", "mxfp4_dualscale")
+    exported = convert(packed, tmp_path / "exported", "vllm-omni")
+    file = exported / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["w4a8_fallback_steps"] = [0]
+    file.write_text(json.dumps(config))
+    first, second = inspect_checkpoint(exported).components
+    assert first.loaders["vLLM-Omni 0.30"] == "W4A8 over dual-scale weights: it refuses them"
+    assert second.loaders["vLLM-Omni 0.30"] is None
+    back = convert(exported, tmp_path / "back", "packed")  # mxdit runs them
+    assert tiny.load(back / "transformer").config.quantization_config.activation_steps == StepPolicy({"mxfp8": (0,)})
+
+
 @pytest.mark.parametrize(
     ("config", "to", "what"),
     [
@@ -235,6 +270,22 @@ def test_patterns_become_the_layers_they_name(wan, tmp_path):
         ({"quant_method": "mxfp4_dualscale", "activation": "bf16"}, "vllm-omni", "activation 'bf16'"),
         ({"quant_method": "mxfp4", "mxfp4_scale_alg": 0, "activation": "bf16"}, "sglang", "activation"),
         ({"quant_method": "mxfp4", "mxfp4_scale_alg": 2}, "sglang", "mxfp4_scale_alg 2"),
+        ({"quant_method": "mxfp4", "activation_steps": {"bf16": [2]}}, "vllm-omni", "activation_steps in bf16"),
+        (
+            {"quant_method": "mxfp4", "activation_steps": {"mxfp8": [0], "of": 4}},
+            "vllm-omni",
+            "activation_steps of 4 steps",
+        ),
+        (
+            {"quant_method": "mxfp4_dualscale", "activation_steps": {"mxfp8": [0]}},
+            "vllm-omni",
+            "activation_steps 0=mxfp8",
+        ),
+        (
+            {"quant_method": "mxfp4", "mxfp4_scale_alg": 0, "activation_steps": {"mxfp8": [0]}},
+            "sglang",
+            "activation_steps 0=mxfp8",
+        ),
     ],
 )
 def test_what_a_layout_cannot_say_is_named_before_it_is_lost(wan, tmp_path, config, to, what):

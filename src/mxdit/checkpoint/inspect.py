@@ -13,6 +13,7 @@ from mxdit.checkpoint.layout import Layout
 from mxdit.checkpoint.layouts import LAYOUTS
 from mxdit.checkpoint.layouts.packed import PACKED
 from mxdit.checkpoint.sources import open_both
+from mxdit.config.steps import StepPolicy
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ComponentInspection:
     faults     what is wrong.
     notes      what a conversion would lose.
     loaders    runtime -> None where it can load the component, else why not.
+    activation_steps  what its config says activations are at some steps, if it does.
     """
 
     component: str
@@ -37,6 +39,7 @@ class ComponentInspection:
     faults: tuple[Fault, ...]
     notes: tuple[str, ...]
     loaders: dict[str, str | None]
+    activation_steps: StepPolicy | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable."""
@@ -49,6 +52,7 @@ class ComponentInspection:
             "findings": [str(fault) for fault in self.faults],
             "notes": list(self.notes),
             "loaders": self.loaders,
+            "activation_steps": self.activation_steps.to_dict() if self.activation_steps else None,
         }
 
 
@@ -120,6 +124,7 @@ def _inspected(name: str, component: Component, faults: tuple[Fault, ...]) -> Co
         faults,
         component.lost,
         {layout.runtime: _why_not(layout, component) or first for layout in LAYOUTS.values() if layout.runtime},
+        component.quantization.activation_steps if component.quantization else None,
     )
 
 

@@ -79,6 +79,8 @@ def write(component: Component) -> Written:
         lost.append("activation: SGLang runs every layer with the type of its weight")
     if config.require_smooth_scale:
         lost.append("require_smooth_scale: SGLang's description has no such key")
+    if config.activation_steps:
+        lost.append(f"activation_steps {config.activation_steps}: SGLang runs every step alike")
     if config.quant_method == "mxfp4" and config.mxfp4_scale_alg:
         lost.append(f"mxfp4_scale_alg {config.mxfp4_scale_alg}: SGLang scales activations by 0 (OCP)")
     return Written(parts, files={"quant_model_description.json": description}, lost=tuple(lost))

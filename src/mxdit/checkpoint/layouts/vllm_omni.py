@@ -20,7 +20,7 @@ from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.layout import CONFIG, Folder, Layout, Written
 from mxdit.checkpoint.layouts.numeric import as_e4m3, values_of
 from mxdit.checkpoint.writer import Part
-from mxdit.config import MXConfig
+from mxdit.config import STEPS_OF_W4A8, MXConfig
 from mxdit.errors import CheckpointError
 from mxdit.models import spec_of
 from mxdit.numerics.formats import FLOATS, BlockFormat, block_format
@@ -39,7 +39,7 @@ KEYS = {
         "is_checkpoint_mxfp4_serialized",
         "ignored_layers",
         "require_smooth_scale",
-        "w4a8_fallback_steps",
+        STEPS_OF_W4A8,
         "w4a8_fallback_layers",
         "mxfp4_scale_alg",
     },
@@ -48,7 +48,7 @@ KEYS = {
         "is_checkpoint_serialized",
         "ignored_layers",
         "num_bf16_fallback_layers",
-        "w4a8_fallback_steps",
+        STEPS_OF_W4A8,
         "w4a8_fallback_layers",
     },
     "mxfp8": {"quant_method", "is_checkpoint_mxfp8_serialized", "ignored_layers"},
@@ -118,6 +118,8 @@ def why_not(component: Component) -> str | None:
     unknown = [key for key in config if key not in KEYS.get(method, set())]
     if unknown:
         return f"its config for {method} takes no key {unknown[0]!r}"
+    if method == "mxfp4_dualscale" and any(config.get(key) for key in (STEPS_OF_W4A8, "w4a8_fallback_layers")):
+        return "W4A8 over dual-scale weights: it refuses them"
     listed = set(config.get("ignored_layers") or ())
     for path, quantized in component.methods.items():
         name = component.spec.runtime_name(path, NAME)
@@ -178,6 +180,9 @@ def _config(component: Component, config: MXConfig) -> dict[str, Any]:
         raised = everything if config.activation == "mxfp8" else config.w4a8_fallback_layers
         if raised:
             written["w4a8_fallback_layers"] = _runtime(component, raised)
+        steps = config.activation_steps.activations.get("mxfp8") if config.activation_steps else None
+        if steps:
+            written[STEPS_OF_W4A8] = list(steps)
     return written
 
 
@@ -193,6 +198,15 @@ def _lost(config: MXConfig) -> list[str]:
         config.effective_activation != "mxfp4" or config.w4a8_fallback_layers
     ):
         lost.append("activation 'mxfp8': vLLM-Omni has it over single-scale MXFP4 only")
+    policy = config.activation_steps
+    if policy and config.quant_method != "mxfp4":
+        lost.append(f"activation_steps {policy}: vLLM-Omni has steps over single-scale MXFP4 only")
+    elif policy:
+        others = [name for name in policy.activations if name != "mxfp8"]
+        if others:
+            lost.append(f"activation_steps in {' and '.join(others)}: vLLM-Omni's steps are in 'mxfp8'")
+        if policy.of is not None:
+            lost.append(f"activation_steps of {policy.of} steps: vLLM-Omni takes them in a request of any number")
     if config.require_smooth_scale and config.quant_method == "mxfp4_dualscale":
         lost.append("require_smooth_scale: vLLM-Omni's dual-scale config has no such key")
     return lost
@@ -204,6 +218,7 @@ VLLM_OMNI = Layout(
     read,
     write,
     runtime="vLLM-Omni 0.30",
+    plugin="vLLM-Omni 0.30 with mxdit",
     why_not=why_not,
     by_runtime_names=True,
     floats=floats,
