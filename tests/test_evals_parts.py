@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mxdit
 import tiny
+from mxdit import MXConfig
 from mxdit.errors import ConfigError, InputError
 from mxdit.evals import modes, probe
 from mxdit.evals.cache import Cache, digest_of_experts, digest_of_files, stats_of
+from mxdit.evals.probe import velocity_errors
+from mxdit.generation.recording import repeat
 
 
 def test_sqnr_is_what_its_definition_says(tmp_path):
@@ -68,9 +72,40 @@ def test_what_an_expert_computes_is_its_digest():
         mxdit.quantize_(model, config)
         digests |= {before, digest_of_experts({"transformer": model})}
     assert len(digests) == 4
+    for policy in ({"bf16": [0]}, {"bf16": [0], "of": 4}):
+        model = tiny.transformer(seed=1)
+        mxdit.quantize_(model, MXConfig.from_dict({"quant_method": "mxfp4", "activation_steps": policy}))
+        digests.add(digest_of_experts({"transformer": model}))
+    assert len(digests) == 6
     other = tiny.transformer(seed=1)
     other.register_to_config(eps=1e-3)  # the same weights, and another function
     assert digest_of_experts({"transformer": other}) not in digests
+
+
+def test_repeated_calls_have_the_activations_of_their_step():
+    calls = []
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        inputs = {
+            "hidden_states": torch.randn(1, 16, 2, 8, 8, generator=generator),
+            "timestep": torch.tensor([900.0 - 300 * step]),
+            "encoder_hidden_states": torch.randn(1, 6, tiny.TEXT_DIM, generator=generator),
+        }
+        calls.append({"step": step, "expert": "transformer", "inputs": inputs})
+    for call in calls:
+        call["velocity"] = repeat(tiny.transformer(), call)
+
+    def errors(activation: str, policy: dict[str, list[int]]) -> list[float]:
+        model = tiny.transformer()
+        keys = {"quant_method": "mxfp4", "activation": activation, "activation_steps": policy}
+        mxdit.quantize_(model, MXConfig.from_dict(keys))
+        found = velocity_errors(SimpleNamespace(transformer=model), calls)
+        assert {layer.activation for layer in model.modules() if isinstance(layer, mxdit.MXLinear)} == {activation}
+        return [step["velocity_error"] for step in found]
+
+    four, eight = errors("mxfp4", {}), errors("mxfp8", {})
+    assert all(a > b for a, b in zip(four, eight, strict=True))
+    assert errors("mxfp4", {"mxfp8": [0, 2], "of": 3}) == [eight[0], four[1], eight[2]]
 
 
 def test_a_file_that_was_replaced_is_seen(tmp_path):

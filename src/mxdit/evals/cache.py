@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mxdit.checkpoint.files import read_json
 from mxdit.errors import InputError
 from mxdit.layers import MXLinear
+from mxdit.quantize.recorded import recorded_config
 
 KEY = "key.json"  # in every entry: its key, for people, and the seconds that it took
 NOTES = ("is_local", "local_files_only")  # what transformers adds to the config of a tokenizer that it saves
@@ -104,6 +105,9 @@ def digest_of_experts(experts: Mapping[str, nn.Module]) -> str:
             key: value for key, value in dict(getattr(model, "config", {})).items() if key != "quantization_config"
         }
         found.update(digest_of(_own(config)).encode())
+        recorded = recorded_config(model)
+        if recorded is not None and recorded.activation_steps:
+            found.update(f"{name} {recorded.activation_steps}\n".encode())
         for path, module in model.named_modules():
             if isinstance(module, MXLinear):
                 found.update(f"{name} {path} {module.method} {module.scheme} {module.rule}\n".encode())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from mxdit.generation.recording import repeat, transformers_of
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
+from mxdit.quantize.recorded import recorded_config
+from mxdit.quantize.steps import StepSwitch
 
 SQNR_LIMIT = 300.0  # dB; what an exact result counts as
 STEPS = 3  # of each expert, from which the inputs of its linears are taken
@@ -33,10 +36,16 @@ def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]]) -> list[d
 
     Returns {"step", "velocity_error", "velocity_cosine"}, each the mean over the step's calls.
     """
-    experts, steps = transformers_of(pipeline), {}
-    for call in calls:
-        found = compare(repeat(experts[call["expert"]], call), call["velocity"])
-        steps.setdefault(call["step"], []).append(found)
+    experts, steps, length = transformers_of(pipeline), {}, 1 + max((call["step"] for call in calls), default=0)
+    with ExitStack() as switches:
+        for model in experts.values():
+            config = recorded_config(model)
+            if config is not None and config.activation_steps:  # its layers have the activations of the call's step
+                switch = StepSwitch(model, config.activation_steps, lambda: (call["step"], length))
+                switches.callback(switch.remove)
+        for call in calls:
+            found = compare(repeat(experts[call["expert"]], call), call["velocity"])
+            steps.setdefault(call["step"], []).append(found)
     return [
         {
             "step": step,

@@ -19,6 +19,7 @@ from mxdit.evals.modes import Mode
 from mxdit.evals.settings import Settings
 from mxdit.generation.recording import transformers_of
 from mxdit.layers import MXLinear
+from mxdit.quantize.recorded import recorded_config
 from mxdit.quantize.report import QuantReport
 from mxdit.version import installed
 
@@ -29,7 +30,10 @@ STEPWISE = ("velocity_error", "velocity_cosine", "latent_error", "latent_cosine"
 
 def describe(mode: Mode, pipeline: Any, reports: Mapping[str, QuantReport]) -> dict[str, Any]:
     """What a loaded mode is: formats, how many linears, bytes of the experts' tensors."""
-    experts = transformers_of(pipeline).values()
+    transformers = transformers_of(pipeline)
+    experts = transformers.values()
+    configs = {name: recorded_config(model) for name, model in transformers.items()}
+    policies = {name: config.activation_steps for name, config in configs.items() if config is not None}
     layers = [module for model in experts for module in model.modules() if isinstance(module, MXLinear)]
 
     def all_of(attribute: str) -> str | None:
@@ -39,6 +43,7 @@ def describe(mode: Mode, pipeline: Any, reports: Mapping[str, QuantReport]) -> d
         "name": mode.name,
         "method": all_of("method"),
         "activation": all_of("activation"),
+        "activation_steps": {name: policy.to_dict() for name, policy in policies.items() if policy},
         "rule": all_of("rule"),
         "how": mode.how,
         "weights_bytes": sum(tensor.nbytes for model in experts for tensor in model.state_dict().values()),

@@ -245,7 +245,7 @@ def _method(results: Mapping[str, Any]) -> list[Text | Table | Picture]:
             [
                 mode["name"],
                 str(mode["method"] or "bf16"),
-                str(mode["activation"] or "bf16"),
+                str(mode["activation"] or "bf16") + (" but for some steps" if mode.get("activation_steps") else ""),
                 str(mode["rule"] or "-"),
                 "not" if mode["how"] == "float" else str(mode["how"]),
                 str(mode["layers_quantized"]),
