@@ -300,3 +300,83 @@ def test_info_lists_versions_and_backends(monkeypatch, capsys):
     assert any(backend["why_not"] is None for backend in figures["backends"])
     code, out, _ = mxdit_command(monkeypatch, capsys, "info")
     assert code == 0 and mxdit.__version__ in out and "usable" in out
+
+
+def test_activations_by_step(monkeypatch, capsys, tmp_path, models):
+    """Asked for on the command line, or stored by `quantize`: the same video, and every command that reads it says so."""
+    source, steps = models["t2v"], "0-1,3=mxfp8; 2=bf16"
+    written = {"mxfp8": [0, 1, 3], "bf16": [2]}
+
+    def clip(name: str, *args: object) -> tuple[np.ndarray, dict]:
+        command = ("generate", *args, "--prompt", "a red seven", *SMALL, "-o", tmp_path / name, "--json")
+        code, out, err = mxdit_command(monkeypatch, capsys, *command)
+        assert code == 0, err
+        said = f"activations by step: {mxdit.StepPolicy.from_dict(written)}"
+        assert err.count(said) == (0 if name == "plain.mp4" else 2)
+        return read_mp4(tmp_path / name)[0], json.loads(out)
+
+    plain, _ = clip("plain.mp4", source, "--method", "mxfp4")
+    online, figures = clip("online.mp4", source, "--method", "mxfp4", "--activation-steps", steps)
+    assert figures["request"]["activation_steps"] == written
+    assert not np.array_equal(online, plain)
+
+    packed = tmp_path / "packed"
+    options = ("--method", "mxfp4", "--activation-steps", f"{steps};of=4")
+    code, _, err = mxdit_command(monkeypatch, capsys, "quantize", source, packed, *options)
+    assert code == 0, err
+    written["of"] = 4
+    for name in ("transformer", "transformer_2"):
+        config = json.loads((packed / name / "config.json").read_text())["quantization_config"]
+        assert config["activation_steps"] == written
+    offline, figures = clip("offline.mp4", packed)
+    assert np.array_equal(offline, online)
+    assert figures["request"]["activation_steps"] is None
+    assert [expert["activation_steps"] for expert in figures["experts"].values()] == [written] * 2
+
+    for command in ("inspect", "info"):
+        code, out, _ = mxdit_command(monkeypatch, capsys, command, packed)
+        assert code == 0 and out.count("activations by step: 0-1,3=mxfp8;2=bf16;of=4") == 2
+        code, out, _ = mxdit_command(monkeypatch, capsys, command, packed, "--json")
+        found = json.loads(out)
+        found = found["experts"] if command == "inspect" else list(found["model"]["experts"].values())
+        assert [expert["activation_steps"] for expert in found] == [written] * 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--activation-steps", "0,1"], "error: --activation-steps: not steps and their activation; got '0,1'"),
+        (
+            ["--activation-steps", "4=mxfp8"],
+            "error: --activation-steps: the policy names a step that the request does not",
+        ),
+        (
+            ["--activation-steps", "0=mxfp8;of=40"],
+            "error: --activation-steps: the policy was written for another number",
+        ),
+        (
+            ["--activation-steps", "0=bf16", "--method", "mxfp8"],
+            "error: --activation-steps: activations in 'bf16' do not",
+        ),
+        (
+            ["--activation-steps", "0=bf16", "--method", "none"],
+            "error: --activation-steps: activations by step, and no",
+        ),
+    ],
+)
+def test_errors_of_activations_by_step_name_the_option(monkeypatch, capsys, tmp_path, models, args, message):
+    method = [] if "--method" in args else ["--method", "mxfp4"]
+    code, _, err = mxdit_command(
+        monkeypatch,
+        capsys,
+        "generate",
+        models["t2v"],
+        "--prompt",
+        "x",
+        *SMALL,
+        *method,
+        *args,
+        "-o",
+        tmp_path / "x.mp4",
+    )
+    assert code == 2 and " ".join(err.split()).startswith(message)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mxdit import Session
+from mxdit import MXLinear, Session
 from mxdit.checkpoint import inspect_checkpoint, quantize_checkpoint
 from mxdit.errors import InputError
 from mxdit.generation.directory import open_model
-from mxdit.generation.recording import Recorder, repeat
+from mxdit.generation.recording import Recorder, repeat, transformers_of
 from mxdit.generation.request import Request
 from mxdit.generation.session import Result
 from mxdit.models import SPECS
@@ -121,3 +121,27 @@ def test_the_preset_of_a_published_model_is_found_by_its_config():
     assert flux.preset("t2i", {"guidance_embeds": True}, 1).name == "FLUX.1-dev"
     assert hunyuan.preset("i2v", {"target_size": 960}, 1).size == (720, 1280)
     assert hunyuan.preset("t2v", {"target_size": 640}, 1).size == (480, 848)
+
+
+@pipelines
+def test_activations_by_step(saved, spec, name):
+    """Each pipeline says its steps in a way that mxdit understands: at each, all linears have what the request says."""
+    session = Session.open(saved[name], method="mxfp4")
+    models = transformers_of(session.load())
+    seen, done = [], list[int]()
+    for model in models.values():
+        linears = [module for module in model.modules() if isinstance(module, MXLinear)]
+        block = model.get_submodule(spec.blocks[0])[0]  # pyright: ignore[reportIndexIssue]
+        block.register_forward_pre_hook(
+            lambda *_, linears=linears: seen.append((len(done), {m.activation for m in linears}))
+        )
+    plain = session.run(request(session)).frames
+    assert all(found == {"mxfp4"} for _, found in seen)
+    seen.clear()
+    last = request(session).steps - 1
+    policy = {"bf16": [0], "mxfp8": [last], "of": last + 1}
+    mixed = session.run(request(session, activation_steps=policy), lambda *_: done.append(1)).frames
+    own = {0: {"bf16"}, last: {"mxfp8"}}
+    assert {step for step, _ in seen} == set(range(last + 1))
+    assert all(found == own.get(step, {"mxfp4"}) for step, found in seen)
+    assert not np.array_equal(mixed, plain) and np.array_equal(session.run(request(session)).frames, plain)

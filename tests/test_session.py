@@ -16,6 +16,7 @@ from PIL import Image
 
 import mxdit
 import tiny
+from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import Cancelled, CheckpointError, ConfigError, InputError, ModelError
 from mxdit.generation.session import Result, Session
 
@@ -266,3 +267,88 @@ def test_loading_says_nothing_that_a_user_cannot_act_on(directory):
     )
     done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
     assert "torchvision" not in done.stderr and "[transformers]" not in done.stderr
+
+
+# -- activations by step -------------------------------------------------------------------------------------------------
+
+POLICY = {"mxfp8": [0, 3], "bf16": [2], "of": 4}
+
+
+@pytest.fixture(scope="module")
+def by_step(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cascade quantized, its first expert with a policy in its config."""
+    target = tmp_path_factory.mktemp("stored") / "mxfp4"
+    config = {"quant_method": "mxfp4", "activation_steps": POLICY}
+    quantize_checkpoint(directory, target, config, {"transformer_2": "mxfp4"}).write()
+    return target
+
+
+def test_a_request_asks_for_activations_by_step(directory, by_step, caplog):
+    online = Session.open(directory, method="mxfp4")
+    plain = online.run(online.request(**SMALL)).frames
+    request = online.request(**SMALL, activation_steps=POLICY)
+    assert request.to_dict()["activation_steps"] == POLICY and json.dumps(request.to_dict())
+    assert online.policies(request) == dict.fromkeys(("transformer", "transformer_2"), request.activation_steps)
+    mixed = online.run(request).frames
+    assert not np.array_equal(mixed, plain)
+    assert np.array_equal(online.run(online.request(**SMALL)).frames, plain), "it is the request's alone"
+
+    stored = Session.open(by_step)
+    assert stored.policies() == {"transformer": request.activation_steps}
+    first = stored.run(stored.request(**SMALL)).frames
+    assert not np.array_equal(first, plain) and not np.array_equal(first, mixed)
+    own = Session.open(directory, method="mxfp4", components={"transformer": {"activation_steps": POLICY}})
+    assert own.policies() == stored.policies()
+    assert np.array_equal(own.run(own.request(**SMALL)).frames, first), "a config's is applied without another call"
+    assert np.array_equal(stored.run(request).frames, mixed), "a request's is for both experts"
+    without = stored.request(**SMALL, activation_steps={})
+    assert stored.policies(without) == {} and np.array_equal(stored.run(without).frames, plain)
+    assert np.array_equal(stored.run(stored.request(**SMALL)).frames, first)
+    eight = Session.open(by_step, keys={"activation": "mxfp8"})
+    assert eight.policies() == {} and "transformer" not in eight.policies(eight.request(**SMALL))
+    assert not [record for record in caplog.records if "step_policy" in record.getMessage()]
+
+
+def test_a_cancelled_run_leaves_no_policy_behind(directory):
+    session, stop = Session.open(directory, method="mxfp4"), threading.Event()
+    plain = session.run(session.request(**SMALL)).frames
+    with pytest.raises(Cancelled):
+        session.run(session.request(**SMALL, activation_steps={"bf16": [0, 1]}), lambda *_: stop.set(), stop)
+    assert np.array_equal(session.run(session.request(**SMALL)).frames, plain)
+
+
+def test_a_policy_that_was_put_on_a_sessions_own_pipeline_is_not_passed_over(directory):
+    session = Session.open(directory, method="mxfp4")
+    with (
+        mxdit.step_policy(session.load(), {"mxfp8": [0]}),
+        pytest.raises(ModelError, match="Put it on the pipeline that you call"),
+    ):
+        session.run(session.request(**SMALL))
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "error", "message"),
+    [
+        (
+            {"method": "mxfp4"},
+            {"steps": 5},
+            InputError,
+            "another number of steps.*got a request of 5 steps; expected 4",
+        ),
+        ({"method": "mxfp4"}, {"activation_steps": {"mxfp8": [4]}}, InputError, "got step 4, and a request of 4"),
+        ({"method": "mxfp4"}, {"activation_steps": [4]}, InputError, r"no object of activations and steps; got \[4\]"),
+        ({"method": "mxfp8"}, {}, ConfigError, "'bf16' do not go with weights in 'mxfp8'"),
+        ({}, {}, InputError, "activations by step, and no transformer is quantized. Name a method"),
+    ],
+)
+def test_a_request_that_its_policy_does_not_fit(directory, options, fields, error, message):
+    with pytest.raises(error, match=message) as caught:
+        Session.open(directory, **options).request(**{**SMALL, "activation_steps": POLICY, **fields})
+    assert caught.value.field == "activation_steps"
+
+
+def test_a_config_that_the_request_does_not_fit_is_said_before_the_weights_are_read(by_step):
+    session = Session.open(by_step)
+    with pytest.raises(InputError, match=r"activation_steps transformer: .*another number of steps"):
+        session.request(**{**SMALL, "steps": 5})
+    session.request(**{**SMALL, "steps": 5}, activation_steps={})

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mxdit.cli.console import (
     METHODS,
+    ActivationSteps,
     Config,
     Dtype,
     FallbackBlocks,
@@ -30,6 +31,7 @@ from mxdit.cli.console import (
 )
 from mxdit.config import DEFAULT_SCALE_ALG, SCALE_RULES
 from mxdit.config.components import configs_of
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 
 RULES = {name: number for number, name in reversed(SCALE_RULES.items())}
@@ -60,6 +62,7 @@ def quantize(
     activation: Annotated[
         str | None, typer.Option(help="Activations the checkpoint asks for: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
     ] = None,
+    activation_steps: ActivationSteps = None,
     config: Config = None,
     shard_size: ShardSize = "2GiB",
     dtype: Dtype = "bf16",
@@ -84,6 +87,7 @@ def quantize(
         ignored_layers=list(ignored_layers) if ignored_layers else None,
         num_bf16_fallback_layers=num_bf16_fallback_layers,
         activation=activation,
+        activation_steps=None if activation_steps is None else StepPolicy.parse(activation_steps),
     )
     chosen = method or keys.get("quant_method")
     if chosen is None:
@@ -193,6 +197,8 @@ def inspect(
             say(f"{component.component or directory}: {component.layout} layout, linears: {linears}; {size}")
             if component.kept:
                 say(f"  float inside the blocks: {_some(component.kept)}")
+            if component.activation_steps:
+                say(f"  activations by step: {component.activation_steps}")
             for note in component.notes:
                 say(f"  note: {note}")
             for fault in component.faults:

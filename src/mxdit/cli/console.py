@@ -49,6 +49,13 @@ IgnoredLayers = Annotated[
     list[str] | None,
     typer.Option(help="Linear (path or glob) that stays unquantized. May be repeated.", metavar="GLOB"),
 ]
+ActivationSteps = Annotated[
+    str | None,
+    typer.Option(
+        help="Activations at some denoising steps, as in '0-1,38-39=mxfp8;20=bf16'. Of a cascade both experts' steps count on.",
+        metavar="STEPS=FORMAT",
+    ),
+]
 FallbackBlocks = Annotated[int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the model's own.", metavar="WxH")]
 Frames = Annotated[int | None, typer.Option(help="Number of frames. Default: the model's own.")]

@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from mxdit.backends import backends
 from mxdit.cli.console import (
     METHODS,
+    ActivationSteps,
     Config,
     Device,
     Dtype,
@@ -38,6 +39,7 @@ from mxdit.cli.console import (
     tell,
     tell_slow,
 )
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 from mxdit.version import installed
 
@@ -86,6 +88,7 @@ def generate(
     activation: Annotated[
         str | None, typer.Option(help="Activations over the same weights: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
     ] = None,
+    activation_steps: ActivationSteps = None,
     config: Config = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance, of a cascade its first expert's.")] = None,
@@ -149,6 +152,7 @@ def generate(
         fps=fps,
         flow_shift=flow_shift,
         boundary_ratio=boundary_ratio,
+        activation_steps=None if activation_steps is None else StepPolicy.parse(activation_steps),
     )
     if output is None:
         output = Path("image.png" if request.still else "video.mp4")
@@ -158,25 +162,38 @@ def generate(
     tell(f"{session.model.preset(session.task).name} from {session.model.path}")
     tell_slow(session.dtype, session.device)
     loading.show_loading(err.is_terminal)
-    reports = session.reports()
+    reports, policies = session.reports(), session.policies(request)
     for name, report in reports.items():
-        tell(f"  {name}: {loading.summary(report)}")
+        by_step = f"; activations by step: {policies[name]}" if name in policies else ""
+        tell(f"  {name}: {loading.summary(report)}{by_step}")
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("", total=request.steps)
         result = session.run(request, lambda done, _: progress.update(bar, completed=done))
     result.save(output)
-    _show_result(output, result, reports, as_json)
+    _show_result(output, result, reports, policies, as_json)
 
 
-def _show_result(output: Path, result: Result, reports: Mapping[str, QuantReport], as_json: bool) -> None:
+def _show_result(
+    output: Path,
+    result: Result,
+    reports: Mapping[str, QuantReport],
+    policies: Mapping[str, StepPolicy],
+    as_json: bool,
+) -> None:
     request, step = result.request, sum(result.step_seconds) / len(result.step_seconds)
     if as_json:
         figures = {
             "output": str(output),
             "prompt": request.prompt,
             "request": request.to_dict(),
-            "experts": {name: {k: v for k, v in r.to_dict().items() if k != "layers"} for name, r in reports.items()},
+            "experts": {
+                name: {
+                    **{key: value for key, value in report.to_dict().items() if key != "layers"},
+                    "activation_steps": policies[name].to_dict() if name in policies else None,
+                }
+                for name, report in reports.items()
+            },
             "seconds": result.seconds,
             "seconds_per_step": step,
             "peak_bytes": result.peak_bytes,
@@ -232,3 +249,6 @@ def info(
             size = f"{row['bytes'] / 2**20:.1f}"
             table.add_row(name, row["quant_method"] or "unquantized", schemes, str(row["kept"]), size)
         out.print(table)
+        for name, row in described["experts"].items():
+            if row["activation_steps"]:
+                say(f"{name}: activations by step: {StepPolicy.from_dict(row['activation_steps'])}")

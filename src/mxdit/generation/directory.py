@@ -165,7 +165,8 @@ def open_model(path: Path) -> ModelDirectory:
 
 
 def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
-    """Per transformer, from the JSON and the tensors' sizes alone: method, linears by scheme, linears kept, bytes of files."""
+    """Per transformer, from the JSON and the tensors' sizes alone: method, linears by scheme, linears kept, activations
+    by step, bytes of files."""
     described = {}
     for name, config in model.components.items():
         stored, skeleton = model.stored.get(name), skeleton_of(config, str(model.path / name / "config.json"))
@@ -177,6 +178,7 @@ def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
             "quant_method": stored and str(stored.quant_method),
             "schemes": dict(Counter(scheme for scheme in schemes if scheme)),
             "kept": schemes.count(None),
+            "activation_steps": stored.activation_steps.to_dict() if stored and stored.activation_steps else None,
             "bytes": sum(file.stat().st_size for file in _weights_in(model.path / name)),
         }
     return described

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mxdit.errors import InputError
+from mxdit.config.steps import StepPolicy
+from mxdit.errors import ConfigError, InputError
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.media import cover, fit_size
 
@@ -33,6 +34,7 @@ class Request:
         seed: of the starting noise.
         fps: frames a second of the file that is written.
         flow_shift, boundary_ratio: override the scheduler's and the pipeline's own.
+        activation_steps: what the activations of quantized linears are at some steps; empty means at none.
         arguments: of the pipeline's call that no other field names.
 
     None in a field leaves what the pipeline has.
@@ -52,6 +54,7 @@ class Request:
     fps: int
     flow_shift: float | None = None
     boundary_ratio: float | None = None
+    activation_steps: StepPolicy | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,7 +65,9 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable; an image is the SHA-256 of its pixels."""
         image = None if self.image is None else hashlib.sha256(self.image.tobytes()).hexdigest()
-        return {**asdict(replace(self, image=None)), "image": image}
+        plain = asdict(replace(self, image=None, activation_steps=None))
+        steps = None if self.activation_steps is None else self.activation_steps.to_dict()
+        return {**plain, "image": image, "activation_steps": steps}
 
 
 def make_request(
@@ -81,6 +86,7 @@ def make_request(
     fps: int | None = None,
     flow_shift: float | None = None,
     boundary_ratio: float | None = None,
+    activation_steps: StepPolicy | Mapping[str, Any] | None = None,
 ) -> Request:
     """Fill in what is not given from the model's preset, and check the whole.
 
@@ -89,6 +95,7 @@ def make_request(
         size: (height, width) in pixels. By default the preset's, for I2V in the image's aspect; a pipeline that chooses
             the size by the image takes none.
         image: of any size; it is scaled to cover the frame, and what stands over is cut off.
+        activation_steps: or its JSON form.
         the others: as in `Request`.
 
     Raises:
@@ -116,6 +123,7 @@ def make_request(
         size = (
             preset.size if image is None else fit_size(image, preset.size[0] * preset.size[1], model.geometry.multiple)
         )
+    steps = preset.steps if steps is None else steps
     if guidance_2 is None and model.takes(task, "guidance_2"):
         guidance_2 = preset.guidance_2 if guidance is None else guidance
     request = Request(
@@ -126,17 +134,31 @@ def make_request(
         height=size[0],
         width=size[1],
         frames=preset.frames if frames is None else frames,
-        steps=preset.steps if steps is None else steps,
+        steps=steps,
         guidance=preset.guidance if guidance is None else guidance,
         guidance_2=guidance_2,
         seed=seed,
         fps=preset.fps if fps is None else fps,
         flow_shift=preset.flow_shift if flow_shift is None else flow_shift,
         boundary_ratio=boundary_ratio,
+        activation_steps=policy_of(activation_steps, steps),
         arguments=preset.arguments,
     )
     _check(model, request)
     return request if image is None or chosen else replace(request, image=cover(image, *size))
+
+
+def policy_of(given: StepPolicy | Mapping[str, Any] | None, steps: int, where: str | None = None) -> StepPolicy | None:
+    """A policy or its JSON form as one for a request of so many steps. Raises InputError for what is none."""
+    try:
+        policy = given if given is None or isinstance(given, StepPolicy) else StepPolicy.from_dict(given)
+        if policy is not None:
+            policy.check(steps)
+    except ConfigError as error:
+        raise InputError(
+            error.what, field=error.field, where=where, got=error.got, expected=error.expected, hint=error.hint
+        ) from None
+    return policy
 
 
 def _check(model: ModelDirectory, request: Request) -> None:

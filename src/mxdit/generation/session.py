@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mxdit.config import MXConfig
+from mxdit.config import MXConfig, check_activation
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import Cancelled, InputError, ModelError
 from mxdit.generation import loading, media
 from mxdit.generation.calling import call_of
 from mxdit.generation.directory import ModelDirectory, bundled, open_model
 from mxdit.generation.memory import Sampler
 from mxdit.generation.recording import transformers_of
-from mxdit.generation.request import Request, make_request
+from mxdit.generation.request import Request, make_request, policy_of
+from mxdit.integrations.diffusers_steps import step_policy
 from mxdit.quantize.report import QuantReport, report_of
 
 if TYPE_CHECKING:
@@ -134,8 +136,37 @@ class Session:
         return cls(model, task, loading.quantization(model, method, keys or {}, components), dtype, device, variant)
 
     def request(self, **fields: Any) -> Request:
-        """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which."""
-        return make_request(self.model, self.task, **fields)
+        """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which, and
+        ConfigError for activations that do not go with the weights."""
+        request = make_request(self.model, self.task, **fields)
+        for name, policy in self.policies(request).items():
+            policy_of(policy, request.steps, where=name)
+        return request
+
+    def policies(self, request: Request | None = None) -> dict[str, StepPolicy]:
+        """Transformer -> what its activations are at some steps: of the request, or else as its config states.
+
+        Raises InputError where the request asks for it and no transformer is quantized, and ConfigError where its activations
+        do not go with their weights.
+        """
+        stored = self.model.stored
+        configs = {
+            name: stored[name].run_as(asked) if asked and name in stored else asked or stored.get(name)
+            for name, asked in self.configs.items()
+        }
+        quantized = {name: config for name, config in configs.items() if config is not None}
+        asked = None if request is None else request.activation_steps
+        if asked is None:
+            stated = {name: config.activation_steps for name, config in quantized.items()}
+            return {name: policy for name, policy in stated.items() if policy}
+        if asked and not quantized:
+            raise InputError(
+                "activations by step, and no transformer is quantized", field="activation_steps", hint="Name a method."
+            )
+        for activation in asked.activations:
+            for config in quantized.values():
+                check_activation(config.quant_method, activation, where=None, field="activation_steps")
+        return dict.fromkeys(quantized, asked) if asked else {}
 
     def load(self) -> DiffusionPipeline:
         """The pipeline, loaded at the first call. Raises CheckpointError and ConfigError for what does not fit the model."""
@@ -209,8 +240,11 @@ class Session:
         view.register_modules(**call.components)
         view.register_to_config(**call.config)
         generator = torch.Generator("cpu").manual_seed(request.seed)
+        policies = self.policies(request)
+        # Nothing is put on the transformers where neither the request nor a config asks for it.
+        by_step = step_policy(view, policies) if policies or self.policies() else nullcontext()
         started = time.perf_counter()
-        with Sampler(self.device, LOOK) as memory:
+        with by_step, Sampler(self.device, LOOK) as memory:
             try:
                 made = view(**call.arguments, generator=generator, output_type="np")
             finally:
