@@ -1,15 +1,18 @@
 # Two commands: `make demo` and `make test`. Both make the environment they need. `make quick` runs the tests that a change
 # needs most, in under a minute. `make test-native` checks the CPU kernels without Python, under sanitizers and for Arm;
-# `make test-interop` fetches other tools, and holds mxdit against them; `make wheel` builds both packages into dist/,
-# and uses each in environments of its own.
+# `make test-interop` fetches other tools, and holds mxdit against them; `make test-omni` runs vLLM-Omni with mxdit as its
+# guest; `make wheel` builds both packages into dist/, and uses each in environments of its own.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := .interop
 PEERS_STAMP := $(PEERS)/.installed
+OMNI := .omni
+OMNI_STAMP := $(OMNI)/.installed
+OMNI_GUESTS := $(OMNI)/.guests
 
-.PHONY: demo quick test test-native test-interop lint wheel clean
+.PHONY: demo quick test test-native test-interop test-omni lint wheel clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml models/pyproject.toml constraints.txt $(wildcard csrc/cpu/*.*)
@@ -43,6 +46,24 @@ $(PEERS_STAMP): tests/interop/requirements.txt | $(STAMP)
 
 test-interop: $(PEERS_STAMP)
 	$(BIN)/pytest tests/interop
+
+# vLLM-Omni as it is published, in an environment of its own, because it pins other releases than ours. PyPI has no CPU build
+# of torch for Linux; the one is asked of PyTorch's index, where pip has it from nowhere else.
+$(OMNI_STAMP): tests/omni/requirements.txt
+	rm -rf $(OMNI)
+	$(PYTHON) -m venv $(OMNI)
+	$(OMNI)/bin/pip install --quiet --disable-pip-version-check --no-deps --retries 1 \
+	  --extra-index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' $<)
+	$(OMNI)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+# What it finds by entry points: this checkout, and the platform that it runs on in tests.
+$(OMNI_GUESTS): $(OMNI_STAMP) pyproject.toml $(wildcard csrc/cpu/*.* tests/omni/platform/* tests/omni/platform/*/*)
+	$(OMNI)/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall -e . ./tests/omni/platform
+	touch $@
+
+test-omni: $(OMNI_GUESTS)
+	$(OMNI)/bin/pytest tests/omni
 
 wheel: $(STAMP)
 	$(BIN)/python tools/check_wheel.py

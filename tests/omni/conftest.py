@@ -1,0 +1,46 @@
+"""Directories that the engine loads, and engines that several tests look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import engine
+import tiny
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A two-expert pipeline for each task, in BF16."""
+    root = tmp_path_factory.mktemp("directories")
+    return {task: tiny.save(root / task, task) for task in tiny.TASKS}
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A first frame."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("image") / "first.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ran(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., engine.Record]:
+    """`ran(directory, task, seed, **options)`: the record of one engine, started once for each set of arguments."""
+    records: dict[str, engine.Record] = {}
+
+    def record(directory: Path, task: str = "t2v", seed: int = 42, **options: Any) -> engine.Record:
+        key = f"{directory} {seed} {sorted(options.items())}"
+        if key not in records:
+            folder = tmp_path_factory.mktemp("engine")
+            first = image if task == "i2v" else None
+            records[key] = engine.run(directory, folder, options, image=first, sampling={"seed": seed})
+        return records[key]
+
+    return record

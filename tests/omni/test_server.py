@@ -1,0 +1,80 @@
+"""`vllm-omni serve`, asked by the SDK of OpenAI and by curl: create, poll, content, delete."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import openai
+import pytest
+
+import engine
+import server
+
+# What is served: a task, and arguments of the command line.
+SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "t2v": ("t2v", ()),
+    "i2v": ("i2v", ()),
+}
+SIZE = f"{engine.SAMPLING['width']}x{engine.SAMPLING['height']}"
+FIELDS = {key: value for key, value in engine.SAMPLING.items() if key not in ("width", "height")}
+
+
+@pytest.fixture(scope="module", params=SERVED)
+def served(request: pytest.FixtureRequest, directories, image, tmp_path_factory) -> Iterator[tuple[str, Path | None]]:
+    """The address of a server, and the first frame that its model needs."""
+    task, arguments = SERVED[request.param]
+    with server.serving(directories[task], tmp_path_factory.mktemp("server"), *arguments) as address:
+        yield address, image if task == "i2v" else None
+
+
+def test_the_sdk(served):
+    address, image = served
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=engine.TIMEOUT)
+    more: dict[str, Any] = {} if image is None else {"input_reference": image}
+    video = client.videos.create(prompt=engine.PROMPT["prompt"], size=SIZE, extra_body=FIELDS, **more)
+    done = client.videos.poll(video.id, poll_interval_ms=200)
+    assert done.status == "completed", done.error
+    assert_video(client.videos.download_content(video.id).read())
+    assert client.videos.delete(video.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(video.id)
+
+
+def test_curl(served):
+    address, image = served
+    fields = {"prompt": engine.PROMPT["prompt"], "size": SIZE, **FIELDS}
+    form = [f"{key}={value}" for key, value in fields.items()]
+    if image is not None:
+        form.append(f"input_reference=@{image};type=image/png")
+    video = json.loads(curl(f"{address}/v1/videos", *(part for field in form for part in ("-F", field))))
+    one = f"{address}/v1/videos/{video['id']}"
+    deadline = time.monotonic() + engine.TIMEOUT
+    while (job := json.loads(curl(one)))["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < deadline, job
+        time.sleep(0.2)
+    assert job["status"] == "completed"
+    assert_video(curl(f"{one}/content"))
+    assert json.loads(curl(one, "-X", "DELETE"))["deleted"]
+    with pytest.raises(subprocess.CalledProcessError):
+        curl(one)
+
+
+def curl(address: str, *arguments: str) -> bytes:
+    command = ["curl", "--silent", "--show-error", "--fail", address, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, timeout=engine.TIMEOUT).stdout
+
+
+def assert_video(content: bytes) -> None:
+    """An mp4 of the size that was asked for, which shows something."""
+    with av.open(io.BytesIO(content)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert frames.shape == (engine.SAMPLING["num_frames"], engine.SAMPLING["height"], engine.SAMPLING["width"], 3)
+    assert frames.min() < frames.max()
