@@ -32,15 +32,15 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ran(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., engine.Record]:
-    """`ran(directory, task, seed, **options)`: the record of one engine, started once for each set of arguments."""
+    """`ran(directory, task, **options)`: the record of one engine, started once for each set of them."""
     records: dict[str, engine.Record] = {}
 
-    def record(directory: Path, task: str = "t2v", seed: int = 42, **options: Any) -> engine.Record:
-        key = f"{directory} {seed} {sorted(options.items())}"
+    def record(directory: Path, task: str = "t2v", **options: Any) -> engine.Record:
+        key = f"{directory} {sorted(options.items())}"
         if key not in records:
             folder = tmp_path_factory.mktemp("engine")
             first = image if task == "i2v" else None
-            records[key] = engine.run(directory, folder, options, image=first, sampling={"seed": seed})
+            records[key] = engine.run(directory, folder, options, image=first)
         return records[key]
 
     return record

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 import engine
 import tiny
 from engine import Linear, Record
+from hosts import in_diffusers
 
 TASKS = [(task, tp) for task in tiny.TASKS for tp in (1, 2)]
 PER_BLOCK = 8  # attn1: qkv in one, to_out; attn2: q, k, v, to_out; ffn: two
@@ -87,10 +88,20 @@ def joined(layers: list[Linear]) -> Tensor:
 
 
 def test_two_ranks_make_the_video_of_one(directories, ran):
-    """They add in another order, so it is nearly the same: nearer by far than that of another seed."""
-    one, two = (ran(directories["t2v"], tensor_parallel_size=tp).video() for tp in (1, 2))
-    other = ran(directories["t2v"], tensor_parallel_size=1, seed=43).video()
-    assert 10 * distance(one, two) < distance(one, other)
+    """They add in another order, so it is nearly the same."""
+    one, two = (ran(directories["t2v"], tensor_parallel_size=tp) for tp in (1, 2))
+    assert_same_video(one, two.video())
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_diffusers_makes_the_same_video(directories, image, ran, task):
+    first = image if task == "i2v" else None
+    assert_same_video(ran(directories[task], task, tensor_parallel_size=1), in_diffusers(directories[task], first))
+
+
+def assert_same_video(one: Record, video: np.ndarray) -> None:
+    """Nearer by far than what another seed makes."""
+    assert 10 * distance(one.video(), video) < distance(one.video(), one.video(engine.SEEDS[1]))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -24,7 +24,7 @@ SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
     "i2v": ("i2v", ()),
 }
 SIZE = f"{engine.SAMPLING['width']}x{engine.SAMPLING['height']}"
-FIELDS = {key: value for key, value in engine.SAMPLING.items() if key not in ("width", "height")}
+FIELDS = {key: value for key, value in engine.SAMPLING.items() if key not in ("width", "height")} | {"seed": 42}
 
 
 @pytest.fixture(scope="module", params=SERVED)

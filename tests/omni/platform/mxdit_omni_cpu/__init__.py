@@ -15,13 +15,19 @@ def platform() -> str | None:
 
 
 def mend() -> None:
-    """Replace the one part that cannot work without an accelerator. Entry point `vllm_omni.general_plugins`, which every
-    process loads, perhaps more than once."""
+    """Change the two things that do not serve on a CPU. Entry point `vllm_omni.general_plugins`, which every process loads,
+    perhaps more than once.
+
+    vLLM 0.30.0 packs BF16 weights for the CPU's matrix instructions and drops the parameters: nothing is left to compare,
+    or to shard, and another CPU computes other numbers. Its own mark for layers that stay as they are is put on all.
+    """
     from vllm_omni.platforms import current_omni_platform
 
     if current_omni_platform.is_out_of_tree():
+        from vllm.model_executor.layers.linear import LinearBase
         from vllm_omni.diffusion.worker.diffusion_worker import WorkerProc
 
         from mxdit_omni_cpu.loop import async_output_loop
 
         WorkerProc._async_output_loop = async_output_loop
+        LinearBase.skip_weight_relayout = True
