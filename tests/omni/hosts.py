@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ def in_diffusers(directory: Path, image: Path | None = None) -> np.ndarray:
 
     All in BF16, the VAE as well, as the engine has it.
     """
-    pipe = DiffusionPipeline.from_pretrained(directory, torch_dtype=torch.bfloat16)
+    pipe: Any = DiffusionPipeline.from_pretrained(directory, torch_dtype=torch.bfloat16)
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=SHIFT)
     pipe.set_progress_bar_config(disable=True)
     frame = {} if image is None else {"image": Image.open(image).convert("RGB")}

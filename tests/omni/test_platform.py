@@ -18,8 +18,8 @@ from mxdit_omni_cpu.attention import CpuSDPAImpl
 
 # sha256 of the source of what `mxdit_omni_cpu.loop` replaces, and of what feeds it, in the release that it was made for.
 PRIVATE = {
-    WorkerProc._async_output_loop: "",
-    WorkerProc._return_result: "",
+    WorkerProc._async_output_loop: "a8b089e936400760db8b2c9959b0fcf30c91c3a2a9eabaa93fdbb54d22be3959",
+    WorkerProc._return_result: "c998bfb4ba1ae1c4e332a616a5cb9696a9dbc149ed361de66248643a10a338b3",
 }
 
 

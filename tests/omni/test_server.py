@@ -38,8 +38,10 @@ def served(request: pytest.FixtureRequest, directories, image, tmp_path_factory)
 def test_the_sdk(served):
     address, image = served
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=engine.TIMEOUT)
-    more: dict[str, Any] = {} if image is None else {"input_reference": image}
-    video = client.videos.create(prompt=engine.PROMPT["prompt"], size=SIZE, extra_body=FIELDS, **more)
+    request: dict[str, Any] = {"prompt": engine.PROMPT["prompt"], "size": SIZE, "extra_body": FIELDS}
+    if image is not None:
+        request["input_reference"] = image
+    video = client.videos.create(**request)
     done = client.videos.poll(video.id, poll_interval_ms=200)
     assert done.status == "completed", done.error
     assert_video(client.videos.download_content(video.id).read())
@@ -74,7 +76,7 @@ def curl(address: str, *arguments: str) -> bytes:
 
 def assert_video(content: bytes) -> None:
     """An mp4 of the size that was asked for, which shows something."""
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), mode="r") as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert frames.shape == (engine.SAMPLING["num_frames"], engine.SAMPLING["height"], engine.SAMPLING["width"], 3)
     assert frames.min() < frames.max()

@@ -30,4 +30,4 @@ def mend() -> None:
         from mxdit_omni_cpu.loop import async_output_loop
 
         WorkerProc._async_output_loop = async_output_loop
-        LinearBase.skip_weight_relayout = True
+        LinearBase.skip_weight_relayout = True  # pyright: ignore[reportAttributeAccessIssue]

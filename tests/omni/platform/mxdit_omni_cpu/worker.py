@@ -67,14 +67,14 @@ class RecordingWorker(DiffusionWorker):
         stem.with_suffix(".json").write_text(json.dumps({"loading": self.loading, "linears": kinds}))
 
 
-def _watch(layer: LinearBase, call: dict[str, Tensor]) -> None:
-    method = layer.quant_method
-    assert method is not None
+def _watch(watched: LinearBase, call: dict[str, Tensor]) -> None:
+    method = watched.quant_method
+    assert method is not None, "the engine gives every linear a method"
     apply = method.apply
 
-    def applied(of: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        partial = apply(of, x, bias)
-        if of is layer and "partial" not in call:
+    def applied(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        partial = apply(layer, x, bias)
+        if layer is watched and "partial" not in call:  # a method may be shared
             call.update(input=x.detach().clone(), partial=partial.detach().clone())
         return partial
 
@@ -82,8 +82,8 @@ def _watch(layer: LinearBase, call: dict[str, Tensor]) -> None:
         if "output" not in call:
             call["output"] = (output if isinstance(output, Tensor) else output[0]).detach().clone()
 
-    method.apply = applied  # a method belongs to one layer, or tells layers apart by its first argument
-    layer.register_forward_hook(returned)
+    method.apply = applied
+    watched.register_forward_hook(returned)
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:
