@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -39,12 +40,14 @@ SAMPLING = {
 SEEDS = (42, 43)  # one video each
 PROMPT = {"prompt": "a red seven moving left", "negative_prompt": "blue"}
 # The environment of every process: one thread for each, because two ranks share two cores; and nothing from a hub.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+os.environ.update(OMP_NUM_THREADS="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
+
+# To import vLLM-Omni takes longer than anything that these tests do with it. One process imports it, before any thread is
+# started, and every engine is a fork of that; its workers, where there are several, the engine starts from nothing.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["vllm_omni.entrypoints.omni", "vllm_omni.inputs.data", "vllm_omni.diffusion.models.wan2_2"]
+)
 
 
 class EngineFailed(Exception):
@@ -98,7 +101,6 @@ def run(
     folder: Path,
     options: Mapping[str, Any] | None = None,
     *,
-    plugins: str | None = None,
     image: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Record:
@@ -108,30 +110,34 @@ def run(
         folder: an empty one, where the record is kept.
         options: keyword arguments of `Omni`. Tensor parallelism is ``tensor_parallel_size``: what is given as
             ``parallel_config`` is dropped without a word.
-        plugins: the only ones to load, by name, separated by commas.
         image: the first frame, for I2V.
+        environment: variables of the engine's processes. The engine reads some while it is imported, so that takes a
+            Python from the start; without, it is forked from one that has imported it.
 
     Raises EngineFailed with what the engine printed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     prompt = PROMPT | ({"image": str(image)} if image else {})
-    wanted = {
-        "model": str(model),
-        "options": dict(options or {}),
-        "requests": [{"prompt": prompt, "sampling": {**SAMPLING, "seed": seed}} for seed in SEEDS],
-    }
+    requests = [{"prompt": prompt, "sampling": {**SAMPLING, "seed": seed}} for seed in SEEDS]
+    wanted = {"model": str(model), "options": dict(options or {}), "requests": requests}
     (folder / "session.json").write_text(json.dumps(wanted))
-    chosen = {} if plugins is None else {"VLLM_PLUGINS": plugins}
     log = folder / "log.txt"
-    process = start([sys.executable, SESSION, folder], log, {**chosen, **(environment or {})})
-    try:
-        code: int | str = process.wait(TIMEOUT)
-    except subprocess.TimeoutExpired:
-        code = f"no end after {TIMEOUT} s"
-    finally:
-        stop(process)
+    if environment is None:
+        forked = FORKS.Process(target=_session, args=(folder, log))
+        forked.start()
+        forked.join(TIMEOUT)
+        code = forked.exitcode
+        _kill(forked.pid)
+    else:
+        process = start([sys.executable, SESSION, folder], log, environment)
+        try:
+            code = process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            stop(process)
     if code != 0:
-        raise EngineFailed(f"{code}\n{log.read_text()}")
+        ended = f"no end after {TIMEOUT} s" if code is None else f"exit code {code}"
+        raise EngineFailed(f"{ended}\n{log.read_text()}")
     return Record(folder)
 
 
@@ -140,7 +146,7 @@ def start(command: list[Any], log: Path, environment: Mapping[str, str]) -> subp
     with log.open("wb") as out:
         return subprocess.Popen(
             [*map(str, command)],
-            env={**os.environ, **ENVIRONMENT, **environment},
+            env={**os.environ, **environment},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -152,9 +158,24 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(PATIENCE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill(process.pid)
     process.wait()
+
+
+def _kill(group: int | None) -> None:
+    assert group is not None, "it was started"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _session(folder: Path, log: Path) -> None:
+    os.setsid()
+    with log.open("wb") as out:
+        for stream in (1, 2):
+            os.dup2(out.fileno(), stream)
+    import session
+
+    session.main(folder)
 
 
 def _rank(path: Path) -> Rank:

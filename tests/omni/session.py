@@ -1,4 +1,4 @@
-"""One run of vLLM-Omni's offline interface, in a process of its own: `python session.py FOLDER`.
+"""One run of vLLM-Omni's offline interface, in a process of its own: `python session.py FOLDER`, or `main` in a fork.
 
 FOLDER/session.json says what to run: ``model``, ``options`` of `Omni`, and ``requests``, each with ``prompt`` (of which
 ``image`` is a file) and ``sampling``, keys of `OmniDiffusionSamplingParams`. What comes of it is written beside it:
