@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import engine
 import tiny
@@ -22,16 +20,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A first frame."""
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    path = tmp_path_factory.mktemp("image") / "first.png"
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def ran(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., engine.Record]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., engine.Record]:
     """`ran(directory, task, **options)`: the record of one engine, started once for each set of them."""
     records: dict[str, engine.Record] = {}
 
@@ -39,7 +28,7 @@ def ran(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         key = f"{directory} {sorted(options.items())}"
         if key not in records:
             folder = tmp_path_factory.mktemp("engine")
-            first = image if task == "i2v" else None
+            first = engine.IMAGE if task == "i2v" else None
             records[key] = engine.run(directory, folder, options, image=first)
         return records[key]
 

