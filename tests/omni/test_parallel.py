@@ -46,5 +46,8 @@ def test_what_each_rank_holds_and_works_on(way, directories, ran):
             assert all(torch.equal(part, weight) for part in held), path
         if name == "ulysses" and "attn2.to_k" not in path and "attn2.to_v" not in path:
             assert sum(layer.tensors["input"].shape[1] for layer in layers) == x.shape[1], path
+        elif name == "cfg" and "attn2.to_k" in path:  # of the text
+            first, second = (layer.tensors["input"] for layer in layers)
+            assert torch.equal(first, x) and not torch.equal(second, x), path
         else:
             assert all(layer.tensors["input"].shape == x.shape for layer in layers), path
