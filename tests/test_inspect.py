@@ -20,7 +20,7 @@ from mxdit.checkpoint import quantize_checkpoint
 
 pytestmark = pytest.mark.slow
 
-RUNTIMES = ("diffusers + mxdit", "vLLM-Omni 0.30", "SGLang 0.5.23")
+RUNTIMES = ("diffusers + mxdit", "vLLM-Omni 0.30", "vLLM-Omni 0.30 with mxdit", "SGLang 0.5.23")
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +33,20 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 CONVERT = "mxdit convert --to"
 QUANTIZED = tiny.LINEARS * tiny.BLOCKS
 VERDICTS: dict[str, tuple[str, dict[str, int], list[str | None]]] = {
-    "float": ("diffusers", {"float": 26}, [None, None, None]),
-    "original": ("original", {"float": 26}, ["mxdit quantize"] * 3),
-    "dual": ("packed", {"float": 7, "mxfp4_dualscale": 19}, [None, f"{CONVERT} vllm-omni", f"{CONVERT} sglang"]),
-    "mxfp4": ("packed", {"float": 6, "mxfp4": 20}, [None, f"{CONVERT} vllm-omni", f"{CONVERT} sglang"]),
-    "smooth": ("packed", {"float": 6, "mxfp4": 20}, [None, f"{CONVERT} vllm-omni", f"{CONVERT} sglang"]),
-    "mxfp8": ("packed", {"float": 6, "mxfp8": 20}, [None, f"{CONVERT} vllm-omni", f"{CONVERT} sglang"]),
-    "dual vllm-omni": ("vllm-omni", {"float": 7, "mxfp4_dualscale": 19}, [f"{CONVERT} packed", None, f"{CONVERT} sglang"]),
-    "mxfp4 vllm-omni": ("vllm-omni", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", None, f"{CONVERT} sglang"]),
-    "smooth vllm-omni": ("vllm-omni", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", None, f"{CONVERT} sglang"]),
-    "mxfp8 vllm-omni": ("vllm-omni", {"float": 6, "mxfp8": 20}, [f"{CONVERT} packed", None, f"{CONVERT} sglang"]),
-    "dual sglang": ("sglang", {"float": 7, "mxfp4_dualscale": 19}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", "AttributeError"]),
-    "mxfp4 sglang": ("sglang", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", None]),
-    "smooth sglang": ("sglang", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", None]),
-    "mxfp8 sglang": ("sglang", {"float": 6, "mxfp8": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", None]),
+    "float": ("diffusers", {"float": 26}, [None] * 4),
+    "original": ("original", {"float": 26}, ["mxdit quantize"] * 4),
+    "dual": ("packed", {"float": 7, "mxfp4_dualscale": 19}, [None, f"{CONVERT} vllm-omni", None, f"{CONVERT} sglang"]),
+    "mxfp4": ("packed", {"float": 6, "mxfp4": 20}, [None, f"{CONVERT} vllm-omni", None, f"{CONVERT} sglang"]),
+    "smooth": ("packed", {"float": 6, "mxfp4": 20}, [None, f"{CONVERT} vllm-omni", None, f"{CONVERT} sglang"]),
+    "mxfp8": ("packed", {"float": 6, "mxfp8": 20}, [None, f"{CONVERT} vllm-omni", None, f"{CONVERT} sglang"]),
+    "dual vllm-omni": ("vllm-omni", {"float": 7, "mxfp4_dualscale": 19}, [f"{CONVERT} packed", None, None, f"{CONVERT} sglang"]),
+    "mxfp4 vllm-omni": ("vllm-omni", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", None, None, f"{CONVERT} sglang"]),
+    "smooth vllm-omni": ("vllm-omni", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", None, None, f"{CONVERT} sglang"]),
+    "mxfp8 vllm-omni": ("vllm-omni", {"float": 6, "mxfp8": 20}, [f"{CONVERT} packed", None, None, f"{CONVERT} sglang"]),
+    "dual sglang": ("sglang", {"float": 7, "mxfp4_dualscale": 19}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", f"{CONVERT} packed", "AttributeError"]),
+    "mxfp4 sglang": ("sglang", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", f"{CONVERT} packed", None]),
+    "smooth sglang": ("sglang", {"float": 6, "mxfp4": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", f"{CONVERT} packed", None]),
+    "mxfp8 sglang": ("sglang", {"float": 6, "mxfp8": 20}, [f"{CONVERT} packed", f"{CONVERT} vllm-omni", f"{CONVERT} packed", None]),
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,19 @@ def _inspected(name: str, component: Component, faults: tuple[Fault, ...]) -> Co
         sum(tensor.nbytes for tensor in component.stored.tensors.values()),
         faults,
         component.lost,
-        {layout.runtime: _why_not(layout, component) or first for layout in LAYOUTS.values() if layout.runtime},
+        {runtime: reason or first for runtime, reason in _loaders(component)},
         component.quantization.activation_steps if component.quantization else None,
     )
+
+
+def _loaders(component: Component) -> Iterator[tuple[str, str | None]]:
+    """Each runtime, and why it does not load a component as it is stored, None where it does."""
+    for layout in LAYOUTS.values():
+        if layout.runtime:
+            yield layout.runtime, _why_not(layout, component)
+        if layout.plugin:
+            own = component.stored.layout == layout.name  # all that it holds, where its own linears do not
+            yield layout.plugin, layout.unknown(component.spec) or (None if own else _why_not(PACKED, component))
 
 
 def _why_not(layout: Layout, component: Component) -> str | None:

@@ -87,6 +87,7 @@ class Layout:
     runtime      who loads it as it is, with the version that was looked at; None where nobody does.
     why_not      why that runtime would not load a component that is stored in it, or load it wrong; None where it runs it
                  right. Without it, it runs all of them.
+    plugin       who loads it, and the packed layout too, with mxdit's plugin in it; None where there is no plugin.
     quantized    whether it can hold quantized linears.
     common       whether every runtime loads it.
     by_runtime_names  whether it names layers as `ModelSpec.runtimes[name]` says.
@@ -103,6 +104,7 @@ class Layout:
     write: Callable[[Component], Written] | None = None
     runtime: str | None = None
     why_not: Callable[[Component], str | None] | None = None
+    plugin: str | None = None
     quantized: bool = True
     common: bool = False
     by_runtime_names: bool = False
