@@ -62,7 +62,8 @@ $(OMNI_GUESTS): $(OMNI_STAMP) pyproject.toml $(wildcard csrc/cpu/*.* tests/omni/
 	$(OMNI)/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall -e . ./tests/omni/platform
 	touch $@
 
-test-omni: $(OMNI_GUESTS)
+test-omni: $(OMNI_GUESTS) | $(STAMP)
+	$(BIN)/pyright -p tests/omni
 	$(OMNI)/bin/pytest tests/omni
 
 wheel: $(STAMP)

@@ -16,12 +16,13 @@ import openai
 import pytest
 
 import engine
+import quantized
 import server
 
-# What is served: a task, and arguments of the command line.
-SERVED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "t2v": ("t2v", ()),
-    "i2v": ("i2v", ()),
+# What is served: a task, its experts' config where they are packed, and arguments of the command line.
+SERVED: dict[str, tuple[str, dict[str, Any] | None, tuple[str, ...]]] = {
+    "t2v-packed": ("t2v", {"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0}, ()),
+    "i2v-online-tp2": ("i2v", None, ("--quantization", "mxfp4", "--tensor-parallel-size", "2")),
 }
 SIZE = f"{engine.SAMPLING['width']}x{engine.SAMPLING['height']}"
 FIELDS = {key: value for key, value in engine.SAMPLING.items() if key not in ("width", "height")} | {"seed": 42}
@@ -30,8 +31,13 @@ FIELDS = {key: value for key, value in engine.SAMPLING.items() if key not in ("w
 @pytest.fixture(scope="module", params=SERVED)
 def served(request: pytest.FixtureRequest, directories, tmp_path_factory) -> Iterator[tuple[str, Path | None]]:
     """The address of a server, and the first frame that its model needs."""
-    task, arguments = SERVED[request.param]
-    with server.serving(directories[task], tmp_path_factory.mktemp("server"), *arguments) as address:
+    task, config, arguments = SERVED[request.param]
+    folder, directory = tmp_path_factory.mktemp("server"), directories[task]
+    if config is not None:
+        directory = quantized.write(directory, folder / "model", dict.fromkeys(quantized.EXPERTS, config))
+    with server.serving(directory, folder, *arguments) as address:
+        log = (folder / "log.txt").read_text()
+        assert "mxdit mxfp4" in log, "the server runs without mxdit's linears"
         yield address, engine.IMAGE if task == "i2v" else None
 
 

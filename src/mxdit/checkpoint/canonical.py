@@ -126,7 +126,7 @@ def _quantized(reading: Reading, path: str, linear: nn.Linear, row: BlockFormat)
     parts: dict[str, Part] = {}
     for leaf, info in record.items():
         name = f"{path}.{leaf}"
-        stored, forms = reading.tensors.get(name), _forms(row, leaf, info)
+        stored, forms = reading.tensors.get(name), stored_forms(row, leaf, info)
         if stored is None:
             reading.faults.append(missing(name, row))
         elif stored.info in forms:
@@ -138,7 +138,7 @@ def _quantized(reading: Reading, path: str, linear: nn.Linear, row: BlockFormat)
     return parts
 
 
-def _forms(row: BlockFormat, leaf: str, info: TensorInfo) -> dict[TensorInfo, Convert]:
+def stored_forms(row: BlockFormat, leaf: str, info: TensorInfo) -> dict[TensorInfo, Convert]:
     """The forms in which layouts store a tensor of a linear, its canonical one first, and what makes that of each."""
     shape = info.shape
     if leaf == "weight" and row.bits == 8:

@@ -21,7 +21,8 @@ class RecordingWorker(DiffusionWorker):
     """The engine's worker. `watch` and `write` are called on every rank by `collective_rpc`.
 
     Attributes:
-        loading: anonymous memory of this process before the model is loaded, at most meanwhile, and after, in bytes.
+        loading: anonymous memory of this process before the model is loaded, at most meanwhile, and after, and what the
+            model's tensors take of it, in bytes.
         calls: of the first call of each linear since `watch`, by name: ``input`` as its method gets it, ``partial`` as its
             method returns it, ``output`` as the layer returns it, after whatever ranks exchange.
     """
@@ -30,7 +31,10 @@ class RecordingWorker(DiffusionWorker):
         before = status("RssAnon")
         with Sampler() as memory:
             super().load_model(*args, **kwargs)
-        self.loading = {"before": before, "peak": memory.anon, "after": status("RssAnon")}
+        assert self.model_runner is not None and self.model_runner.pipeline is not None
+        tensors = [*self.model_runner.pipeline.parameters(), *self.model_runner.pipeline.buffers()]
+        held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        self.loading = {"before": before, "peak": memory.anon, "after": status("RssAnon"), "held": held}
 
     def linears(self) -> dict[str, LinearBase]:
         """The linears of the experts that the engine made itself, by their names in it."""

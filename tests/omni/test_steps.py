@@ -1,0 +1,66 @@
+"""Activation precision by denoising step, over single- and dual-scale weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+import quantized
+from quantized import EXPERTS, Definition
+
+CONFIGS = {
+    "transformer": {"quant_method": "mxfp4", "activation_steps": {"mxfp8": [0], "of": engine.STEPS}},
+    # The second expert's first step is the request's third: steps run on over both.
+    "transformer_2": {
+        "quant_method": "mxfp4_dualscale",
+        "num_bf16_fallback_layers": 0,
+        "activation_steps": {"mxfp8": [0], "bf16": [2], "of": engine.STEPS},
+    },
+}
+FIRST = {"transformer": "mxfp8", "transformer_2": "bf16"}
+
+
+@pytest.fixture(scope="module")
+def packed(directories, tmp_path_factory) -> Path:
+    return quantized.write(directories["t2v"], tmp_path_factory.mktemp("steps") / "model", CONFIGS)
+
+
+def test_a_step_has_its_activation(packed, ran):
+    """What is recorded is each linear's first call, at step 0 and at step 2."""
+    (rank,) = ran(packed).ranks
+    for expert in EXPERTS:
+        definition = Definition(packed / expert)
+        layers = {
+            n.removeprefix(f"{expert}."): layer
+            for n, layer in rank.linears.items()
+            if n.startswith(f"{expert}.blocks.")
+        }
+        differ = False
+        for name, layer in layers.items():
+            x, given = layer.tensors["input"], layer.tensors["partial"]
+            assert torch.equal(definition.partial(name, layer.layer, 0, 1, x, FIRST[expert]), given), name
+            differ |= not torch.equal(definition.partial(name, layer.layer, 0, 1, x), given)
+        assert differ
+
+
+def test_a_request_of_another_number_of_steps_is_refused(packed, tmp_path):
+    policy = {"method": "mxfp4", "activation_steps": {"mxfp8": [0], "of": engine.STEPS + 1}}
+    other = {"method": "mxfp4_dualscale", "activation_steps": policy["activation_steps"]}
+    with pytest.raises(engine.EngineFailed, match="written for another number of steps"):
+        engine.run(packed, tmp_path / "run", {"quantization_config": {"transformer": policy, "transformer_2": other}})
+
+
+def test_the_engines_own_key_wins_over_the_checkpoint(packed, ran):
+    """`w4a8_fallback_steps` of a user replaces the policy of config.json, and knows no number of steps."""
+    config = {"method": "mxfp4", "w4a8_fallback_steps": [1]}
+    other = {"method": "mxfp4_dualscale", "w4a8_fallback_steps": [1]}
+    (rank,) = ran(packed, quantization_config={"transformer": config, "transformer_2": other}).ranks
+    for expert in EXPERTS:
+        definition = Definition(packed / expert)
+        name = "blocks.0.ffn.net_2"
+        layer = rank.linears[f"{expert}.{name}"]
+        given = definition.partial(name, layer.layer, 0, 1, layer.tensors["input"])
+        assert torch.equal(given, layer.tensors["partial"])
