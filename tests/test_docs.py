@@ -140,7 +140,7 @@ def test_commands_in_a_sentence_are_understood(page):
 
 @each_page
 def test_no_old_spelling(page):
-    if page.name != "CHANGELOG.md":
+    if page.name not in ("CHANGELOG.md", "serving-vllm-omni.md"):  # what changed; options of another program
         assert not [old for old in OLD if old in page.read_text()]
 
 
