@@ -50,7 +50,7 @@ def said() -> dict[str, Any]:
     path = os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, here / "on_ascend.py"],
-        env={**os.environ, **engine.ENVIRONMENT, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=engine.TIMEOUT,

@@ -39,7 +39,8 @@ def changed(source: Path, directory: Path, *, drop: tuple[str, ...] = (), config
 
 
 def refused(model: Path, folder: Path, **options: Any) -> str:
-    """What the engine prints when it does not start. No file of weights may have been opened for it."""
+    """What the engine prints when it does not start."""
+    folder.mkdir()
     with pytest.raises(engine.EngineFailed) as error:
         engine.run(model, folder, options)
     return str(error.value)

@@ -50,7 +50,7 @@ def test_a_request_of_another_number_of_steps_is_refused(packed, tmp_path):
     policy = {"method": "mxfp4", "activation_steps": {"mxfp8": [0], "of": engine.STEPS + 1}}
     other = {"method": "mxfp4_dualscale", "activation_steps": policy["activation_steps"]}
     with pytest.raises(engine.EngineFailed, match="written for another number of steps"):
-        engine.run(packed, tmp_path / "run", {"quantization_config": {"transformer": policy, "transformer_2": other}})
+        engine.run(packed, tmp_path, {"quantization_config": {"transformer": policy, "transformer_2": other}})
 
 
 def test_the_engines_own_key_wins_over_the_checkpoint(packed, ran):
