@@ -167,6 +167,7 @@ class Loader:
         info = TensorInfo.of(loaded)
         if info not in forms:
             raise self._unfit(name, loaded, " or ".join(map(str, forms)))
+        loaded = loaded.cpu()  # where checks look at it; some of the engine's readers give it on the device
         convert, where = forms[info], f"{self._prefix}.{name}"
         if shard.parallel == "column" and name != "mul_scale":  # a row is converted by itself
             return {name: convert(loaded[shard.start : shard.stop], where)}
