@@ -55,6 +55,7 @@ $(OMNI_STAMP): tests/omni/requirements.txt
 	$(OMNI)/bin/pip install --quiet --disable-pip-version-check --no-deps --retries 1 \
 	  --extra-index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' $<)
 	$(OMNI)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	rm $(OMNI)/lib/python*/site-packages/torchaudio/lib/*.so  # built for CUDA; torchaudio does without, if it finds none
 	touch $@
 
 # What it finds by entry points: this checkout, and the platform that it runs on in tests.
