@@ -73,7 +73,7 @@ def run(state: Any, method: str, keys: dict[str, Any], degree: int, choice: str)
     parts = mxdit.quantize_weight(weight, method, rule="ocp")
     found: dict[str, Any] = {"methods": [], "calls": [], "equal": []}
     for rank in range(degree):
-        layer = made(method, keys, degree, rank, choice)
+        layer: Any = made(method, keys, degree, rank, choice)
         found["methods"].append(type(layer.quant_method).__name__)
         if found["methods"][-1] != "MXLinearMethod":
             continue
@@ -94,14 +94,14 @@ def run(state: Any, method: str, keys: dict[str, Any], degree: int, choice: str)
 
 def made(method: str, keys: dict[str, Any], degree: int, rank: int, choice: str) -> torch.nn.Module:
     """A row-parallel linear of the engine on the NPU, with nothing in it yet."""
-    engine = SimpleNamespace(
+    engine: Any = SimpleNamespace(
         model="nowhere",
         tf_model_config=TransformerConfig(params=MODEL),
         parallel_config=SimpleNamespace(use_hsdp=False),
         quantization_config=None,
         quantization_config_is_auto_detected=True,
     )
-    group = {
+    group: dict[str, Any] = {
         "get_tensor_model_parallel_rank": lambda: rank,
         "get_tensor_model_parallel_world_size": lambda: degree,
     }

@@ -42,8 +42,9 @@ def write(
     quantize_checkpoint(source, packed, MXConfig.from_dict(first), configs).write()
     if smooth:
         for expert in EXPERTS:
-            if configs[expert] is not None:
-                _smooth(source / expert, packed / expert, MXConfig.from_dict(configs[expert]))
+            config = configs[expert]
+            if config is not None:
+                _smooth(source / expert, packed / expert, MXConfig.from_dict(config))
     if numeric:
         convert_checkpoint(packed, directory, "vllm-omni").write()
     return directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ METHODS = {
     "transformer": {"quant_method": "mxfp4", "mxfp4_scale_alg": 0},
     "transformer_2": {"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0},
 }
-WIDE = {"num_attention_heads": 8, "attention_head_dim": 128, "ffn_dim": 4096, "num_layers": 4}
+WIDE: dict[str, Any] = {"num_attention_heads": 8, "attention_head_dim": 128, "ffn_dim": 4096, "num_layers": 4}
 LARGEST = WIDE["ffn_dim"] * 1024 * 2  # bytes, in BF16
 MIB = 2**20
 
@@ -26,7 +27,7 @@ def wide(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("wide")
     pipe = tiny.pipeline("t2v")
     for seed, expert in enumerate(EXPERTS):
-        setattr(pipe, expert, tiny.transformer(seed=seed, **WIDE).to(pipe.dtype))
+        setattr(pipe, expert, tiny.transformer(seed=seed, **WIDE).bfloat16())
     pipe.save_pretrained(root / "online")
     del pipe
     quantized.write(root / "online", root / "numeric", METHODS, numeric=True)

@@ -91,7 +91,7 @@ def test_a_degree_that_does_not_give_whole_blocks(directories, tmp_path):
     model = tmp_path / "model"
     pipe = tiny.pipeline("t2v")
     for seed, expert in enumerate(EXPERTS):
-        narrow = tiny.transformer(seed=seed, attention_head_dim=16, num_attention_heads=2).to(pipe.dtype)
+        narrow = tiny.transformer(seed=seed, attention_head_dim=16, num_attention_heads=2).bfloat16()
         setattr(pipe, expert, narrow)
     pipe.save_pretrained(model)
     said = refused(model, tmp_path / "run", quantization_config="mxfp4", tensor_parallel_size=2)
