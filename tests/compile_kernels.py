@@ -49,7 +49,7 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
 
     for dtype in ("bf16", "fp16", "fp32"):
         encode(f"mxfp4 {dtype}", dtype, "e2m1", "uos")
-        encode(f"mxfp4 {dtype}, smooth", dtype, "e2m1", "uos", smooth=True)
+    encode("mxfp4, smooth", "bf16", "e2m1", "uos", smooth=True)
     encode("mxfp8", "bf16", "e4m3", "cublas")
     encode("mxfp8, smooth", "bf16", "e4m3", "ocp", smooth=True)
     encode("mxfp4_dualscale", "bf16", "e2m1", "ocp", dual=True, smooth=True)

@@ -125,6 +125,8 @@ def linears(scheme: Scheme, w_fmt: str, ks: tuple[int, ...], g: Generator) -> It
     smooth = (False, True) if FORMATS[w_fmt].smooths else (False,)
     settings = product(ROWS, ks, scheme.output_dtypes(w_fmt), rules, smooth, (False, True))
     for (m, n), k, dtype, rule, smoothed, biased in settings:
+        if smoothed and rule != rules[0]:
+            continue  # factors come before any rule
         w = weight(w_fmt, n, k, g)
         args = {
             "x": inputs.activations(m, k, g).to(dtype),

@@ -9,7 +9,7 @@ one tensor, and quantizing while loading gives the bytes of a checkpoint that wa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
 from mxdit.shards import Shard
 from mxdit.weights import quantize_weight
 
+BLOCK = 1 << 20
+"""Elements that are converted or quantized at once: what that needs beside them is then small."""
 Key = str | int | None
 """What the engine calls one of the linears that a layer fuses: "q", "k", "v"; a number; None where it is but one."""
 
@@ -118,9 +120,6 @@ class Loader:
         if not smooth:
             self._layer.register_parameter("mul_scale", None)
 
-    def _parameter(self, name: str) -> Tensor:
-        return self._layer.get_parameter(name)
-
     def _record(self, *, smooth: bool) -> dict[str, TensorInfo]:
         """The layer's tensors on this rank: those of its linears, one below the other."""
         shards = [piece.shard for piece in self._pieces.values()]
@@ -141,56 +140,63 @@ class Loader:
                 self._load(name, parameter, part, one)
             return
         piece = self._pieces[key]
-        parts = self._stored(name, loaded, piece) if self._serialized else self._quantized(name, loaded, piece)
-        for part, tensor in parts.items():
-            self._take(part, tensor, piece, key)
-
-    def _take(self, name: str, part: Tensor, piece: Piece, key: Key) -> None:
-        held = self._parameter(name).data
-        if name == "mul_scale":
-            if self._loaded[name] and not torch.equal(held, part.to(held.device)):
-                raise CheckpointError(
-                    "layers that share their input are smoothed differently",
-                    where=f"{self._prefix}.mul_scale",
-                    got=f"another for {key} than for {', '.join(map(str, self._loaded[name]))}",
-                    expected="equal mul_scale in all of them",
-                )
-            held.copy_(part)
-        else:
-            held[piece.first : piece.first + part.shape[0]].copy_(part)
+        shard = piece.shard
+        self._check(name, loaded, shard)
         self._loaded[name].add(key)
+        if name == "mul_scale":
+            self._take_factors(shard.part(name, self._converted(name, loaded, shard)), key)
+            return
+        rows = loaded[shard.start : shard.stop] if shard.parallel == "column" else loaded
+        step = max(1, BLOCK // shard.k)
+        for first in range(0, rows.shape[0], step):  # a row is converted, or quantized, by itself
+            block = rows[first : first + step]
+            part = replace(shard, n=block.shape[0], **({"rank": 0, "degree": 1} if shard.parallel == "column" else {}))
+            for leaf, tensor in self._parts(name, block, part).items():
+                at = piece.first + first
+                self._layer.get_parameter(leaf).data[at : at + block.shape[0]].copy_(part.part(leaf, tensor))
 
-    def _stored(self, name: str, loaded: Tensor, piece: Piece) -> Mapping[str, Tensor]:
-        shard = piece.shard
-        whole = shard.format.tensors(shard.n, shard.k, smooth=name == "mul_scale", where=self._prefix)[name]
-        forms = stored_forms(shard.format, name, whole)
+    def _check(self, name: str, loaded: Tensor, shard: Shard) -> None:
+        """Raise CheckpointError unless this is the whole tensor of one linear, in a form that a layout stores it in."""
         info = TensorInfo.of(loaded)
-        if info not in forms:
-            raise self._unfit(name, loaded, " or ".join(map(str, forms)))
-        loaded = loaded.cpu()  # where checks look at it; some of the engine's readers give it on the device
-        convert, where = forms[info], f"{self._prefix}.{name}"
-        if shard.parallel == "column" and name != "mul_scale":  # a row is converted by itself
-            return {name: convert(loaded[shard.start : shard.stop], where)}
-        return {name: shard.part(name, convert(loaded, where))}
-
-    def _quantized(self, name: str, loaded: Tensor, piece: Piece) -> Mapping[str, Tensor]:
-        shard = piece.shard
-        if name != "weight" or loaded.dtype not in FLOATS:
+        if self._serialized:
+            whole = shard.format.tensors(shard.n, shard.k, smooth=name == "mul_scale", where=self._prefix)[name]
+            forms = stored_forms(shard.format, name, whole)
+            if info not in forms:
+                raise self._unfit(name, loaded, " or ".join(map(str, forms)))
+        elif name != "weight" or loaded.dtype not in FLOATS:
             raise CheckpointError(
                 "the checkpoint is quantized already, and its config does not say so",
                 where=f"{self._prefix}.{name}",
-                got=TensorInfo.of(loaded),
+                got=info,
                 expected="float weights",
                 hint="Restore the quantization_config of its config.json.",
             )
-        if tuple(loaded.shape) != (shard.n, shard.k):
+        elif info.shape != (shard.n, shard.k):
             raise self._unfit(name, loaded, (shard.n, shard.k))
-        by_rows = shard.parallel == "column"
-        if by_rows:  # a row is quantized by itself; a group of 512 may be two ranks'
-            loaded = loaded[shard.start : shard.stop]
-        weight = loaded.to(self._parameter("weight").device, self._dtype)
-        parts = quantize_weight(weight, self._method, rule=self._rule, where=self._prefix)
-        return parts if by_rows else {part: shard.part(part, tensor) for part, tensor in parts.items()}
+
+    def _parts(self, name: str, block: Tensor, part: Shard) -> Mapping[str, Tensor]:
+        """Rows of a tensor of the checkpoint in canonical form: themselves, or what they are quantized to."""
+        if self._serialized:
+            return {name: self._converted(name, block, part)}
+        weight = block.to(self._layer.get_parameter("weight").device, self._dtype)
+        return quantize_weight(weight, self._method, rule=self._rule, where=self._prefix)
+
+    def _converted(self, name: str, stored: Tensor, part: Shard) -> Tensor:
+        whole = part.format.tensors(part.n, part.k, smooth=name == "mul_scale", where=self._prefix)[name]
+        convert = stored_forms(part.format, name, whole)[TensorInfo.of(stored)]
+        # On the CPU, where checks look at it; some of the engine's readers give it on the device.
+        return convert(stored.cpu(), f"{self._prefix}.{name}")
+
+    def _take_factors(self, factors: Tensor, key: Key) -> None:
+        held = self._layer.get_parameter("mul_scale").data
+        if len(self._loaded["mul_scale"]) > 1 and not torch.equal(held, factors.to(held.device)):
+            raise CheckpointError(
+                "layers that share their input are smoothed differently",
+                where=f"{self._prefix}.mul_scale",
+                got=f"another for {key} than for {', '.join(str(one) for one in self._loaded['mul_scale'] if one != key)}",
+                expected="equal mul_scale in all of them",
+            )
+        held.copy_(factors)
 
     def _unfit(self, name: str, loaded: Tensor, expected: object) -> CheckpointError:
         return CheckpointError(
