@@ -15,7 +15,8 @@ from importlib.metadata import version
 
 from mxdit.numerics.formats import FORMATS
 
-logger = logging.getLogger(__name__)
+LOGGER = "vllm_omni.mxdit"  # below a name whose messages the engine shows
+logger = logging.getLogger(LOGGER)
 TESTED = "0.30."
 
 

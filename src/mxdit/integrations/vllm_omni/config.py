@@ -30,13 +30,14 @@ from mxdit.checkpoint.sources import open_source
 from mxdit.config import STEPS_OF_W4A8, MXConfig
 from mxdit.config.choices import check_choice
 from mxdit.errors import ConfigError
+from mxdit.integrations.vllm_omni import LOGGER
 from mxdit.integrations.vllm_omni.linear import MXLinearMethod
 from mxdit.integrations.vllm_omni.steps import count_steps
 from mxdit.models import SPECS, spec_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.quantize.plan import Decision, plan
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(LOGGER)
 ENVIRONMENT = "MXDIT_VLLM_OMNI"
 CHOICES = ("auto", "mxdit", "engine")
 """Whose linears answer on Ascend: auto takes the engine's where it has what is asked for."""

@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 from mxdit.errors import BackendError
+from mxdit.integrations.vllm_omni import LOGGER
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(LOGGER)
 WARM_UP = 2
 """Steps of the request that the engine makes of its own when it starts, as the first of a process."""
 _begun = 0  # requests of this process
