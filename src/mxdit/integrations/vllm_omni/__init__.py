@@ -13,9 +13,9 @@ import logging
 from functools import partial
 from importlib.metadata import version
 
+from mxdit.integrations.vllm_omni.steps import LOGGER
 from mxdit.numerics.formats import FORMATS
 
-LOGGER = "vllm_omni.mxdit"  # below a name whose messages the engine shows
 logger = logging.getLogger(LOGGER)
 TESTED = "0.30."
 

@@ -30,9 +30,8 @@ from mxdit.checkpoint.sources import open_source
 from mxdit.config import STEPS_OF_W4A8, MXConfig
 from mxdit.config.choices import check_choice
 from mxdit.errors import ConfigError
-from mxdit.integrations.vllm_omni import LOGGER
 from mxdit.integrations.vllm_omni.linear import MXLinearMethod
-from mxdit.integrations.vllm_omni.steps import count_steps
+from mxdit.integrations.vllm_omni.steps import LOGGER, count_steps
 from mxdit.models import SPECS, spec_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.quantize.plan import Decision, plan

@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from mxdit.errors import BackendError
-from mxdit.integrations.vllm_omni import LOGGER
 
+LOGGER = "vllm_omni.mxdit"  # below a name whose messages the engine shows
 logger = logging.getLogger(LOGGER)
 WARM_UP = 2
 """Steps of the request that the engine makes of its own when it starts, as the first of a process."""
