@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import mxdit
-from mxdit.bench.shapes import A14B, MINI
+from mxdit.bench.shapes import A14B
 from ranks import DEGREES, LINEARS, OUTPUTS, SPLITS, WIDTHS, case, expected
+
+pytestmark = pytest.mark.slow
 
 
 def product(
@@ -40,7 +42,7 @@ def result(
 
 
 @pytest.mark.parametrize(("method", "activation", "smooth"), LINEARS, ids=str)
-@pytest.mark.parametrize("k", [pytest.param(k, marks=pytest.mark.slow if k > MINI.ffn else ()) for k in WIDTHS])
+@pytest.mark.parametrize("k", WIDTHS)
 def test_every_rank_computes_what_is_defined(path, method, activation, smooth, k):
     x, parts, bias = case(method, activation, smooth, k)
     for degree in (degree for width, degree in SPLITS if width == k):
@@ -50,7 +52,6 @@ def test_every_rank_computes_what_is_defined(path, method, activation, smooth, k
     assert torch.equal(expected(method, activation, smooth, k, 1)[0], product(x, parts, bias, method, activation))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("method", "activation", "smooth"), LINEARS, ids=str)
 @pytest.mark.parametrize(("k", "degree"), [(3072, 2), (14336, 4), (1536, 1)])
 def test_one_device_gives_the_same_where_no_group_is_cut_and_one_rank_has_all(
@@ -75,7 +76,6 @@ def test_columns_are_columns_of_the_result(path, method, activation, smooth):
     assert {shard.phase for _, shard in held} == {0}
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, where a device says nothing
 @pytest.mark.parametrize(
     ("method", "activation", "smooth", "k", "degree"),
@@ -94,7 +94,6 @@ def test_triton_kernels_compute_what_is_defined(method, activation, smooth, k, d
         assert torch.equal(got, defined_result), rank
 
 
-@pytest.mark.slow
 def test_the_operators_of_an_npu_take_shards(npu):
     x, parts, bias = case("mxfp4_dualscale", "mxfp4", True, 1536)
     for rank, defined_result in enumerate(expected("mxfp4_dualscale", "mxfp4", True, 1536, 4)):
