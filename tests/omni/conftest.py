@@ -14,9 +14,14 @@ import tiny
 
 @pytest.fixture(scope="session")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A two-expert pipeline for each task, in BF16."""
+    """A two-expert pipeline for each task, in BF16; "deep" is a T2V one of as many blocks as TI2V-5B has."""
     root = tmp_path_factory.mktemp("directories")
-    return {task: tiny.save(root / task, task) for task in tiny.TASKS}
+    saved = {task: tiny.save(root / task, task) for task in tiny.TASKS}
+    deep = tiny.pipeline("t2v")
+    for seed, expert in enumerate(("transformer", "transformer_2")):
+        setattr(deep, expert, tiny.transformer(seed=seed, num_layers=30).bfloat16())
+    deep.save_pretrained(root / "deep")
+    return saved | {"deep": root / "deep"}
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ OCP = {"quant_method": "mxfp4", "mxfp4_scale_alg": 0, "ignored_layers": ["blocks
 UOS = {"quant_method": "mxfp4", "mxfp4_scale_alg": 2, "activation": "mxfp8"}
 DUAL = {"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0}
 DUAL_ONE_BLOCK = {"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1}
+DUAL_DEFAULT = {"quant_method": "mxfp4_dualscale"}
 EIGHT = {"quant_method": "mxfp8", "ignored_layers": ["blocks.0.attn1.*"]}
 
 
@@ -67,6 +68,8 @@ CASES = [
     Case(experts(OCP, DUAL), "numeric", smooth=True),
     Case(experts(EIGHT, UOS), "numeric"),
     Case(experts(DUAL_ONE_BLOCK, None), "packed", task="i2v"),
+    Case(experts(DUAL_DEFAULT, UOS), "online", task="deep"),
+    Case(experts(DUAL_DEFAULT, DUAL_DEFAULT), "packed", smooth=True, task="deep"),
 ]
 
 
@@ -119,7 +122,11 @@ class Ran:
                     yield definition, name, ranks
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0].name}-{run[1]}")
+def name(run: tuple[Case, str]) -> str:
+    return f"{run[0].name}-{run[1]}"
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=name)
 def ran_case(request, written, ran) -> Ran:
     case, way = request.param
     directory, packed = written(case)
@@ -143,6 +150,18 @@ def test_each_linear_got_the_method_that_the_config_says(ran_case):
             assert {layer.method for layer in ranks} == {wanted}, f"{expert}.{name}"
             found += wanted == "MXLinearMethod"
         assert found > 0 or definition is None
+
+
+@pytest.mark.parametrize("ran_case", [run for run in RUNS if run[0].task == "deep"], ids=name, indirect=True)
+def test_dual_scale_keeps_the_first_five_blocks_of_thirty_by_default(ran_case):
+    for expert, config in ran_case.case.configs.items():
+        if config == DUAL_DEFAULT:
+            kept = {
+                int(name.split(".")[1])
+                for name, ranks in layers_of(ran_case.record, expert)
+                if ranks[0].method != "MXLinearMethod"
+            }
+            assert kept == {0, 1, 2, 3, 4}, expert
 
 
 def test_ranks_hold_the_shards_and_no_float_weight(ran_case):
