@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxdit.checkpoint.canonical import read_component
 from mxdit.checkpoint.component import Component
+from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
 from mxdit.checkpoint.sources import open_source, rest_of
 from mxdit.checkpoint.writer import Part, check_destination, shards_of
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import CheckpointError, ConfigError, FormatError, InputError
-from mxdit.numerics.formats import FLOATS, TensorInfo, block_format
+from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
 from mxdit.quantize.plan import plan
 from mxdit.version import __version__
 from mxdit.weights import quantize_weight
@@ -28,10 +30,12 @@ def quantize_checkpoint(
     config: ConfigLike,
     overrides: Mapping[str, ConfigLike | None] | None = None,
     *,
+    calibrated: Mapping[str, Mapping[str, StoredTensor]] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     shard_size: int = SHARD,
     variant: str | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> CheckpointPlan:
     """Plan the packed checkpoint of a float one; `.write()` carries it out.
 
@@ -40,10 +44,13 @@ def quantize_checkpoint(
         destination: a directory that does not exist.
         config: how every component is quantized.
         overrides: component -> its own config, or None to keep it in `dtype`.
+        calibrated: component -> name -> a tensor that is written in place of what would be made: those of a linear's record
+            all or none, and floats that go with them. What a config leaves in `dtype` is not replaced.
         dtype: of what is not quantized; weights are cast to it before they are quantized, as an online load does.
         device: where weights are quantized, one at a time. What is written is canonical on every device.
         shard_size: most bytes of a file.
         variant: of the source's weight files, as diffusers' `variant=`; None takes the plain ones, or the one that there is.
+        notes: name of a JSON file to lie in the destination -> its object.
 
     Raises InputError, ConfigError and CheckpointError for what cannot be done, before anything is written.
     """
@@ -76,14 +83,28 @@ def quantize_checkpoint(
         component.require_sound()
         chosen = own.get(name, config)
         planned.append(
-            _planned(name, component, None if chosen is None else MXConfig.of(chosen), dtype, device, shard_size)
+            _planned(
+                name,
+                component,
+                None if chosen is None else MXConfig.of(chosen),
+                (calibrated or {}).get(name, {}),
+                dtype,
+                device,
+                shard_size,
+            )
         )
     carried, files = rest_of(opened)
-    return CheckpointPlan(source, destination, planned, carried, files, device=device)
+    return CheckpointPlan(source, destination, planned, carried, {**(notes or {}), **files}, device=device)
 
 
 def _planned(
-    name: str, component: Component, config: MXConfig | None, dtype: torch.dtype, device: str, shard_size: int
+    name: str,
+    component: Component,
+    config: MXConfig | None,
+    calibrated: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    device: str,
+    shard_size: int,
 ) -> ComponentPlan:
     written = {key: value for key, value in component.config.items() if key != "quantization_config"}
     methods: dict[str, str | None] = dict.fromkeys(component.methods)
@@ -97,11 +118,20 @@ def _planned(
     parts: dict[str, Part] = {}
     for tensor, part in component.parts.items():
         path, _, leaf = tensor.rpartition(".")
-        if config is not None and methods.get(path) and leaf == "weight":
-            parts.update(_quantized(path, part, config, dtype, device))
+        quantized = config is not None and methods.get(path)
+        if config is not None and quantized and leaf == "weight":
+            parts.update(_calibrated(path, calibrated) or _quantized(path, part, config, dtype, device))
+        elif quantized and tensor in calibrated:
+            parts[tensor] = Part(calibrated[tensor].info, calibrated[tensor].read)
         else:
             parts[tensor] = Part(TensorInfo(part.info.shape, dtype), partial(_kept, part, dtype, tensor))
     return ComponentPlan(name, written, shards_of(parts, shard_size), {}, methods, component.reads)
+
+
+def _calibrated(path: str, calibrated: Mapping[str, StoredTensor]) -> dict[str, Part]:
+    """The parts of a linear that was calibrated; none of another one."""
+    names = [name for leaf in PARTS if (name := f"{path}.{leaf}") in calibrated]
+    return {name: Part(calibrated[name].info, calibrated[name].read) for name in names}
 
 
 def _quantized(path: str, weight: Part, config: MXConfig, dtype: torch.dtype, device: str) -> dict[str, Part]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from mxdit.cli.console import (
     IgnoredLayers,
     Variant,
     app,
+    bytes_of,
     device_of,
     dtype_of,
     err,
@@ -35,7 +35,6 @@ from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 
 RULES = {name: number for number, name in reversed(SCALE_RULES.items())}
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 Source = Annotated[Path, typer.Argument(help="A pipeline, its transformers alone, or one of them.", metavar="SRC")]
 Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist.", metavar="DST")]
@@ -107,7 +106,7 @@ def quantize(
         configs,
         dtype=dtype_of(dtype),
         device=device_of(device),
-        shard_size=_bytes(shard_size),
+        shard_size=bytes_of("shard_size", shard_size),
         variant=variant,
     )
     _run(plan, copy, dry_run, as_json)
@@ -156,7 +155,7 @@ def convert(
         base=base,
         fallback_from_base=fallback_from_base,
         allow_loss=allow_loss,
-        shard_size=_bytes(shard_size),
+        shard_size=bytes_of("shard_size", shard_size),
         variant=variant,
     )
     _run(plan, copy, dry_run, as_json)
@@ -235,15 +234,6 @@ def _run(plan: Any, copy: bool, dry_run: bool, as_json: bool) -> None:
         say(f"{expert['component'] or 'expert'}: linears: {linears}; {expert['bytes'] / 2**20:.1f} MiB")
     done = "would be written" if dry_run else "written"
     say(f"{figures['destination']}: {figures['bytes'] / 2**20:.1f} MiB {done}, {len(plan.carried)} files carried over")
-
-
-def _bytes(text: str) -> int:
-    """Bytes of "2GiB", "500MB" or "1000000"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
-    number = float(found[1]) * UNITS[found[2] or ""] if found else 0
-    if number < 1:
-        raise InputError("not a size", where="--shard-size", got=repr(text), expected="something like 2GiB or 500MB")
-    return int(number)
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ say = partial(out.print, highlight=False, soft_wrap=True, markup=False)
 tell = partial(err.print, highlight=False, soft_wrap=True, markup=False)
 
 METHODS = ", ".join(FORMATS)
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The option of a request's field, or of an argument, that is not called as the field is.
 OPTIONS = {"guidance": "--guidance-scale", "guidance_2": "--guidance-scale-2"}
@@ -140,6 +142,15 @@ def size_of(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
         raise InputError("not a size", where="--size", got=repr(text), expected="WIDTHxHEIGHT, as in 832x480")
     return int(parts[1]), int(parts[0])
+
+
+def bytes_of(field: str, text: str) -> int:
+    """Bytes of "2GiB", "500MB" or "1000000"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    number = float(found[1]) * UNITS[found[2] or ""] if found else 0
+    if number < 1:
+        raise InputError("not a size", field=field, got=repr(text), expected="something like 2GiB or 500MB")
+    return int(number)
 
 
 def device_of(name: str) -> str:

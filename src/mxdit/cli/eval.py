@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mxdit.cli.bench.tables import aligned
 from mxdit.cli.console import (
@@ -21,7 +19,6 @@ from mxdit.cli.console import (
     check_output,
     device_of,
     dtype_of,
-    err,
     need,
     path_of,
     say,
@@ -29,6 +26,7 @@ from mxdit.cli.console import (
     tell,
     tell_slow,
 )
+from mxdit.cli.progress import Shown
 from mxdit.errors import InputError
 from mxdit.evals.metrics.statistics import LEAST
 from mxdit.evals.modes import STANDARD
@@ -149,7 +147,7 @@ def evaluate(
     _tell_what(settings, prompts, chosen.missing if metrics is None else {})
     tell_slow(settings.dtype, settings.device)
     loading.show_loading(False)
-    with _Shown() as shown:
+    with Shown() as shown:
         run = Run(settings, Cache(cache), shown.progress)
         results = run.results()
     if output is not None:
@@ -187,29 +185,6 @@ def _tell_what(settings: Settings, prompts: Path | None, missing: Mapping[str, s
     clips = f"{request.width}x{request.height}, {request.frames} frames, {request.steps} steps"
     name = model.preset(settings.task).name
     tell(f"{name} from {model.path}: {len(settings.videos)} videos ({clips}) in {len(settings.modes)} modes")
-
-
-class _Shown:
-    """Progress on stderr: a bar on a terminal; elsewhere a line when something new begins."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
-        self._bar = self._bars.add_task("", total=None)
-        self._what, self._started = "", time.perf_counter()
-
-    def __enter__(self) -> _Shown:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def progress(self, what: str, done: float, total: int) -> None:
-        if what != self._what and not err.is_terminal:
-            tell(f"{time.perf_counter() - self._started:7.1f} s  {what}")
-        self._what = what
-        self._bars.update(self._bar, description=what, completed=done, total=total)
 
 
 def _show(results: dict[str, Any]) -> None:

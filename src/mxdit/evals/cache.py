@@ -72,6 +72,10 @@ class Cache:
         self.seconds += json.loads((final / KEY).read_text())["seconds"]
         return final
 
+    def has(self, key: Mapping[str, Any]) -> bool:
+        """Whether `entry` would find it made."""
+        return (self.root / digest_of(key)).exists()
+
     def figures(self, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """The JSON value of `key`, computed by `make` if it is not there."""
 

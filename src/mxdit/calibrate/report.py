@@ -1,0 +1,84 @@
+"""A calibration's report as JSON, which lies in the checkpoint as calibration.json: schema 1."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from mxdit.calibrate.linears import Calibrated
+from mxdit.calibrate.run import Outcome
+from mxdit.calibrate.settings import Settings
+from mxdit.version import __version__
+
+SCHEMA = 1
+NAME = "calibration.json"
+
+
+def report_of(settings: Settings, outcome: Outcome) -> dict[str, Any]:
+    """Everything about a calibration: what was asked for, what each step did to each linear, and the verdicts."""
+    request = settings.fit[0]
+    return {
+        "schema": SCHEMA,
+        "mxdit": __version__,
+        "settings": {
+            "task": settings.task,
+            "recipe": asdict(settings.recipe),
+            "budget": asdict(settings.budget),
+            "prompts": {"fit": len(settings.fit), "held": len(settings.held), "sha256": _digest(settings)},
+            "request": {
+                key: value for key, value in request.to_dict().items() if key not in ("prompt", "image", "seed")
+            },
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "seed": settings.seed,
+        },
+        "linears": {
+            expert: {
+                path: {
+                    "online": result.online,
+                    "error": result.error,
+                    "kept_in_bf16": path in outcome.kept[expert],
+                    "trials": [asdict(trial) for trial in result.trials],
+                }
+                for path, result in found.items()
+            }
+            for expert, found in outcome.linears.items()
+        },
+        "steps": {expert: summary(found) for expert, found in outcome.linears.items()},
+        "kept": outcome.kept,
+        "activation_steps": outcome.steps.to_dict(),
+        "gains_by_step": outcome.gains,
+        "curve": outcome.predicted,
+        "errors": {
+            what: {expert: errors.to_dict() for expert, errors in of.items()} for what, of in outcome.errors.items()
+        },
+        "clips_psnr_db": outcome.clips,
+        "guards": [asdict(guard) for guard in outcome.guards],
+        "accepted": outcome.accepted,
+    }
+
+
+def summary(found: Mapping[str, Calibrated]) -> list[dict[str, Any]]:
+    """Of each step: on how many linears it was tried and stayed, and the mean SQNR of the linears after it, in dB."""
+    names = dict.fromkeys(trial.step for result in found.values() for trial in result.trials)
+    rows = []
+    for name in names:
+        tried = [trial for result in found.values() for trial in result.trials if trial.step == name]
+        after = [_after(result, list(names), name) for result in found.values()]
+        decibels = -10 * sum(math.log10(max(error, 1e-30)) for error in after) / len(after)
+        rows.append({"step": name, "tried": len(tried), "kept": sum(t.kept for t in tried), "sqnr_db": decibels})
+    return rows
+
+
+def _after(result: Calibrated, names: list[str], last: str) -> float:
+    """A linear's error when the steps up to `last` are done."""
+    done = names[: names.index(last) + 1]
+    return [trial.error for trial in result.trials if trial.kept and trial.step in done][-1]
+
+
+def _digest(settings: Settings) -> str:
+    """Of all prompts, with their images."""
+    text = repr([(r.to_dict()["prompt"], r.to_dict()["image"]) for r in (*settings.fit, *settings.held)])
+    return hashlib.sha256(text.encode()).hexdigest()

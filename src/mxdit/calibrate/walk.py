@@ -1,0 +1,163 @@
+"""A transformer run one block at a time over many recorded calls, so that no more than one block has to be at hand.
+
+What is in front of a block and behind it is the model's own `forward`: the blocks before are replaced by modules that give what
+the last of them gave, and the model's code hands that on as it would have. So a family of models needs nothing said about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxdit.models import spec_of
+
+Call = Mapping[str, Any]  # as `mxdit.generation.recording.Recorder` keeps it
+
+
+class _Given(nn.Module):
+    """Stands where a block was, and gives what the last of them gave."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.value
+
+
+class _Reached(BaseException):
+    """Ends a call behind the block that was wanted. A BaseException, so that no model takes it for its own."""
+
+
+class Walk:
+    """The blocks of a transformer, and recorded calls that go through them one after the other.
+
+    Args:
+        model: in memory or mapped; only the block whose turn it is is read.
+        calls: of it.
+        keep: whether what every block gave to every call is kept, for `back`.
+
+    Attributes:
+        blocks: (path, module) in the order in which they run.
+    """
+
+    def __init__(self, model: nn.Module, calls: Sequence[Call], *, keep: bool = False) -> None:
+        self.model, self.calls, self._keep = model, calls, keep
+        self._lists = [(name, model.get_submodule(name)) for name in spec_of(model).blocks]
+        self.blocks = [
+            (f"{name}.{i}", block) for name, blocks in self._lists for i, block in enumerate(_modules(blocks))
+        ]
+        self._given: list[list[Any]] = []  # for each block that was passed, what it gave to each call
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Call]]]]:
+        """(path, block, run) of each block; iterating over `run()` sends each call through it, and yields the call."""
+        for index, (path, block) in enumerate(self.blocks):
+            yield path, block, partial(self._through, index)
+
+    def _through(self, index: int) -> Iterator[Call]:
+        given: list[Any] = []
+        for number, call in enumerate(self.calls):
+            with torch.no_grad():
+                inputs = {key: value.to(self._device) for key, value in call["inputs"].items()}
+                given.append(_to(self._run(inputs, index, self._before(index, number)), "cpu"))
+            yield call
+        if not self._keep:
+            self._given = [[] for _ in self._given]
+        self._given.append(given)
+
+    def _before(self, index: int, number: int) -> Any:
+        """What the block before `index` gave to a call; None for the first one."""
+        return self._given[index - 1][number] if index else None
+
+    def back(self, number: int, direction: Tensor) -> Iterator[str]:
+        """Send a gradient back through the blocks, last one first; yields the path of each block that it has passed.
+
+        Hooks on outputs inside a block see their gradients, as in any backward pass. Parameters get none.
+
+        Args:
+            number: of the call, which went through all blocks with ``keep``.
+            direction: gradient of what is wanted by the velocity, in its shape.
+        """
+        call, last = self.calls[number], len(self.blocks)
+        gradients = [direction]
+        for index in range(last, -1, -1):
+            # What the block is given: by the block before, and beside it (the text), from which a branch may begin.
+            given = _map(_to(self._before(index, number), self._device), _leaf)
+            inputs = {key: _leaf(value.to(self._device)) for key, value in call["inputs"].items()}
+            leaves = [t for t in (*_tensors(given), *inputs.values()) if t.requires_grad]
+            with torch.enable_grad():
+                out = _tensors(self._run(inputs, index if index < last else None, given))
+                gradients = [g.to(t.device, t.dtype) for g, t in zip(gradients, out, strict=True)]
+                torch.autograd.backward(out, gradients, inputs=leaves)
+            gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in _tensors(given)]
+            if index < last:
+                yield self.blocks[index][0]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _run(self, inputs: Mapping[str, Tensor], index: int | None, given: Any) -> Any:
+        """What block `index` gives, or the model where it is None, when the blocks before it gave `given`."""
+        found = list[Any]()
+
+        def reached(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(output)
+            raise _Reached
+
+        stop = len(self.blocks) if index is None else index
+        with self._replaced(stop, _map(given, lambda t: t.to(self._device))):
+            hook = None if index is None else self.blocks[index][1].register_forward_hook(reached)
+            try:
+                found.append(self.model(**inputs, return_dict=False)[0])
+            except _Reached:
+                pass
+            finally:
+                if hook is not None:
+                    hook.remove()
+        return found[0]
+
+    @contextmanager
+    def _replaced(self, stop: int, given: Any) -> Iterator[None]:
+        """Inside, the first `stop` blocks give `given`."""
+        number = 0
+        for _, blocks in self._lists:
+            for i in range(len(_modules(blocks))):
+                if number < stop:
+                    blocks.register_module(str(i), _Given(given))
+                number += 1
+        try:
+            yield
+        finally:
+            for path, block in self.blocks[:stop]:
+                name, _, i = path.rpartition(".")
+                self.model.get_submodule(name).register_module(i, block)
+
+
+def _modules(blocks: nn.Module) -> list[nn.Module]:
+    return list(blocks.children())
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_map(part, change) for part in value) if isinstance(value, (tuple, list)) else value
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _to(value: Any, device: torch.device | str) -> Any:
+    return _map(value, lambda t: t.detach().to(device))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list)) else []
