@@ -14,7 +14,6 @@ from mxdit.calibrate.settings import Settings
 from mxdit.version import __version__
 
 SCHEMA = 1
-NAME = "calibration.json"
 
 
 def report_of(settings: Settings, outcome: Outcome) -> dict[str, Any]:

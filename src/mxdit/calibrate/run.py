@@ -6,10 +6,13 @@ What is computed is kept in a cache, a group of linears at a time, so that an in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,33 +20,40 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mxdit.backends.environment import environment
-from mxdit.calibrate.budget import Curve, Option, curve
-from mxdit.calibrate.experts import Experts, Group, linear_at
-from mxdit.calibrate.guards import Errors, Guard, clip_guard, errors_of, expert_guards, linear_guard, step_lengths
+from mxdit.calibrate.experts import Experts, Group, Layers, linear_at
+from mxdit.calibrate.guards import Errors, Guard, clip_guard, expert_guards, linear_guard
+from mxdit.calibrate.heldout import HeldOut
 from mxdit.calibrate.linears import Calibrated, Trial, calibrate
-from mxdit.calibrate.observe import CLIP, STATES, Inputs, bytes_of_state, calls_in, choose_calls, inputs_of, record
-from mxdit.calibrate.sensitivity import sensitivities
+from mxdit.calibrate.observe import (
+    CLIP,
+    SEARCH_ROWS,
+    STATES,
+    Inputs,
+    bytes_of_state,
+    calls_in,
+    choose_calls,
+    inputs_of,
+    record,
+)
+from mxdit.calibrate.page import page
 from mxdit.calibrate.settings import Settings
-from mxdit.calibrate.walk import Call
 from mxdit.checkpoint.files import StoredTensor, read_header
 from mxdit.config import SCALE_RULES, MXConfig
 from mxdit.config.steps import StepPolicy
+from mxdit.errors import InputError
 from mxdit.evals.cache import Cache, digest_of_code, stats_of
 from mxdit.evals.metrics.video_metrics import psnr_db
-from mxdit.generation.recording import repeat
+from mxdit.evals.run import Progress
 from mxdit.generation.request import Request
 from mxdit.generation.session import Session
-from mxdit.layers import MXLinear
-from mxdit.numerics.formats import SCHEMES, block_format
+from mxdit.numerics.formats import block_format
 from mxdit.version import installed
 
 RULES = {rule: number for number, rule in SCALE_RULES.items()}
+REPORT, PAGE = "calibration.json", "calibration.html"
 PARTS, TRIALS = "parts.safetensors", "trials.json"
-PROBED = 32  # calls of each transformer that sensitivities are estimated from
+SHOWN = 3  # held-out clips that the report shows
 HOSTS = ("torch", "diffusers", "transformers")
-W4A8 = "mxfp8"  # activations of the steps that a budget pays for
-
-Progress = Callable[[str, float, int], None]  # (what is being done, how much is done, of how much)
 
 
 @dataclass
@@ -58,7 +68,10 @@ class Outcome:
         errors: "online" and "calibrated" -> expert -> errors, with linears in BF16 and steps as chosen in the latter.
         clips: "online" and "calibrated" -> PSNR in dB of each held-out clip against BF16's.
         predicted: the budget's curve: share of the parameters in BF16 -> error, as a share of that of four bits throughout.
+        gains: step -> what MXFP8 activations take of the error there; empty where no steps were asked for.
         guards: the verdicts.
+        shown: for some held-out clips, the prompt, and (label, clip) of the float model's, online, and calibrated.
+        seconds: part of the work -> what it took, now or in the run that the cache has it from.
     """
 
     linears: dict[str, dict[str, Calibrated]]
@@ -70,6 +83,8 @@ class Outcome:
     predicted: list[tuple[float, float]]
     gains: dict[int, float]
     guards: list[Guard]
+    shown: list[tuple[str, list[tuple[str, np.ndarray]]]]
+    seconds: dict[str, float]
 
     @property
     def accepted(self) -> bool:
@@ -91,6 +106,7 @@ class Calibration:
         self.session = Session.open(
             settings.model.path, task=settings.task, dtype=settings.dtype, device=settings.device
         )
+        self._seconds: dict[str, float] = {}
         where = environment(settings.device)
         self._key = {
             "mxdit": digest_of_code(),
@@ -112,31 +128,37 @@ class Calibration:
         before: list[str] = []
         for name in experts.models:
             # A later expert of a cascade works on what the earlier ones, quantized, have made.
-            with experts.swapped({other: experts.layers(other, linears[other]) for other in linears}):
+            started = {other: experts.layers(other, linears[other]) for other in linears}
+            with self._timed("observing"), experts.swapped(started):
                 learned = [self._clip(request, before) for request in settings.fit]
                 judged = [self._clip(request, before) for request in settings.held]
-            entries[name] = self._expert(name, groups[name], learned, judged)
+            with self._timed("linears"):
+                entries[name] = self._expert(name, groups[name], learned, judged)
             linears[name] = {
                 path: result for entry in entries[name].values() for path, result in self._read(entry).items()
             }
             before += [entry.name for entry in entries[name].values()]
         judged = [self._clip(request, []) for request in settings.held]
         online = {name: experts.online(name) for name in experts.models}
-        calls = [calls_in(clip) for clip in judged]
-        steps, gains = self._steps(linears, calls)
-        kept, predicted = self._kept(groups, linears, calls)
+        held = HeldOut(settings, experts, [calls_in(clip) for clip in judged], self.progress)
+        with self._timed("budget"):
+            steps, gains = held.steps(linears)
+            kept, predicted = held.kept(groups, linears, steps)
         chosen = {
             name: {path: layer for path, layer in experts.layers(name, found).items() if path not in kept[name]}
             for name, found in linears.items()
         }
-        errors = {
-            "online": self._errors("online", online, calls, StepPolicy({})),
-            "calibrated": self._errors("calibrated", chosen, calls, steps),
+        with self._timed("errors"):
+            errors = {
+                "online": held.errors("online", online, StepPolicy({})),
+                "calibrated": held.errors("calibrated", chosen, steps),
+            }
+        made = {
+            "online": self._made("online", online, StepPolicy({})),
+            "calibrated": self._made("calibrated", chosen, steps),
         }
-        clips = {
-            "online": self._psnr("online", online, judged, StepPolicy({})),
-            "calibrated": self._psnr("calibrated", chosen, judged, steps),
-        }
+        floats = [np.load(clip / CLIP) for clip in judged]
+        clips = {what: [psnr_db(*pair) for pair in zip(floats, frames, strict=True)] for what, frames in made.items()}
         guards = [
             linear_guard(linears),
             *(
@@ -150,7 +172,55 @@ class Calibration:
             name: {tensor: stored for entry in found.values() for tensor, stored in read_header(entry / PARTS).items()}
             for name, found in entries.items()
         }
-        return Outcome(linears, files, kept, steps, errors, clips, predicted, gains, guards)
+        shown = [
+            (request.prompt, [("float", floats[i]), *((what, frames[i]) for what, frames in made.items())])
+            for i, request in enumerate(settings.held[:SHOWN])
+        ]
+        return Outcome(linears, files, kept, steps, errors, clips, predicted, gains, guards, shown, dict(self._seconds))
+
+    def fit_into(self, seconds: float) -> int:
+        """Learn from as many prompts as this time allows; returns how many.
+
+        One held-out clip is made, and one group of linears calibrated on noise, to see how long things take here.
+
+        Raises InputError where not even one fits.
+        """
+        settings, experts = self.settings, Experts(self.session, self.settings.recipe)
+        with self._timed("a clip"):
+            self._clip(settings.held[0], [])
+        clip, groups = self._seconds.pop("a clip"), [group for name in experts.models for group in experts.groups(name)]
+        model = experts.models[groups[0].expert]
+        linears = {path: linear_at(model, path) for path in groups[0].paths}
+        width = next(iter(linears.values())).in_features
+        noise = torch.randn(2 * SEARCH_ROWS, width, device=settings.device).to(settings.dtype)
+        started = time.perf_counter()
+        calibrate(linears, noise, noise[:SEARCH_ROWS], settings.recipe)
+        spent = time.perf_counter() - started
+        spent *= sum(group.parameters for group in groups) / groups[0].parameters
+        # Clips are made once for each transformer, and their calls walked through; held-out ones are run six times more.
+        passes = len(experts.models) + 1
+        left = seconds - spent - (passes + 6) * clip * len(settings.held)
+        count = min(len(settings.fit), int(left / (passes * clip)))
+        if count < 1:
+            raise InputError(
+                "not even one prompt to learn from fits into the time",
+                field="minutes",
+                got=f"{seconds / 60:g}",
+                expected=f"at least {(seconds - left + passes * clip) / 60:.1f} here",
+                hint="Use fewer prompts to judge by (--held), smaller clips, or fewer steps.",
+            )
+        self.settings = replace(settings, fit=settings.fit[:count])
+        return count
+
+    def written(self, report: Mapping[str, Any], outcome: Outcome) -> dict[str, Path]:
+        """The report's files, by the names that they have in a checkpoint."""
+
+        def make(directory: Path) -> None:
+            (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+            (directory / PAGE).write_text(page(report, outcome.shown, self.settings.held[0].fps), encoding="utf-8")
+
+        entry = self.cache.entry({**self._key, "kind": "report", "report": report}, make)
+        return {name: entry / name for name in (REPORT, PAGE)}
 
     def config(self, expert: str, outcome: Outcome) -> MXConfig:
         """The config of one transformer of the checkpoint that comes of it."""
@@ -188,22 +258,29 @@ class Calibration:
             {**self._key, "kind": "calls", "request": request.to_dict(), "before": list(before)}, make
         )
 
-    def _psnr(
-        self, what: str, layers: Mapping[str, Mapping[str, MXLinear]], judged: Sequence[Path], steps: StepPolicy
-    ) -> list[float]:
-        """PSNR against the float model's clips of what these layers make."""
-        found, configs = list[float](), self.session.configs
+    def _made(self, what: str, layers: Layers, steps: StepPolicy) -> list[np.ndarray]:
+        """The held-out clips, made with these layers."""
+        made, configs = list[np.ndarray](), self.session.configs
         # What a session needs to know of quantized transformers: that they are, so that a policy goes with them.
         self.session.configs = {name: MXConfig(quant_method=self.settings.recipe.method) for name in configs}
         try:
-            with self.experts.swapped(layers):
-                for number, (request, clip) in enumerate(zip(self.settings.held, judged, strict=True)):
-                    self.progress(f"clips, {what}", number, len(judged))
-                    made = self.session.run(replace(request, activation_steps=steps))
-                    found.append(psnr_db(np.load(clip / CLIP), made.frames))
+            with self._timed("clips"), self.experts.swapped(layers):
+                for number, request in enumerate(self.settings.held):
+                    self.progress(f"clips, {what}", number, len(self.settings.held))
+                    made.append(self.session.run(replace(request, activation_steps=steps)).frames)
         finally:
             self.session.configs = configs
-        return found
+        return made
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Count what is done inside, and what the cache has of it from earlier."""
+        started, cached = time.perf_counter(), self.cache.seconds
+        try:
+            yield
+        finally:
+            now, held = time.perf_counter() - started, self.cache.seconds - cached
+            self._seconds[what] = self._seconds.get(what, 0.0) + max(now, held)
 
     # -- linears -------------------------------------------------------------------------------------------------------
 
@@ -269,109 +346,3 @@ class Calibration:
             parts = {name: tensor.read() for name, tensor in tensors.items()}
             found[path] = Calibrated(parts, said["error"], bias, [Trial(**trial) for trial in said["trials"]])
         return found
-
-    # -- the budget ----------------------------------------------------------------------------------------------------
-
-    def _errors(
-        self,
-        what: str,
-        layers: Mapping[str, Mapping[str, MXLinear]],
-        clips: Sequence[Sequence[Call]],
-        steps: StepPolicy,
-    ) -> dict[str, Errors]:
-        """Errors of each transformer with these layers, on the calls of held-out clips."""
-        found = {}
-        for name, model in self.experts.models.items():
-            velocities = list[list[torch.Tensor]]()
-            with self.experts.swapped({name: layers[name]}):
-                for number, calls in enumerate(clips):
-                    self.progress(f"{name}: errors, {what}", number, len(clips))
-                    velocities.append([])
-                    for call in calls:
-                        if call["expert"] != name:
-                            continue
-                        at = steps.activation_at(call["step"], self.settings.held[0].steps) if steps else None
-                        for layer in layers[name].values():
-                            layer.activation = at or self.settings.recipe.activation
-                        velocities[-1].append(repeat(model, call))
-            for layer in layers[name].values():
-                layer.activation = self.settings.recipe.activation
-            found[name] = errors_of(
-                zip(clips, velocities, strict=True), name, self.experts.guidance(name, self.settings.held[0])
-            )
-        return found
-
-    def _steps(
-        self, linears: Mapping[str, Mapping[str, Calibrated]], clips: Sequence[Sequence[Call]]
-    ) -> tuple[StepPolicy, dict[int, float]]:
-        """The steps that gain most by MXFP8 activations, and what each gains: its part in the error of a clip."""
-        recipe, count = self.settings.recipe, self.settings.held[0].steps
-        most = round(self.settings.budget.step_share * count)
-        if not most or recipe.method not in SCHEMES["w4a8"].weights or recipe.activation != "mxfp4":
-            return StepPolicy({}), {}
-        layers = {name: self.experts.layers(name, found) for name, found in linears.items()}
-        four = self._errors("four-bit activations", layers, clips, StepPolicy({}))
-        eight = self._errors("eight-bit activations", layers, clips, StepPolicy({W4A8: tuple(range(count))}, count))
-        gains = {step: error - eight[name].steps[step] for name in layers for step, error in four[name].steps.items()}
-        best = sorted(gains, key=lambda step: -gains[step])[:most]
-        return StepPolicy({W4A8: tuple(step for step in best if gains[step] > 0)}, count), gains
-
-    def _kept(
-        self,
-        groups: Mapping[str, Sequence[Group]],
-        linears: Mapping[str, Mapping[str, Calibrated]],
-        clips: Sequence[Sequence[Call]],
-    ) -> tuple[dict[str, list[str]], list[tuple[float, float]]]:
-        """The linears of each expert that stay in BF16, and the curve that they were chosen by."""
-        budget = self.settings.budget
-        every = [group for of in groups.values() for group in of]
-        if not budget.share and budget.max_bytes is None and budget.target is None:
-            return {name: [] for name in groups}, []
-        errors = {name: self._sensitivity(name, found, clips) for name, found in linears.items()}
-        row, whole = block_format(self.settings.recipe.method), sum(group.parameters for group in every)
-        found = curve(
-            [
-                [
-                    Option("quantized", sum(errors[group.expert][path] for path in group.paths), 0),
-                    Option("bf16", 0.0, group.parameters),
-                ]
-                for group in every
-            ]
-        )
-        room = int(budget.share * whole)
-        if budget.max_bytes is not None:
-            four_bit = row.nbytes(1, 512) / 512  # bytes of a parameter, scales included
-            room = int((budget.max_bytes - four_bit * whole) / (2 - four_bit))
-        if budget.target is not None:
-            room = found.least_budget(budget.target * float(found.errors[0]))
-        chosen = found.choice(room)
-        kept: dict[str, list[str]] = {name: [] for name in groups}
-        for group, option in zip(every, chosen, strict=True):
-            if option.name == "bf16":
-                kept[group.expert] += group.paths
-        return kept, _points(found, whole)
-
-    def _sensitivity(
-        self, expert: str, found: Mapping[str, Calibrated], clips: Sequence[Sequence[Call]]
-    ) -> dict[str, float]:
-        """Each linear's part in the error of a clip, alone."""
-        model = self.experts.models[expert]
-        calls = choose_calls(clips, expert, PROBED, self.settings.seed)
-        lengths = step_lengths(clips[0])
-        layers = {path: {"quantized": layer} for path, layer in self.experts.layers(expert, found).items()}
-        # A step's error counts by how far the step goes; the sum over this expert's steps is what its calls stand for.
-        weights = [lengths[call["step"]] ** 2 for call in calls]
-        own = sum(lengths[step] ** 2 for step in {call["step"] for call in clips[0] if call["expert"] == expert})
-        shares: dict[str, dict[str, float]] = {}
-        for number, so_far in enumerate(
-            sensitivities(model, calls, layers, weights=weights, seed=self.settings.seed), start=1
-        ):
-            self.progress(f"{expert}: sensitivity", number, len(calls))
-            shares = so_far
-        return {path: ways["quantized"] * own for path, ways in shares.items()}
-
-
-def _points(found: Curve, whole: int) -> list[tuple[float, float]]:
-    """The curve at every percent of the parameters."""
-    ends = [round(percent / 100 * (found.errors.size - 1)) for percent in range(101)]
-    return [(index * found.unit / whole, float(found.errors[index] / found.errors[0])) for index in ends]

@@ -6,7 +6,7 @@ linear's output and J how the velocity depends on it. One pass back serves all l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,6 +25,7 @@ def sensitivities(
     layers: Mapping[str, Mapping[str, MXLinear]],
     *,
     weights: Sequence[float] | None = None,
+    before: Callable[[Call], None] = lambda call: None,
     probes: int = PROBES,
     seed: int = 0,
 ) -> Iterator[dict[str, dict[str, float]]]:
@@ -35,6 +36,7 @@ def sensitivities(
         calls: of it, with the velocities that it gave.
         layers: path of a linear -> name of a way to run it -> the layer.
         weights: of the calls' shares in the mean; equal ones by default.
+        before: told each call before it is sent back: layers may be set for it.
         probes: random directions for each call.
 
     Yields {path: {name: share}} after each call, the weighted sum so far over the sum of all weights.
@@ -68,6 +70,7 @@ def sensitivities(
         for number, call in enumerate(calls):
             velocity: Tensor = call["velocity"]
             scale = weights[number] / (sum(weights) * probes * float(velocity.double().square().sum()))
+            before(call)
             for _ in range(probes):
                 signs = torch.randint(0, 2, velocity.shape, generator=generator) * 2 - 1
                 for _ in walk.back(number, signs.to(velocity.dtype)):

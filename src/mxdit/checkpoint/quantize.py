@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def quantize_checkpoint(
     device: str = "cpu",
     shard_size: int = SHARD,
     variant: str | None = None,
-    notes: Mapping[str, Mapping[str, Any]] | None = None,
+    beside: Mapping[str, Path] | None = None,
 ) -> CheckpointPlan:
     """Plan the packed checkpoint of a float one; `.write()` carries it out.
 
@@ -50,7 +49,7 @@ def quantize_checkpoint(
         device: where weights are quantized, one at a time. What is written is canonical on every device.
         shard_size: most bytes of a file.
         variant: of the source's weight files, as diffusers' `variant=`; None takes the plain ones, or the one that there is.
-        notes: name of a JSON file to lie in the destination -> its object.
+        beside: name in the destination -> a file that is put there, too.
 
     Raises InputError, ConfigError and CheckpointError for what cannot be done, before anything is written.
     """
@@ -94,7 +93,7 @@ def quantize_checkpoint(
             )
         )
     carried, files = rest_of(opened)
-    return CheckpointPlan(source, destination, planned, carried, {**(notes or {}), **files}, device=device)
+    return CheckpointPlan(source, destination, planned, {**carried, **(beside or {})}, files, device=device)
 
 
 def _planned(

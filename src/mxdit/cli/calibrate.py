@@ -94,6 +94,12 @@ def calibrate(
         str | None, typer.Option(help="Steps to leave out: smooth, search, gptq, refit.", metavar="STEPS")
     ] = None,
     lam: Annotated[float, typer.Option(help="How far 'regress' is held to the model's own weights.")] = 0.1,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Learn from as many prompts as fit in this time, by what the first clip takes. Default: all."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the clips.")] = None,
     size: Size = None,
     frames: Frames = None,
@@ -118,8 +124,8 @@ def calibrate(
         mxdit calibrate Wan2.2-T2V-A14B-Diffusers Wan2.2-T2V-A14B-mxfp4 --prompts prompts.txt --device cuda
     """
     from mxdit.calibrate.linears import DEFAULT, Recipe
-    from mxdit.calibrate.report import NAME, report_of
-    from mxdit.calibrate.run import Calibration
+    from mxdit.calibrate.report import report_of
+    from mxdit.calibrate.run import PAGE, Calibration
     from mxdit.calibrate.settings import PRESETS, Budget, Settings
     from mxdit.checkpoint import quantize_checkpoint
     from mxdit.checkpoint.writer import check_destination
@@ -127,7 +133,7 @@ def calibrate(
     from mxdit.generation import loading
     from mxdit.generation.directory import bundled, open_model
 
-    need("diffusers", "transformers")
+    need("diffusers", "transformers", "matplotlib", "av")
     check_destination(destination)
     if preset not in PRESETS:
         raise InputError("no such preset", field="preset", got=repr(preset), expected=" or ".join(PRESETS))
@@ -162,12 +168,18 @@ def calibrate(
     loading.show_loading(False)
     with Shown() as shown:
         calibration = Calibration(settings, Cache(cache), shown.progress)
+        if minutes is not None:
+            prompts_left = calibration.fit_into(60 * minutes)
+            tell(f"{prompts_left} of {len(settings.fit)} prompts fit into {minutes:g} minutes")
         outcome = calibration.run()
+    settings = calibration.settings
     report = report_of(settings, outcome)
+    files = calibration.written(report, outcome)
     if as_json:
         say(json.dumps(report, indent=1))
     else:
         _show(report, outcome)
+    tell(f"{', '.join(f'{what} {seconds:.0f} s' for what, seconds in outcome.seconds.items())}; report: {files[PAGE]}")
     if not outcome.accepted and not force:
         hint = "Give it more prompts, or leave out the step that did it; --force writes it all the same."
         failed = ", ".join(guard.what for guard in outcome.guards if not guard.passed)
@@ -183,7 +195,7 @@ def calibrate(
         calibrated=outcome.files,
         dtype=settings.dtype,
         device=settings.device,
-        notes={NAME: report},
+        beside=files,
     )
     with Shown() as shown:
         plan.write(lambda done, total: shown.progress("writing", done, total))

@@ -25,7 +25,8 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)], "linestyle": DASHES[i % len(DASHES)]}
 
 
-def _figure(width: float, height: float) -> Figure:
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     # Not pyplot: it keeps every figure alive, and picks a backend by the machine.
     from matplotlib.figure import Figure
 
@@ -55,7 +56,7 @@ def steps(rows: Sequence[Row]) -> Figure | None:
     ]
     if not panels:
         return None
-    figure = _figure(12, 5)
+    figure = canvas(12, 5)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     shown = [row for row in rows if not row.reference]
     for axis, (name, title) in zip(axes, panels, strict=True):
@@ -109,7 +110,7 @@ def layers(rows: Sequence[Row]) -> Figure | None:
     experts.sort()
     kinds = sorted({_place(layer["path"])[1] for row in shown for layer in row.mode["layers"]}, key=_order)
     groups = sorted({_order(kind)[0] for kind in kinds})
-    figure = _figure(12, 1.1 + 2.0 * len(shown))
+    figure = canvas(12, 1.1 + 2.0 * len(shown))
     axes = figure.subplots(len(shown), len(experts), squeeze=False, sharex=True, sharey=True)
     for line, row in zip(axes, shown, strict=True):
         for axis, expert in zip(line, experts, strict=True):
@@ -173,7 +174,7 @@ def distribution(rows: Sequence[Row], metric: str, title: str) -> Figure | None:
     shown = [row for row in rows if not row.reference and row.values(metric)]
     if not shown:
         return None
-    figure = _figure(12, 1.1 + 0.55 * len(shown))
+    figure = canvas(12, 1.1 + 0.55 * len(shown))
     axis = figure.subplots()
     spread = np.random.default_rng(0)
     for i, row in enumerate(shown):
