@@ -29,6 +29,8 @@ class ByTriton(TorchFunctionMode):
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Inside, the CUDA backend answers on every tensor, as if it were one of a GPU."""
+    import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder
 
     from mxdit.backends import triton_codec
@@ -40,10 +42,18 @@ def interpreted() -> Iterator[None]:
         lambda index: cuda._asked() or "int8",
     )
     triton_codec.ROWS = 64  # the interpreter's time goes by programs
+    # It patches Triton's language again in every function that a kernel calls, which takes it as long as all the rest.
+    # Here it is patched once, as kernels see it and as Triton's own functions do.
+    patch = interpreter._patch_lang
+    patched = [patch(function.fn) for function in (triton_codec._encode, tl.max)]
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()  # nothing
     try:
         with one_thread(), ByTriton():
             yield
     finally:
+        interpreter._patch_lang = patch
+        for scope in reversed(patched):
+            scope.restore()
         InterpreterBuilder.create_dot, cuda._unfit, cuda.route, triton_codec.ROWS = before
 
 

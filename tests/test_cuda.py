@@ -51,6 +51,8 @@ def gpu():
 def test_conformance(case, monkeypatch):
     if "Wan's K" in case.name:
         monkeypatch.setitem(triton_matmul.FLOATS, "step", 512)  # the same sums in fewer steps
+    if "every" in case.name:
+        monkeypatch.setattr(triton_codec, "ROWS", 256)  # the same rows in fewer programs
     result = case.run("cpu")
     assert result.verdict == "pass", result.reason
 
