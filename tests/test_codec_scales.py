@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect
 from fractions import Fraction
 
 import pytest
@@ -21,9 +22,11 @@ def nearest_code(value: float, element) -> int:
     """The code whose value is nearest to `value`, ties to the even code, the sign of zero kept; by exact comparison."""
     values = element_values(element)
     half = len(values) // 2
-    magnitudes = [Fraction(v) for v in values[:half] if v == v]
-    wanted = min(abs(Fraction(value)), magnitudes[-1])
-    code = min(range(len(magnitudes)), key=lambda i: (abs(magnitudes[i] - wanted), i % 2))
+    magnitudes = [v for v in values[:half] if v == v]  # which ascend
+    wanted = min(abs(Fraction(value)), Fraction(magnitudes[-1]))
+    above = bisect(magnitudes, wanted)  # Python compares fractions with floats exactly
+    neighbours = range(len(magnitudes))[above - 1 : above + 1]
+    code = min(neighbours, key=lambda i: (abs(Fraction(magnitudes[i]) - wanted), i % 2))
     return code + (half if math.copysign(1, value) < 0 else 0)
 
 
