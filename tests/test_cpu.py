@@ -380,14 +380,24 @@ print("status", status, answer[8:] == y()[:60000])
 
 
 @pytest.mark.slow
-def test_the_environment_forces_a_path():
+def test_the_environment_forces_a_path(monkeypatch):
+    try:
+        for path in cpu.paths():
+            monkeypatch.setenv("MXDIT_CPU_PATH", path)
+            cpu.choose()
+            assert (cpu.selected(), cpu.why_not()) == (path, None)
+        monkeypatch.setenv("MXDIT_CPU_PATH", "reference")
+        cpu.choose()
+        assert cpu.selected() == "reference"
+        assert str(cpu.why_not()).startswith("the reference was chosen (MXDIT_CPU_PATH")
+        monkeypatch.setenv("MXDIT_CPU_PATH", "")
+        cpu.choose()
+        assert (cpu.selected(), cpu.why_not()) == (cpu.paths()[0], None)
+    finally:
+        cpu.select(None)
+    # And a program asks for it when it starts.
     code = "import mxdit; from mxdit.backends import cpu; print(cpu.selected(), cpu.why_not())"
-    for path in cpu.paths():
-        assert python("-c", code, MXDIT_CPU_PATH=path).stdout.split() == [path, "None"]
-    assert python("-c", code, MXDIT_CPU_PATH="reference").stdout.startswith(
-        "reference the reference was chosen (MXDIT_CPU_PATH"
-    )
-    assert python("-c", code, MXDIT_CPU_PATH="").stdout.split() == [cpu.paths()[0], "None"]
+    assert python("-c", code, MXDIT_CPU_PATH="scalar").stdout.split() == ["scalar", "None"]
     refused = python(
         "-c",
         f"{code}; import torch; torch.ops.mxdit.quantize(torch.ones(1, 32), 'mxfp4', 'ocp', 'rint')",
