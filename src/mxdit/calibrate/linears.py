@@ -8,7 +8,7 @@ the float layer gives in FP32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -116,16 +116,26 @@ class _Group:
         self.power = [float(y.double().square().sum()) for y in self.exact]
 
     def calibrated(self) -> dict[str, Calibrated]:
+        results = self._steps(self.recipe.does("smooth"))
+        if any(result.error > result.online for result in results):
+            # What smoothing gains the other members, this one pays for; nothing but leaving it out helps it.
+            tried = [trial for result in results for trial in result.trials if trial.step == "smooth"]
+            results = self._steps(False)
+            for result, trial in zip(results, tried, strict=True):
+                result.trials.insert(1, replace(trial, kept=False, note=f"{trial.note}, for another's sake"))
+        return dict(zip(self.paths, results, strict=True))
+
+    def _steps(self, smooth: bool) -> list[Calibrated]:
         recipe = self.recipe
         found = [self._rounded(i, None) for i in range(len(self.paths))]
         results = [Calibrated(parts, error, trials=[Trial("online", error, True)]) for parts, error in found]
-        mul_scale = self._smoothed(results) if recipe.does("smooth") else None
+        mul_scale = self._smoothed(results) if smooth else None
         if {"search", "gptq", "regress"} & set(recipe.steps):
             self._rounded_by_hessian(results, mul_scale)
         if recipe.does("bias"):
             for i, result in enumerate(results):
                 self._bias(i, result)
-        return dict(zip(self.paths, results, strict=True))
+        return results
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ def calibrate(
 
         mxdit calibrate Wan2.2-T2V-A14B-Diffusers Wan2.2-T2V-A14B-mxfp4 --prompts prompts.txt --device cuda
     """
-    from mxdit.calibrate.linears import DEFAULT, Recipe
+    from mxdit.calibrate.linears import DEFAULT, STEPS, Recipe
     from mxdit.calibrate.report import report_of
     from mxdit.calibrate.run import PAGE, Calibration
     from mxdit.calibrate.settings import PRESETS, Budget, Settings
@@ -138,6 +138,8 @@ def calibrate(
     if preset not in PRESETS:
         raise InputError("no such preset", field="preset", got=repr(preset), expected=" or ".join(PRESETS))
     extra, less = _names(with_), _names(without)
+    if unknown := set(less) - set(STEPS):
+        raise InputError("no such step", field="without", got=unknown.pop(), expected=", ".join(STEPS))
     own = PRESETS[preset]
     budget = Budget(
         own.share if keep is None else _share("keep", keep),
@@ -207,11 +209,14 @@ def _names(text: str | None) -> list[str]:
 
 
 def _share(field: str, text: str) -> float:
+    """0.125 of "12.5%" or "0.125"."""
     try:
-        number = float(text.strip().removesuffix("%"))
+        share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
-        raise InputError("no share", field=field, got=repr(text), expected="something like 12.5%") from None
-    return number / 100 if text.strip().endswith("%") else number
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise InputError("no share", field=field, got=repr(text), expected="something like 12.5%")
+    return share
 
 
 def _show(report: dict[str, Any], outcome: Outcome) -> None:

@@ -63,6 +63,10 @@ def quantize(
     ] = None,
     activation_steps: ActivationSteps = None,
     config: Config = None,
+    keep_by_budget: Annotated[
+        Path | None,
+        typer.Option(help="A calibration.json: keep what it keeps, and run steps as it does.", metavar="FILE"),
+    ] = None,
     shard_size: ShardSize = "2GiB",
     dtype: Dtype = "bf16",
     device: Annotated[str, typer.Option(help="Where weights are quantized: cpu, cuda, npu, ...")] = "cpu",
@@ -96,6 +100,8 @@ def quantize(
             got, expected = f"{rule!r} for {chosen}", f"{' or '.join(RULES)}, for mxfp4"
             raise InputError("no such scale rule", where="--rule", got=got, expected=expected)
         keys["mxfp4_scale_alg"] = RULES[rule]
+    if keep_by_budget is not None:
+        own = _kept(keep_by_budget, own)
     configs = configs_of(("", *own), method, keys, own)  # the first is that of all others
     shared = configs.pop("")
     assert shared is not None
@@ -234,6 +240,18 @@ def _run(plan: Any, copy: bool, dry_run: bool, as_json: bool) -> None:
         say(f"{expert['component'] or 'expert'}: linears: {linears}; {expert['bytes'] / 2**20:.1f} MiB")
     done = "would be written" if dry_run else "written"
     say(f"{figures['destination']}: {figures['bytes'] / 2**20:.1f} MiB {done}, {len(plan.carried)} files carried over")
+
+
+def _kept(path: Path, own: dict[str, Any]) -> dict[str, Any]:
+    """Keys of each transformer, with those that a calibration's plan comes to beside them."""
+    from mxdit.checkpoint.files import read_json
+
+    report = read_json(path)
+    kept, steps = report.get("kept"), report.get("activation_steps")
+    if not isinstance(kept, dict) or not isinstance(steps, dict):
+        raise InputError("no report of mxdit calibrate", where=str(path), expected="a calibration.json")
+    planned = {"num_bf16_fallback_layers": 0, **({"activation_steps": steps} if steps else {})}
+    return {**own, **{name: {**planned, "ignored_layers": paths, **own.get(name, {})} for name, paths in kept.items()}}
 
 
 def _some(names: tuple[str, ...]) -> str:
