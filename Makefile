@@ -30,10 +30,10 @@ lint: $(STAMP)
 
 quick: $(STAMP)
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not slow"  # two processes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m "not slow"  # two processes on two cores, a thread each
 
 test: lint
-	$(BIN)/pytest -n 2 --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=15
 
 test-native: $(STAMP)
 	PYTHON=$(BIN)/python tests/native.sh
