@@ -16,26 +16,18 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from vllm.model_executor import parameter
-from vllm.model_executor.layers import linear as layers
-from vllm_omni.diffusion.config import set_current_diffusion_config
-from vllm_omni.diffusion.data import TransformerConfig
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm_omni.platforms import current_omni_platform
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 import torch_npu
 
+import layers
 import mxdit
-import tiny
 from mxdit.checkpoint.layouts.numeric import unpack
-from mxdit.integrations.vllm_omni.config import MXOmniConfig
 
-MODEL = {"_class_name": "WanTransformer3DModel", **tiny.transformer().config}
-NAME, PATH = (
-    "blocks.0.ffn.net_2",
-    "blocks.0.ffn.net.2",
-)  # K = 576: row-parallel, and a rank of two begins inside a group
-K, N = 576, 64
+NAME = "blocks.0.ffn.net_2"
+K, N = 576, 64  # a rank of two begins inside a group
 
 SERIALIZED = {
     "mxfp4": "is_checkpoint_mxfp4_serialized",
@@ -73,7 +65,7 @@ def run(state: Any, method: str, keys: dict[str, Any], degree: int, choice: str)
     parts = mxdit.quantize_weight(weight, method, rule="ocp")
     found: dict[str, Any] = {"methods": [], "calls": [], "equal": []}
     for rank in range(degree):
-        layer: Any = made(method, keys, degree, rank, choice)
+        layer = made(method, keys, degree, rank, choice)
         found["methods"].append(type(layer.quant_method).__name__)
         if found["methods"][-1] != "MXLinearMethod":
             continue
@@ -92,31 +84,15 @@ def run(state: Any, method: str, keys: dict[str, Any], degree: int, choice: str)
     return found
 
 
-def made(method: str, keys: dict[str, Any], degree: int, rank: int, choice: str) -> torch.nn.Module:
+def made(method: str, keys: dict[str, Any], degree: int, rank: int, choice: str) -> Any:
     """A row-parallel linear of the engine on the NPU, with nothing in it yet."""
-    engine: Any = SimpleNamespace(
-        model="nowhere",
-        tf_model_config=TransformerConfig(params=MODEL),
-        parallel_config=SimpleNamespace(use_hsdp=False),
-        quantization_config=None,
-        quantization_config_is_auto_detected=True,
-    )
-    group: dict[str, Any] = {
-        "get_tensor_model_parallel_rank": lambda: rank,
-        "get_tensor_model_parallel_world_size": lambda: degree,
-    }
     with (
         patch.dict("os.environ", {"MXDIT_VLLM_OMNI": choice}),
+        layers.building(degree=degree, rank=rank),
         patch.object(type(current_omni_platform), "is_npu", lambda self: True),
-        patch.multiple(layers, **group),
-        patch.multiple(parameter, **group),
-        set_current_diffusion_config(engine),
         torch.device("npu"),
     ):
-        config = MXOmniConfig(method, keys)
-        return layers.RowParallelLinear(
-            K, N, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=NAME, return_bias=False
-        )
+        return layers.made(RowParallelLinear, K, N, name=NAME, method=method, keys=keys)
 
 
 def stored(parts: dict[str, Tensor], weight: Tensor, method: str, keys: dict[str, Any]) -> dict[str, Tensor]:
