@@ -122,7 +122,7 @@ class StepPolicy:
         return cls.from_dict(values)
 
     def __str__(self) -> str:
-        groups = [f"{_ranges(steps)}={name}" for name, steps in self.activations.items()]
+        groups = [f"{ranges(steps)}={name}" for name, steps in self.activations.items()]
         return ";".join(groups if self.of is None else [*groups, f"of={self.of}"])
 
 
@@ -144,7 +144,7 @@ def _steps(activation: object, steps: object) -> tuple[int, ...]:
 
 
 def _numbers(text: str) -> list[int]:
-    """The numbers of "0-2,7"."""
+    """The numbers of "0-2,7", which `ranges` writes."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part.strip())
@@ -155,12 +155,12 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
-def _ranges(steps: Iterable[int]) -> str:
-    """The inverse of `_numbers`, of ascending numbers."""
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as in "0-2,7"."""
     runs: list[list[int]] = []
-    for step in steps:
-        if runs and step == runs[-1][1] + 1:
-            runs[-1][1] = step
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            runs.append([step, step])
+            runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

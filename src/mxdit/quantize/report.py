@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mxdit.config.steps import ranges
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of, uncompiled
 from mxdit.quantize.plan import OUTSIDE, Decision, plan
@@ -86,7 +87,8 @@ class QuantReport:
         rows = [("layer", "count", "shape", "MiB before", "MiB after", "runs as")]
         for (name, shape, runs), members in groups.items():
             before, after = (sum(getattr(m, key) for m in members) for key in ("bytes_before", "bytes_after"))
-            path = members[0].path if len(members) == 1 else name.replace("#", _indices(members))
+            blocks = ranges(int(found.group(1)) for m in members if (found := re.search(r"\.(\d+)\.", m.path)))
+            path = members[0].path if len(members) == 1 else name.replace("#", blocks)
             rows.append((path, str(len(members)), shape, _mib(before), _mib(after), runs))
         total = f"{len(self.quantized)} quantized, {len(self.kept)} kept"
         rows.append((self.model, str(len(self.layers)), "", _mib(self.bytes_before), _mib(self.bytes_after), total))
@@ -126,18 +128,6 @@ def report_of(model: nn.Module, decisions: Mapping[str, Decision] | None = None)
             reason = decision.reason if decision else "not quantized" if spec.place_of(path) else OUTSIDE
             layers.append(LayerReport(path, None, None, shape, after, after, reason))
     return QuantReport(type(model).__name__, tuple(layers))
-
-
-def _indices(layers: list[LayerReport]) -> str:
-    """The block numbers of layers whose paths differ in nothing else, as in 0-4,7."""
-    numbers = [int(found.group(1)) for layer in layers if (found := re.search(r"\.(\d+)\.", layer.path))]
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def _mib(count: int) -> str:
