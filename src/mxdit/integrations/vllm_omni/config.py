@@ -151,7 +151,7 @@ class MXOmniConfig(QuantizationConfig):
         """The method of a layer while its model is built: the engine's own, ours, or none."""
         if not isinstance(layer, LinearBase):
             return None
-        why_not = self.why_not_engine(layer.tp_size)
+        why_not = self.why_not_engine(getattr(layer, "tp_size", 1))  # one that is not split has none yet
         if why_not is not None and self.kernels == "engine":
             raise ConfigError(
                 "vLLM-Omni's own linears cannot answer here",
