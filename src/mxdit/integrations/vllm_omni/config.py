@@ -88,7 +88,9 @@ def _asked_for() -> dict[str, Any]:
     active = engine.quantization_config
     if engine.quantization_config_is_auto_detected or active is None:
         return {}
-    components = active.component_configs.values() if isinstance(active, ComponentQuantizationConfig) else [active]
+    components = [active]
+    if isinstance(active, ComponentQuantizationConfig):
+        components = [*active.component_configs.values(), active.default_config]
     ours = [config.given for config in components if isinstance(config, MXOmniConfig)]
     asked = [{key: given[key] for key in RUNTIME if key in given} for given in ours]
     if any(one != asked[0] for one in asked[1:]):
