@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm_omni.diffusion.forward_context import DenoiseProgressMixin, set_forward_context
 
 import engine
 import quantized
+from mxdit.errors import BackendError
+from mxdit.integrations.vllm_omni import steps
 from quantized import EXPERTS, Definition
 
 CONFIGS = {
@@ -64,3 +68,48 @@ def test_the_engines_own_key_wins_over_the_checkpoint(packed, ran):
         layer = rank.linears[f"{expert}.{name}"]
         given = definition.partial(name, layer.layer, 0, 1, layer.tensors["input"])
         assert torch.equal(given, layer.tensors["partial"])
+
+
+@pytest.fixture
+def pipeline(monkeypatch) -> DenoiseProgressMixin:
+    """What publishes steps, in a process of no requests yet; two transformers have asked for it."""
+    monkeypatch.setattr(steps, "_begun", 0)
+    monkeypatch.setattr(DenoiseProgressMixin, "record_denoise_step", DenoiseProgressMixin.record_denoise_step)
+    steps.count_steps()
+    steps.count_steps()
+    return DenoiseProgressMixin()
+
+
+def said(pipeline: DenoiseProgressMixin, count: int, *given: object, **named: object) -> list[tuple[int, int] | None]:
+    """What a layer is told at each step of a request."""
+    pipeline.scheduler = SimpleNamespace(timesteps=[*range(count)])  # pyright: ignore[reportAttributeAccessIssue]
+    found = []
+    with set_forward_context():
+        for step in range(count):
+            pipeline.record_denoise_step(step, 0.0, *given, **named)  # pyright: ignore[reportArgumentType]
+            found.append(steps.current_step("layer"))
+    return found
+
+
+def test_the_first_request_is_the_warm_up_where_it_has_two_steps(pipeline):
+    assert said(pipeline, 2) == [None, None]
+    assert said(pipeline, 2) == [(0, 2), (1, 2)]
+    assert said(pipeline, 3) == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_a_first_request_of_another_length_is_no_warm_up(pipeline):
+    assert said(pipeline, 3) == [(0, 3), (1, 3), (2, 3)]
+    assert said(pipeline, 2) == [(0, 2), (1, 2)]
+
+
+def test_a_number_of_steps_that_the_pipeline_gives_stays(pipeline):
+    assert said(pipeline, 3, total_steps=8)[0] == (0, 8)
+    assert said(pipeline, 3, None, 0.5, 8)[0] == (0, 8)
+    assert said(pipeline, 3, SimpleNamespace(timesteps=[*range(5)]))[0] == (0, 5)
+
+
+def test_a_pipeline_that_does_not_say_its_step_is_refused(pipeline):
+    with pytest.raises(BackendError, match=r"^layer: .* got step None of None"):
+        steps.current_step("layer")
+    with set_forward_context(denoise_step_idx=0), pytest.raises(BackendError, match="got step 0 of None"):
+        steps.current_step("layer")
