@@ -48,8 +48,6 @@ _ENGINES = {
     "mxfp4_dualscale": mxfp4_config.DiffusionMXFP4DualScaleMixedConfig,
     "mxfp8": mxfp8_config.DiffusionMXFP8Config,
 }
-
-
 _CHOOSING = {"ignored_layers", "modules_to_not_convert", "num_bf16_fallback_layers", "w4a8_fallback_layers"}
 
 
@@ -72,11 +70,8 @@ def config_for(method: str, **keys: Any) -> MXOmniConfig:
 
 def _from_disk(keys: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's config.json says so: the engine rebuilds a serialized component's config from there."""
-    return bool(_serialized(keys)) and get_current_diffusion_config_or_none() is not None
-
-
-def _serialized(keys: Mapping[str, Any]) -> bool:
-    return any(value for key, value in keys.items() if key.startswith("is_checkpoint_") and key.endswith("serialized"))
+    flags = [value for key, value in keys.items() if key.startswith("is_checkpoint_") and key.endswith("serialized")]
+    return any(flags) and get_current_diffusion_config_or_none() is not None
 
 
 def _asked_for() -> dict[str, Any]:
@@ -232,11 +227,9 @@ class MXOmniConfig(QuantizationConfig):
             scheme: sum(d.scheme == scheme for d in decisions.values()) for scheme in ("w4a4", "w4a8", "w4a16", "w8a8")
         }
         said = ", ".join(f"{count} {scheme}" for scheme, count in counts.items() if count)
-        logger.info("mxdit %s, %s linears by layer of the engine, %s", self.method, said, self._how())
+        how = "quantized already" if self.is_checkpoint_serialized else "quantized while they load"
+        logger.info("mxdit %s, %s linears by layer of the engine, %s", self.method, said, how)
         return decisions
-
-    def _how(self) -> str:
-        return "quantized already" if self.is_checkpoint_serialized else "quantized while they load"
 
 
 def _known(described: TransformerConfig) -> bool:
@@ -249,7 +242,7 @@ def _paths(patterns: Iterable[str], names: Mapping[str, str]) -> list[str]:
     """Layers' names and globs with the engine's names replaced by diffusers paths, of one or of the three that it fuses."""
     found: list[str] = []
     for pattern in patterns:
-        paths = [path for path, name in names.items() if name == pattern or fnmatchcase(name, pattern)]
+        paths = [path for path, name in names.items() if fnmatchcase(name, pattern)]
         found += paths or [pattern]
     return list(dict.fromkeys(found))
 

@@ -18,9 +18,8 @@ from mxdit.integrations.vllm_omni.steps import current_step
 from mxdit.numerics.formats import PARTS, scheme_for
 from mxdit.quantize.plan import Decision
 
-_BYTES = (
-    torch.float8_e4m3fn
-)  # of one byte, and a float: sharding that passes integers by takes it, and casts it to nothing
+_BYTES = torch.float8_e4m3fn
+"""Of one byte, and a float: HSDP, which shards floats only, takes it, and casts it to nothing."""
 
 
 class MXLinearMethod(LinearMethodBase):

@@ -75,8 +75,7 @@ class Loader:
         row = block_format(method)
         for name, info in self._record(smooth=serialized and row.smooths).items():
             optional = not serialized or (name == "mul_scale" and not require_smooth)
-            fill = torch.ones if name == "mul_scale" else torch.empty
-            parameter = nn.Parameter(fill(info.shape, dtype=info.dtype), requires_grad=False)
+            parameter = nn.Parameter(torch.empty(info.shape, dtype=info.dtype), requires_grad=False)
             attributes: dict[str, Any] = {
                 "weight_loader": partial(self._load, name),
                 # With an output axis, the engine counts a fused parameter as loaded once each of its linears was.
