@@ -22,14 +22,19 @@ MODEL = {"_class_name": "WanTransformer3DModel", **tiny.transformer().config}
 
 
 @contextmanager
-def building(model: Mapping[str, Any] = MODEL, degree: int = 1, rank: int = 0, active: Any = None) -> Iterator[None]:
-    """While it lasts, the engine builds a transformer on a rank. active: the `quantization_config` that the user gave."""
+def building(
+    model: Mapping[str, Any] = MODEL, degree: int = 1, rank: int = 0, active: Any = None, detected: bool = False
+) -> Iterator[None]:
+    """While it lasts, the engine builds a transformer on a rank.
+
+    active: the `quantization_config` that a user gave, or that the engine read itself where it is ``detected``.
+    """
     engine: Any = SimpleNamespace(
         model="nowhere",
         tf_model_config=TransformerConfig(params=dict(model)),
         parallel_config=SimpleNamespace(use_hsdp=False),
         quantization_config=active,
-        quantization_config_is_auto_detected=active is None,
+        quantization_config_is_auto_detected=detected,
     )
     group: dict[str, Any] = {
         "get_tensor_model_parallel_rank": lambda: rank,

@@ -84,15 +84,16 @@ def test_rows_come_block_by_block(monkeypatch, method, rows):
 @pytest.mark.parametrize("rows", (1, 5, 1000))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("rank", (0, 1))
-def test_a_float_weight_is_cast_quantized_and_cut(monkeypatch, rank, dtype, rows):
+@pytest.mark.parametrize("method", ("mxfp4", "mxfp4_dualscale"))
+def test_a_float_weight_is_cast_quantized_and_cut(monkeypatch, method, rank, dtype, rows):
     """As a checkpoint of the model's dtype would be. By columns, and inside a group of 512."""
     monkeypatch.setattr(loading, "BLOCK", rows * WIDE)
     weight = torch.randn(48, WIDE, dtype=dtype)
     with building(degree=2, rank=rank):
-        layer = made(RowParallelLinear, WIDE, 48, name=DOWN, method="mxfp4_dualscale", keys={})
+        layer = made(RowParallelLinear, WIDE, 48, name=DOWN, method=method)
     load(layer, {"weight": weight})
-    wanted = mxdit.quantize_weight(weight.bfloat16(), "mxfp4_dualscale")
-    assert_equal(finish(layer), mxdit.shard(wanted, "mxfp4_dualscale", "row", rank, 2)[0])
+    wanted = mxdit.quantize_weight(weight.bfloat16(), method, rule="ocp")
+    assert_equal(finish(layer), mxdit.shard(wanted, method, "row", rank, 2)[0])
 
 
 def test_q_k_and_v_may_be_one_tensor():
@@ -236,14 +237,18 @@ def test_linears_that_cannot_answer_are_refused(monkeypatch, choice, message):
         made(ColumnParallelLinear, K, WIDE, name=UP, method="mxfp4")
 
 
-def test_activations_may_be_fp32_but_not_whole_numbers():
-    """They are rounded to BF16 first, as `mxdit.MXLinear` rounds them."""
+@pytest.mark.parametrize("activation", ("mxfp4", "mxfp8", "bf16"))
+def test_activations_may_be_fp32_but_not_whole_numbers(activation):
+    """Where a scheme takes halves only, they are rounded to BF16 first, as `mxdit.MXLinear` rounds them."""
     weight, x, bias = torch.randn(32, K).bfloat16(), torch.randn(3, K), torch.randn(32)
     with building():
-        layer = made(ColumnParallelLinear, K, 32, name=UP, method="mxfp4", keys={"mxfp4_scale_alg": 2})
+        layer = made(
+            ColumnParallelLinear, K, 32, name=UP, method="mxfp4", keys={"mxfp4_scale_alg": 2, "activation": activation}
+        )
     load(layer, {"weight": weight})
-    finish(layer)
-    definition = mxdit.MXLinear(K, 32, method="mxfp4", rule="uos")
+    for _ in range(2):  # a second time changes nothing
+        layer.quant_method.process_weights_after_loading(layer)
+    definition = mxdit.MXLinear(K, 32, method="mxfp4", activation=activation, rule="uos")
     definition.load(mxdit.quantize_weight(weight, "mxfp4", rule="uos"))
     definition.bias = torch.nn.Parameter(bias, requires_grad=False)
     with torch.no_grad():
