@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from layers import building
 from mxdit.config import MXConfig
 from mxdit.errors import ConfigError
 from mxdit.integrations.vllm_omni import register
+from mxdit.integrations.vllm_omni.steps import LOGGER
 
 PACKED = {"quant_method": "mxfp4", "is_checkpoint_serialized": True, "layout": "packed", "version": 1}
 NUMERIC = {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": True}
@@ -58,7 +60,17 @@ def test_a_user_replaces_how_to_run_and_not_what_the_files_hold(asked, left, fil
 
 
 def test_nobody_asks_for_anything():
+    """Nor does the engine build a model yet, where a user says by hand what the files hold."""
+    register()
+    assert build_quant_config(PACKED).config == MXConfig.from_dict(PACKED)
     assert resolved(None, {**PACKED, **STORED}) == MXConfig.from_dict({**PACKED, **STORED})
+
+
+def test_what_the_engine_read_of_one_expert_is_no_wish_for_the_other():
+    register()
+    first = build_quant_config({**PACKED, "activation": "mxfp8"})
+    with building(active=first, detected=True):
+        assert resolve_quant_config_from_disk(None, PACKED).config == MXConfig.from_dict(PACKED)
 
 
 def test_steps_under_either_name_replace_those_under_either():
@@ -77,3 +89,14 @@ def test_components_that_are_to_run_differently_are_refused():
     asked = {name: {"method": "mxfp4", "activation": a} for name, a in (("transformer", "mxfp8"), ("default", "bf16"))}
     with pytest.raises(ConfigError, match=r"run differently; got .*mxfp8.* and .*bf16"):
         resolved(asked, PACKED)
+
+
+def test_another_version_of_the_engine_is_said(monkeypatch, caplog):
+    logger = logging.getLogger(LOGGER)  # the engine's own takes what is below its name
+    logger.addHandler(caplog.handler)
+    register()
+    assert not caplog.text
+    monkeypatch.setattr("mxdit.integrations.vllm_omni.version", lambda distribution: "0.31.0")
+    register()
+    logger.removeHandler(caplog.handler)
+    assert "tested with vLLM-Omni 0.30.x, and this is 0.31.0" in caplog.text
