@@ -7,12 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm_omni.diffusion.forward_context import DenoiseProgressMixin, set_forward_context
 
 import engine
 import quantized
+from layers import MODEL, building, made
 from mxdit.errors import BackendError
 from mxdit.integrations.vllm_omni import steps
+from mxdit.integrations.vllm_omni.linear import MXLinearMethod
 from quantized import EXPERTS, Definition
 
 CONFIGS = {
@@ -113,3 +116,21 @@ def test_a_pipeline_that_does_not_say_its_step_is_refused(pipeline):
         steps.current_step("layer")
     with set_forward_context(denoise_step_idx=0), pytest.raises(BackendError, match="got step 0 of None"):
         steps.current_step("layer")
+
+
+def test_a_step_counts_before_a_layer_and_a_layer_before_all(pipeline):
+    names = [f"blocks.{index}.ffn.net_2" for index in range(3)]
+    keys = {
+        "ignored_layers": names[:1],
+        "w4a8_fallback_layers": names[1:2],
+        "activation": "mxfp4",
+        "activation_steps": {"bf16": [0]},
+    }
+    with building(MODEL | {"num_layers": 3}):
+        methods = [made(RowParallelLinear, 64, 32, name=name, method="mxfp4", keys=keys).quant_method for name in names]
+    assert not isinstance(methods[0], MXLinearMethod)
+    pipeline.scheduler = SimpleNamespace(timesteps=[*range(4)])  # pyright: ignore[reportAttributeAccessIssue]
+    for step, activations in enumerate((["bf16", "bf16"], ["mxfp8", "mxfp4"])):
+        with set_forward_context():
+            pipeline.record_denoise_step(step, 0.0)
+            assert [method.activation_now() for method in methods[1:]] == activations
