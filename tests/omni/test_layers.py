@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm_omni.platforms import current_omni_platform
 
 import mxdit
 from layers import MODEL, building, made
@@ -224,9 +225,43 @@ def test_layers_have_names_of_the_engine_and_of_diffusers(pattern, ignored):
         assert found == ignored, key
 
 
-def test_a_family_of_unknown_names_is_refused():
-    flux = {"_class_name": "FluxTransformer2DModel"}
-    with building(flux), pytest.raises(ConfigError, match=r"by which names .* got .*Flux.*; expected Wan"):
+FLUX = {"_class_name": "FluxTransformer2DModel"}
+
+
+@pytest.fixture
+def on_npu(monkeypatch) -> None:
+    """The engine says that it runs on one."""
+    monkeypatch.setattr(type(current_omni_platform), "is_npu", lambda self: True)
+
+
+def test_the_engines_own_linears_are_those_that_are_decided_here(on_npu):
+    """By keys and names that its own config of this method does not take."""
+    keys = {"num_bf16_fallback_layers": 1, "w4a8_fallback_layers": ["blocks.1.*.net.2"]}
+    names = ["blocks.0.ffn.net_2", "blocks.1.ffn.net_2", "blocks.1.ffn.net_0.proj"]
+    with building():
+        methods = [made(ReplicatedLinear, K, K, name=name, method="mxfp4", keys=keys).quant_method for name in names]
+    assert [getattr(method, "is_w4a8_fallback_layer", None) for method in methods] == [None, True, False]
+
+
+def test_dual_scale_with_other_activations_in_a_layer_is_ours(on_npu):
+    keys = {"num_bf16_fallback_layers": 0, "w4a8_fallback_layers": [DOWN]}
+    with building():
+        for name in (UP, DOWN):
+            layer = made(ReplicatedLinear, K, K, name=name, method="mxfp4_dualscale", keys=keys)
+            assert type(layer.quant_method).__name__ == "MXLinearMethod", name
+
+
+def test_a_family_of_unknown_names_has_the_engines_own_linears_on_an_npu(on_npu):
+    keys = {"ignored_layers": ["proj.0"]}
+    with building(FLUX):
+        methods = [
+            made(ReplicatedLinear, K, K, name=f"proj.{i}", method="mxfp4", keys=keys).quant_method for i in (0, 1)
+        ]
+    assert [type(method).__name__ for method in methods] == ["UnquantizedLinearMethod", "NPUMxfp4OnlineLinearMethod"]
+
+
+def test_a_family_of_unknown_names_is_refused_elsewhere():
+    with building(FLUX), pytest.raises(ConfigError, match=r"by which names .* got .*Flux.*; expected Wan"):
         made(ReplicatedLinear, K, K, name="proj", method="mxfp4")
 
 
