@@ -49,6 +49,7 @@ def test_row_parallel_tensors_are_slices_behind_zeros(method, k, degree):
             behind = held["weight_scale"][:, phase // 32 :][:, :1]
             assert torch.equal(held["weight_scale"][:, : phase // 32], behind.expand(-1, phase // 32))
         assert {name: TensorInfo.of(part) for name, part in held.items()} == shard.record(smooth="mul_scale" in parts)
+        assert all(part.is_contiguous() for part in held.values())
         assert torch.equal(decoded(held, method)[:, phase:], decoded(parts, method)[:, start : start + width])
 
 
@@ -159,5 +160,9 @@ def test_tensors_of_another_linear_are_refused():
         rest = {name: part for name, part in parts.items() if name != missing}
         with pytest.raises(FormatError, match=f"^{LAYER}.*: (no codes|not the tensors)"):
             mxdit.shard(rest, "mxfp4_dualscale", "row", 0, 2, where=LAYER)
+    with pytest.raises(
+        FormatError, match=f"^{LAYER}, weight: no codes of a linear to split; got .*{parts['weight'].numel()}"
+    ):
+        mxdit.shard({**parts, "weight": parts["weight"].flatten()}, "mxfp4_dualscale", "row", 0, 2, where=LAYER)
     with pytest.raises(FormatError, match=r"not the tensors of one mxfp4_dualscale linear; got .*bias"):
         mxdit.shard({**parts, "bias": torch.zeros(OUTPUTS)}, "mxfp4_dualscale", "row", 0, 2)
