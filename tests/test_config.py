@@ -172,3 +172,12 @@ def test_frozen():
 def test_mistakes_are_named(values, message):
     with pytest.raises(ConfigError, match=message):
         MXConfig.from_dict(values)
+
+
+def test_a_wish_for_activations_replaces_what_is_stored_for_layers_and_steps():
+    policy = StepPolicy({"mxfp8": (0,)})
+    stored = MXConfig("mxfp4", activation="bf16", w4a8_fallback_layers=("a",), activation_steps=policy)
+    asked = MXConfig("mxfp4", activation="mxfp8")
+    assert stored.run_as(asked) == asked
+    assert stored.run_as(MXConfig("mxfp4")) == stored
+    assert stored.run_as(MXConfig("mxfp4", w4a8_fallback_layers=("b",))).w4a8_fallback_layers == ("b",)

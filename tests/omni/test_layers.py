@@ -225,6 +225,12 @@ def test_layers_have_names_of_the_engine_and_of_diffusers(pattern, ignored):
         assert found == ignored, key
 
 
+def test_a_linear_that_diffusers_does_not_have_is_not_quantized():
+    with building():
+        layer = made(ReplicatedLinear, K, K, name="blocks.0.gate", method="mxfp4")
+    assert type(layer.quant_method).__name__ == "UnquantizedLinearMethod"
+
+
 FLUX = {"_class_name": "FluxTransformer2DModel"}
 
 
@@ -246,9 +252,8 @@ def test_the_engines_own_linears_are_those_that_are_decided_here(on_npu):
 def test_dual_scale_with_other_activations_in_a_layer_is_ours(on_npu):
     keys = {"num_bf16_fallback_layers": 0, "w4a8_fallback_layers": [DOWN]}
     with building():
-        for name in (UP, DOWN):
-            layer = made(ReplicatedLinear, K, K, name=name, method="mxfp4_dualscale", keys=keys)
-            assert type(layer.quant_method).__name__ == "MXLinearMethod", name
+        layer = made(ReplicatedLinear, K, K, name=UP, method="mxfp4_dualscale", keys=keys)
+    assert type(layer.quant_method).__name__ == "MXLinearMethod"
 
 
 def test_a_family_of_unknown_names_has_the_engines_own_linears_on_an_npu(on_npu):
