@@ -16,8 +16,8 @@ from mxdit.numerics.formats import BlockFormat, Element, block_format
 from mxdit.numerics.scales import exponent_field, power_of_two
 
 AROUND = (
-    -1,
     0,
+    -1,
     1,
 )  # steps from the byte of the OCP rule; a second step up is never better, one down clips half of a block
 PER_OCTAVE = 16  # outer scales that are tried; what an octave more or less would change, the bytes can do
@@ -39,19 +39,19 @@ def best_bytes(blocks: Tensor, importance: Tensor, row: BlockFormat) -> tuple[Te
         importance: (B, width) fp32, not negative.
 
     Returns:
-        int32 (N, B) and fp32 (N, B). Of equal errors the smaller byte wins.
+        int32 (N, B) and fp32 (N, B). Of equal errors the first of `AROUND` wins: where no channel counts, nothing is clipped.
     """
     floor = exponent_field(blocks.abs().amax(-1)) - row.emax
     best = torch.full(floor.shape, torch.inf, device=blocks.device)
-    byte = floor.clamp(0, 254)
+    byte = unit = floor.clamp(1, 253)
     for step in AROUND:
         tried = (floor + step).clamp_(1, 253)  # below and above, a scale and its inverse are not both normal numbers
         scaled = blocks * power_of_two(254 - tried)[..., None]
         error = (nearest(scaled, row.element) - scaled).square_().mul_(importance).sum(-1)
-        error *= power_of_two(tried).square()
+        error *= power_of_two(127 + tried - unit).square()  # in units of the block's own: its square may leave fp32
         better = error < best
         byte, best = torch.where(better, tried, byte), torch.where(better, error, best)
-    return byte, best
+    return byte, best * power_of_two(unit).square()
 
 
 def best_outer(group: Tensor, importance: Tensor, row: BlockFormat) -> Tensor:
@@ -67,11 +67,12 @@ def best_outer(group: Tensor, importance: Tensor, row: BlockFormat) -> Tensor:
     top = group.abs().amax(-1) / row.max
     best, chosen = torch.full_like(top, torch.inf), torch.zeros_like(top)
     for step in range(PER_OCTAVE):
-        outer = top * 2.0 ** (-step / PER_OCTAVE)
+        share = 2.0 ** (-step / PER_OCTAVE)
+        outer = top * share
         usable = outer >= _TINY
         inner = group / torch.where(usable, outer, 1.0)[:, None]
         _, error = best_bytes(inner.unflatten(-1, (-1, row.block)), importance.unflatten(-1, (-1, row.block)), row)
-        total = error.sum(-1) * outer.square()
+        total = error.sum(-1) * share**2  # over top^2, which may leave fp32
         better = usable & (total < best)
         best, chosen = torch.where(better, total, best), torch.where(better, outer, chosen)
     return chosen
