@@ -142,7 +142,7 @@ class Guard:
 def linear_guard(linears: Mapping[str, Mapping[str, Calibrated]]) -> Guard:
     """No linear may have a larger error than online, on inputs that nothing was learned from."""
     every = [result for found in linears.values() for result in found.values()]
-    worse = sum(result.error > result.online for result in every)
+    worse = sum(not result.error <= result.online for result in every)  # what is no number is worse
     mean = [10 * float(np.mean([np.log10(max(error, 1e-30)) for error in errors])) for errors in (
         [result.online for result in every], [result.error for result in every]
     )]  # fmt: skip
