@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mxdit.calibrate import scales, smooth
 from mxdit.calibrate.gptq import DAMPING, gptq, inverse_factor
 from mxdit.calibrate.targets import corrected_bias, regression_target
-from mxdit.errors import ConfigError
+from mxdit.errors import ConfigError, InputError
 from mxdit.layers import MXLinear
 from mxdit.numerics.codec import Packed
 from mxdit.numerics.formats import block_format, scheme_for
@@ -103,6 +103,14 @@ def calibrate(linears: Mapping[str, nn.Linear], fit: Tensor, held: Tensor, recip
 
     Raises InputError for inputs that are no numbers.
     """
+    for name, x in (("fit", fit), ("held", held)):
+        if not bool(torch.isfinite(x).all()):
+            raise InputError(
+                "the inputs of a layer hold infs or NaNs",
+                where=next(iter(linears)),
+                field=name,
+                hint="Try BF16 or FP32 as the dtype.",
+            )
     return _Group(linears, fit, held, recipe).calibrated()
 
 
