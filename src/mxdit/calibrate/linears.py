@@ -138,7 +138,7 @@ class _Group:
         found = [self._rounded(i, None) for i in range(len(self.paths))]
         results = [Calibrated(parts, error, trials=[Trial("online", error, True)]) for parts, error in found]
         mul_scale = self._smoothed(results) if smooth else None
-        if {"search", "gptq", "regress"} & set(recipe.steps):
+        if any(recipe.does(step) for step in ("search", "gptq", "refit", "regress")):
             self._rounded_by_hessian(results, mul_scale)
         if recipe.does("bias"):
             for i, result in enumerate(results):
