@@ -218,6 +218,19 @@ def test_refit_never_makes_a_row_worse():
     assert torch.equal(flipped.outer, packed.outer)
 
 
+def test_groups_that_no_input_connects_are_refitted_as_if_alone():
+    """However little one of them matters beside the other."""
+    weight, importance = torch.randn(6, 1024), torch.ones(1024)
+    importance[512:] = 1e-9
+    packed = search(weight, importance, "mxfp4_dualscale")
+    got = refit(packed, weight, importance.diag()).outer
+    for group, piece in enumerate((slice(0, 512), slice(512, 1024))):
+        w, own = weight[:, piece], importance[piece]
+        alone = refit(search(w, own, "mxfp4_dualscale"), w, own.diag())
+        assert torch.allclose(got[:, group], alone.outer[:, 0], rtol=1e-5)
+    assert not torch.equal(got, packed.outer)
+
+
 def test_groups_of_zeros_stay_zeros_when_the_others_are_refitted():
     weight, hessian = torch.randn(6, 1536), correlated(1536)
     weight[1, 512:1024], weight[2], weight[4, 1024:] = 0, 0, 0

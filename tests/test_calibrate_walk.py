@@ -217,7 +217,7 @@ def moved(model: nn.Module, call: Mapping[str, Any], path: str, layer: nn.Module
 @pytest.mark.slow
 def test_sensitivities_are_what_the_errors_move_the_velocity_by():
     model, calls, layers = small_wan()
-    probes = 80
+    probes = 40
     *_, got = sensitivities(model, calls, layers, weights=[3.0, 1.0], probes=probes)
     for path, ways in layers.items():
         for name, layer in ways.items():

@@ -10,8 +10,10 @@ from vllm_omni.quantization.factory import build_quant_config, resolve_quant_con
 
 from layers import building
 from mxdit.config import MXConfig
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import ConfigError
 from mxdit.integrations.vllm_omni import register
+from mxdit.integrations.vllm_omni.config import MXOmniConfig
 from mxdit.integrations.vllm_omni.steps import LOGGER
 
 PACKED = {"quant_method": "mxfp4", "is_checkpoint_serialized": True, "layout": "packed", "version": 1}
@@ -26,7 +28,13 @@ def resolved(asked: Any, stored: dict[str, Any]) -> MXConfig:
     active = build_quant_config(asked)
     with building(active=active):
         component = getattr(active, "resolve", lambda prefix: active)("transformer")
-        return resolve_quant_config_from_disk(component, stored).config
+        return ours(resolve_quant_config_from_disk(component, stored))
+
+
+def ours(config: object) -> MXConfig:
+    """What one of the engine's configs holds that is ours."""
+    assert isinstance(config, MXOmniConfig)
+    return config.config
 
 
 # What a user asks for, and what is left of `STORED`.
@@ -62,7 +70,7 @@ def test_a_user_replaces_how_to_run_and_not_what_the_files_hold(asked, left, fil
 def test_nobody_asks_for_anything():
     """Nor does the engine build a model yet, where a user says by hand what the files hold."""
     register()
-    assert build_quant_config(PACKED).config == MXConfig.from_dict(PACKED)
+    assert ours(build_quant_config(PACKED)) == MXConfig.from_dict(PACKED)
     assert resolved(None, {**PACKED, **STORED}) == MXConfig.from_dict({**PACKED, **STORED})
 
 
@@ -70,19 +78,19 @@ def test_what_the_engine_read_of_one_expert_is_no_wish_for_the_other():
     register()
     first = build_quant_config({**PACKED, "activation": "mxfp8"})
     with building(active=first, detected=True):
-        assert resolve_quant_config_from_disk(None, PACKED).config == MXConfig.from_dict(PACKED)
+        assert ours(resolve_quant_config_from_disk(None, PACKED)) == MXConfig.from_dict(PACKED)
 
 
 def test_steps_under_either_name_replace_those_under_either():
     stored = {**PACKED, "w4a8_fallback_steps": [3]}
     asked = {"method": "mxfp4", "activation_steps": {"bf16": [1]}}
-    assert resolved(asked, stored).activation_steps.to_dict() == {"bf16": [1]}
+    assert resolved(asked, stored).activation_steps == StepPolicy({"bf16": (1,)})
 
 
 def test_the_rule_is_the_engines_but_for_packed_files():
     assert resolved({"method": "mxfp4"}, NUMERIC).rule == "ocp"
     assert resolved({"method": "mxfp4"}, PACKED).rule == "uos"
-    assert build_quant_config("mxfp4").config.rule == "ocp"
+    assert ours(build_quant_config("mxfp4")).rule == "ocp"
 
 
 def test_components_that_are_to_run_differently_are_refused():

@@ -249,7 +249,8 @@ class _Group:
         recipe, ops = self.recipe, torch.ops.mxdit
         fmt = scheme_for(recipe.method, recipe.activation).weights[recipe.method]
         if fmt == "mxfp4_dualscale":
-            codes, outer, scale = ops.quantize_dual(x.to(torch.bfloat16), mul_scale, "rint")
+            x = x.to(torch.bfloat16) if x.dtype is torch.float32 else x  # as the layer does
+            codes, outer, scale = ops.quantize_dual(x, mul_scale, "rint")
             return ops.dequantize(codes, scale, outer, fmt, torch.float32)
         x = x if mul_scale is None else x * mul_scale.to(x.dtype)
         if fmt is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,10 @@ def _some(x: Tensor, count: int, seed: int) -> Tensor:
     return x[chosen.sort().values.to(x.device)]
 
 
-def bytes_of_state(call: Mapping[str, Any], width: int) -> int:
-    """About how much a block gives to a call, for models whose tokens are patches of 2 x 2 latents."""
-    shape = call["velocity"].shape
-    return math.prod(shape[2:]) // 4 * width * 2
+def bytes_of_state(model: nn.Module, call: Call) -> int:
+    """How much a block gives to a call, by what the first one gives."""
+    walk = Walk(model, [call])
+    _, _, run = next(iter(walk))
+    for _ in run():
+        pass
+    return walk.nbytes

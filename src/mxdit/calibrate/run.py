@@ -186,17 +186,23 @@ class Calibration:
         Raises InputError where not even one fits.
         """
         settings, experts = self.settings, Experts(self.session, self.settings.recipe)
-        with self._timed("a clip"):
-            self._clip(settings.held[0], [])
-        clip, groups = self._seconds.pop("a clip"), [group for name in experts.models for group in experts.groups(name)]
-        model = experts.models[groups[0].expert]
-        linears = {path: linear_at(model, path) for path in groups[0].paths}
-        width = next(iter(linears.values())).in_features
-        noise = torch.randn(2 * SEARCH_ROWS, width, device=settings.device).to(settings.dtype)
-        started = time.perf_counter()
-        calibrate(linears, noise, noise[:SEARCH_ROWS], settings.recipe)
-        spent = time.perf_counter() - started
-        spent *= sum(group.parameters for group in groups) / groups[0].parameters
+        groups = [group for name in experts.models for group in experts.groups(name)]
+        linears = {path: linear_at(experts.models[groups[0].expert], path) for path in groups[0].paths}
+
+        def measure() -> list[float]:
+            """Seconds of a clip, and of a group of linears."""
+            with self._timed("a clip"):
+                self._clip(settings.held[0], [])
+            width = next(iter(linears.values())).in_features
+            noise = torch.randn(2 * SEARCH_ROWS, width, device=settings.device).to(settings.dtype)
+            started = time.perf_counter()
+            calibrate(linears, noise, noise[:SEARCH_ROWS], settings.recipe)
+            return [self._seconds.pop("a clip"), time.perf_counter() - started]
+
+        # Measured once, so that the same command goes on from an interruption with the same prompts.
+        key = {**self._key, "kind": "seconds", "request": settings.held[0].to_dict(), "recipe": asdict(settings.recipe)}
+        clip, group = self.cache.figures(key, measure)
+        spent = group * sum(of.parameters for of in groups) / groups[0].parameters
         # Clips are made once for each transformer, and their calls walked through; held-out ones are run six times more.
         passes = len(experts.models) + 1
         left = seconds - spent - (passes + 6) * clip * len(settings.held)
@@ -307,8 +313,8 @@ class Calibration:
             found[paths] = self.cache.entry(keys[paths], lambda _: None)
         if missing:
             clips = [[calls_in(clip) for clip in clips] for clips in (learned, judged)]
-            width = max(linear_at(model, paths[0]).in_features for paths in keys)
-            most = max(64, STATES // bytes_of_state(clips[0][0][0], width))
+            first = next(call for call in clips[0][0] if call["expert"] == expert)
+            most = max(64, STATES // bytes_of_state(model, first))
             fit, held = (choose_calls(of, expert, most, settings.seed) for of in clips)
             what = f"{expert}: {{}}"
             done = len(found)

@@ -150,9 +150,9 @@ def refit(packed: Packed, weight: Tensor, hessian: Tensor) -> Packed:
         for other, (first, last) in enumerate(pairwise(edges)):
             a[:, g, other] = (reach[:, first:last] * inner[:, first:last]).sum(-1)
     a = (a + a.mT) / 2
-    ridge = 1e-6 * a.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-    eye = torch.eye(groups, dtype=a.dtype, device=a.device)
-    solution = torch.linalg.solve_ex(a + ridge * eye + (ridge == 0) * eye, b[..., None])[0].squeeze(-1)
+    own = a.diagonal(dim1=1, dim2=2)
+    ridge = torch.diag_embed(1e-6 * own + (own == 0))  # of each group's own size: they differ by orders of magnitude
+    solution = torch.linalg.solve_ex(a + ridge, b[..., None])[0].squeeze(-1)
 
     def left(c: Tensor) -> Tensor:  # what the error is beside w H w
         return torch.einsum("ng,ngh,nh->n", c, a, c) - 2 * (b * c).sum(-1)

@@ -59,6 +59,11 @@ class Walk:
         for index, (path, block) in enumerate(self.blocks):
             yield path, block, partial(self._through, index)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what blocks gave and is still needed."""
+        return sum(t.nbytes for given in self._given for value in given for t in _tensors(value))
+
     def _through(self, index: int) -> Iterator[Call]:
         given: list[Any] = []
         for number, call in enumerate(self.calls):

@@ -121,7 +121,8 @@ def _planned(
         if config is not None and quantized and leaf == "weight":
             parts.update(_calibrated(path, calibrated) or _quantized(path, part, config, dtype, device))
         elif quantized and tensor in calibrated:
-            parts[tensor] = Part(calibrated[tensor].info, calibrated[tensor].read)
+            own = calibrated[tensor]
+            parts[tensor] = Part(TensorInfo(own.shape, dtype), partial(_kept, Part(own.info, own.read), dtype, tensor))
         else:
             parts[tensor] = Part(TensorInfo(part.info.shape, dtype), partial(_kept, part, dtype, tensor))
     return ComponentPlan(name, written, shards_of(parts, shard_size), {}, methods, component.reads)

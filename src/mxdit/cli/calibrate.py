@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 
 from mxdit.cli.bench.tables import aligned
@@ -195,7 +196,8 @@ def calibrate(
         next(iter(configs.values())),
         configs,
         calibrated=outcome.files,
-        dtype=settings.dtype,
+        # FP32 is what a CPU without BF16 computes in, not what a checkpoint is to hold.
+        dtype=torch.bfloat16 if settings.dtype is torch.float32 else settings.dtype,
         device=settings.device,
         beside=files,
     )
