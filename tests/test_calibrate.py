@@ -144,7 +144,7 @@ def test_presets_share_what_was_calibrated(calibrated, model, tmp_path, calibrat
 
 
 @pytest.mark.parametrize("method", ("mxfp4", "mxfp8"))
-def test_other_methods(model, tmp_path, calibrate, method):
+def test_other_methods(model, tmp_path, calibrate, method, monkeypatch, capsys):
     arguments = [
         model,
         tmp_path / "made",
@@ -161,6 +161,13 @@ def test_other_methods(model, tmp_path, calibrate, method):
     assert config["quant_method"] == method
     smoothed = [name for name in tensors(tmp_path / "made") if name.endswith("mul_scale")]
     assert bool(smoothed) == (method == "mxfp4")
+    # To another layout and back, without loss.
+    for layout, source, destination in (("vllm-omni", "made", "there"), ("packed", "there", "back")):
+        arguments = ["convert", tmp_path / source, tmp_path / destination, "--to", layout]
+        code, _, err = mxdit_command(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+    ours, theirs = tensors(tmp_path / "made"), tensors(tmp_path / "back")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_quantize_takes_the_plan_of_a_calibration(calibrated, model, tmp_path, monkeypatch, capsys):

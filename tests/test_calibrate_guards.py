@@ -150,7 +150,7 @@ def made(online: float, error: float) -> Calibrated:
 def test_one_linear_that_is_worse_is_one_too_many():
     good = {"a": {"x": made(0.01, 0.001), "y": made(0.01, 0.01)}, "b": {"x": made(0.0, 0.0)}}
     guard = linear_guard({"a": good["a"]})
-    assert guard.passed and guard.online == "-20.00 dB" and guard.calibrated == "0 of 2, -25.00 dB"
+    assert guard.passed and guard.online == "SQNR 20.00 dB" and guard.calibrated == "0 of 2, SQNR 25.00 dB"
     assert linear_guard(good).passed  # of a weight of zeros there is no decibel
     good["b"]["x"] = made(0.01, 0.0100001)
     assert not linear_guard(good).passed and linear_guard(good).calibrated.startswith("1 of 3")

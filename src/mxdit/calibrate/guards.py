@@ -143,13 +143,14 @@ def linear_guard(linears: Mapping[str, Mapping[str, Calibrated]]) -> Guard:
     """No linear may have a larger error than online, on inputs that nothing was learned from."""
     every = [result for found in linears.values() for result in found.values()]
     worse = sum(not result.error <= result.online for result in every)  # what is no number is worse
-    mean = [10 * float(np.mean([np.log10(max(error, 1e-30)) for error in errors])) for errors in (
-        [result.online for result in every], [result.error for result in every]
-    )]  # fmt: skip
+
+    def mean(errors: Iterable[float]) -> str:
+        return f"SQNR {-10 * np.mean([np.log10(max(error, 1e-30)) for error in errors]):.2f} dB"
+
     return Guard(
         "linears worse than online",
-        f"{mean[0]:.2f} dB",
-        f"{worse} of {len(every)}, {mean[1]:.2f} dB",
+        mean(result.online for result in every),
+        f"{worse} of {len(every)}, {mean(result.error for result in every)}",
         not worse,
         "none may be",
     )
