@@ -105,6 +105,7 @@ def _budget(report: Mapping[str, Any]) -> list[Text | Table | Picture]:
                 gains = {int(step): gain for step, gain in report["gains_by_step"].items()}
                 colors = [figures.COLORS[1 if step in chosen else 0] for step in gains]
                 axis.bar(list(gains), list(gains.values()), color=colors)
+                axis.xaxis.get_major_locator().set_params(integer=True)
                 axis.set(xlabel="denoising step", ylabel="error that MXFP8 activations take away")
             axis.grid(alpha=0.3, linewidth=0.5)
         caption = "What a budget of parameters leaves of the error, and what each step gains; chosen steps in orange."
