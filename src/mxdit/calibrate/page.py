@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mxdit.evals.pages import figures, sheets
 from mxdit.evals.pages.document import Picture, Section, Table, Text, html
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Shown = Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]]  # (prompt, (label, clip) of each) of some clips
 
@@ -92,7 +89,7 @@ def _budget(report: Mapping[str, Any]) -> list[Text | Table | Picture]:
     panels = [name for name in ("curve", "gains_by_step") if report[name]]
     if panels:
         figure = figures.canvas(12, 4.5)
-        axes: Sequence[Axes] = figure.subplots(1, len(panels), squeeze=False)[0]
+        axes: Sequence[Any] = figure.subplots(1, len(panels), squeeze=False)[0]
         for name, axis in zip(panels, axes, strict=True):
             if name == "curve":
                 share, error = np.array(report["curve"]).T
