@@ -82,6 +82,18 @@ def test_the_checkpoint_is_sound_and_runs_as_it_says(calibrated, monkeypatch, ca
     assert "<video" in (made / "calibration.html").read_text()
 
 
+def test_the_checkpoint_holds_what_was_calibrated(calibrated):
+    made, found = tensors(calibrated[0]), 0
+    kept = json.loads((calibrated[0] / "calibration.json").read_text())["kept"]
+    for file in calibrated[1].glob("*/parts.safetensors"):
+        expert = json.loads((file.parent / "key.json").read_text())["key"]["expert"]
+        for name, tensor in load_file(file).items():
+            if name.rpartition(".")[0] not in kept[expert]:
+                assert torch.equal(made[f"{expert}.{name}"], tensor), name
+                found += name.endswith(".weight")
+    assert found == 2 * tiny.BLOCKS * tiny.LINEARS - sum(map(len, kept.values()))
+
+
 def test_every_linear_is_at_least_as_near_on_inputs_it_has_not_seen(calibrated):
     report = json.loads((calibrated[0] / "calibration.json").read_text())
     linears = [linear for found in report["linears"].values() for linear in found.values()]
@@ -208,7 +220,8 @@ def test_a_rejected_calibration_is_not_written(model, tmp_path, calibrate, monke
         (["--count", "3"], "too few prompts"),
         (["--method", "mxfp5"], "unknown format"),
         (["--activation", "int8"], "no scheme"),
-        (["--max-bytes", "1KB"], "below what four bits throughout take"),
+        (["--max-bytes", "1KB"], "--max-bytes: fewer bytes than the quantized weights take"),
+        (["--lam", "-1"], "lam is no positive number"),
         (["--max-bytes", "1GiB", "--target", "50%"], "two budgets at once"),
         (["--minutes", "0.001"], "not even one prompt"),
     ],

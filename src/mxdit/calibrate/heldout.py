@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.settings import Settings
 from mxdit.calibrate.walk import Call
 from mxdit.config.steps import StepPolicy
+from mxdit.errors import InputError
 from mxdit.evals.run import Progress
 from mxdit.generation.recording import repeat
 from mxdit.layers import MXLinear
@@ -110,6 +112,13 @@ class HeldOut:
         if budget.max_bytes is not None:
             four_bit = row.nbytes(1, 512) / 512  # bytes of a parameter, scales included
             room = int((budget.max_bytes - four_bit * whole) / (2 - four_bit))
+            if room < 0:
+                raise InputError(
+                    "fewer bytes than the quantized weights take",
+                    field="max_bytes",
+                    got=budget.max_bytes,
+                    expected=f"at least {math.ceil(four_bit * whole)}",
+                )
         if budget.target is not None:
             room = found.least_budget(budget.target * float(found.errors[0]))
         chosen = found.choice(room)

@@ -52,6 +52,8 @@ class Recipe:
         unknown = [step for step in self.steps if step not in STEPS]
         if unknown:
             raise ConfigError("no such step", field="steps", got=unknown[0], expected=", ".join(STEPS))
+        if not 0 < self.lam < float("inf"):
+            raise ConfigError("lam is no positive number", field="lam", got=self.lam)
 
     def does(self, step: str) -> bool:
         """Whether a step is asked for, and this format has it."""

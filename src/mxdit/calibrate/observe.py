@@ -61,6 +61,7 @@ def inputs_of(
     groups: Sequence[Sequence[str]],
     fit: Sequence[Call],
     held: Sequence[Call],
+    seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[tuple[str, dict[tuple[str, ...], Inputs]]]:
     """Block by block, rows of the inputs of its groups of linears.
@@ -71,6 +72,7 @@ def inputs_of(
         model: the float transformer.
         groups: paths of linears, those together that share their input.
         fit, held: calls to learn from and to judge by.
+        seed: of which rows are kept.
         progress: told how many calls have gone through the block at hand.
 
     Yields (path of the block, group -> rows).
@@ -87,7 +89,7 @@ def inputs_of(
                 learned = at < len(fit)
                 most = max(SEARCH_ROWS, ROWS_PER_CHANNEL * x.shape[1]) if learned else HELD_ROWS
                 share = math.ceil(most / (len(fit) if learned else len(held)))
-                found[group][0 if learned else 1].append(_some(x, share, at).cpu())
+                found[group][0 if learned else 1].append(_some(x, share, seed * len(calls) + at).cpu())
 
             return called
 

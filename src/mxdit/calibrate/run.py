@@ -320,7 +320,12 @@ class Calibration:
             done = len(found)
             last = missing[-1]
             for path, inputs in inputs_of(
-                model, missing, fit, held, lambda at: self.progress(what.format("inputs"), at, len(fit) + len(held))
+                model,
+                missing,
+                fit,
+                held,
+                settings.seed,
+                lambda at: self.progress(what.format("inputs"), at, len(fit) + len(held)),
             ):
                 for paths, rows in inputs.items():
                     self.progress(what.format("linears"), done, len(keys))

@@ -15,11 +15,8 @@ from mxdit.numerics.codec import Packed, Scales, decode_blocks, encode
 from mxdit.numerics.formats import BlockFormat, Element, block_format
 from mxdit.numerics.scales import exponent_field, power_of_two
 
-AROUND = (
-    0,
-    -1,
-    1,
-)  # steps from the byte of the OCP rule; a second step up is never better, one down clips half of a block
+# Steps from the byte of the OCP rule: a second one up is never better, one down clips half of a block.
+AROUND = (0, -1, 1)
 PER_OCTAVE = 16  # outer scales that are tried; what an octave more or less would change, the bytes can do
 _TINY = torch.finfo(torch.float32).tiny
 

@@ -50,9 +50,7 @@ def calibrate(
     ] = "balanced",
     keep: Annotated[
         str | None,
-        typer.Option(
-            "--keep", help="Share of the blocks' parameters in BF16, in place of the preset's.", metavar="12.5%"
-        ),
+        typer.Option(help="Share of the blocks' parameters in BF16, in place of the preset's.", metavar="12.5%"),
     ] = None,
     step_budget: Annotated[
         str | None,
