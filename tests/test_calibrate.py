@@ -20,6 +20,7 @@ from mxdit.calibrate.linears import Calibrated, Recipe
 from mxdit.calibrate.settings import PRESETS, Settings
 from mxdit.errors import ConfigError, InputError
 from mxdit.evals.cache import Cache
+from mxdit.evals.metrics.video_metrics import psnr_db
 from mxdit.generation.directory import bundled, open_model
 from mxdit.generation.recording import transformers_of
 
@@ -38,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(model: Path, cache: Path) -> list[object]:
-    return [*SMALL, "--prompts", model.parent / "prompts.txt", "--held", 4, "--cache", cache]
+    return [*SMALL, "--with", "bias", "--prompts", model.parent / "prompts.txt", "--held", 4, "--cache", cache]
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_the_checkpoint_is_sound_and_runs_as_it_says(calibrated, monkeypatch, ca
 
 
 def test_the_checkpoint_holds_what_was_calibrated(calibrated):
-    made, found = tensors(calibrated[0]), 0
+    made, found, biases = tensors(calibrated[0]), 0, 0
     kept = json.loads((calibrated[0] / "calibration.json").read_text())["kept"]
     for file in calibrated[1].glob("*/parts.safetensors"):
         expert = json.loads((file.parent / "key.json").read_text())["key"]["expert"]
@@ -91,7 +92,20 @@ def test_the_checkpoint_holds_what_was_calibrated(calibrated):
             if name.rpartition(".")[0] not in kept[expert]:
                 assert torch.equal(made[f"{expert}.{name}"], tensor), name
                 found += name.endswith(".weight")
+                biases += name.endswith(".bias")
     assert found == 2 * tiny.BLOCKS * tiny.LINEARS - sum(map(len, kept.values()))
+    assert biases > 0
+
+
+def test_what_was_judged_is_what_was_written(calibrated, model):
+    """The first of the prompts to judge by, made anew by both directories."""
+    report = json.loads((calibrated[0] / "calibration.json").read_text())
+    frames = []
+    for directory in (model, calibrated[0]):
+        session = mxdit.Session.open(directory)
+        request = session.request(prompt=PROMPTS[2], seed=2, size=(16, 16), frames=5, steps=4)
+        frames.append(session.run(request).frames)
+    assert psnr_db(*frames) == pytest.approx(report["clips_psnr_db"]["calibrated"][0], abs=1e-6)
 
 
 def test_every_linear_is_at_least_as_near_on_inputs_it_has_not_seen(calibrated):
