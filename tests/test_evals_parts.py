@@ -91,7 +91,7 @@ def test_repeated_calls_have_the_activations_of_their_step():
             "timestep": torch.tensor([900.0 - 300 * step]),
             "encoder_hidden_states": torch.randn(1, 6, tiny.TEXT_DIM, generator=generator),
         }
-        calls.append({"step": step, "expert": "transformer", "inputs": inputs})
+        calls.append({"step": step, "timestep": 900.0 - 300 * step, "expert": "transformer", "inputs": inputs})
     for call in calls:
         call["velocity"] = repeat(tiny.transformer(), call)
 
@@ -99,9 +99,9 @@ def test_repeated_calls_have_the_activations_of_their_step():
         model = tiny.transformer()
         keys = {"quant_method": "mxfp4", "activation": activation, "activation_steps": policy}
         mxdit.quantize_(model, MXConfig.from_dict(keys))
-        found = velocity_errors(SimpleNamespace(transformer=model), calls)
+        found = velocity_errors(SimpleNamespace(transformer=model), calls, {"transformer": 1.0})
         assert {layer.activation for layer in model.modules() if isinstance(layer, mxdit.MXLinear)} == {activation}
-        return [step["velocity_error"] for step in found]
+        return [step["velocity_error"] for step in found["steps"]]
 
     four, eight = errors("mxfp4", {}), errors("mxfp8", {})
     assert all(a > b for a, b in zip(four, eight, strict=True))

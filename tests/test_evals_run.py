@@ -80,6 +80,8 @@ def test_the_results_say_everything_of_every_mode(evaluated):
             assert step["velocity_error"]["n"] == 1 and step["latent_error"]["n"] == 2
             assert 0 < step["velocity_error"]["mean"] < 1 and step["velocity_error"]["lo"] is None  # of one prompt
             assert 0.5 < step["velocity_cosine"]["mean"] <= 1
+        assert 0 < mode["summary"]["accumulated_error"]["mean"] < mode["summary"]["guided_error"]["mean"]
+        assert abs(mode["summary"]["slope"]["mean"]) < 0.5 and mode["summary"]["guidance_slope"]["n"] == 1
         worst = [layer["sqnr_db"] for layer in mode["layers"]]
         assert worst == sorted(worst) and worst[0] > 0
         assert mode["summary"]["psnr_db"]["mean"] == pytest.approx(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mxdit.calibrate.linears import Calibrated, Recipe, layer_of
 from mxdit.config import MXConfig
 from mxdit.generation.recording import transformers_of
-from mxdit.generation.request import Request
 from mxdit.generation.session import Session
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
@@ -95,12 +94,6 @@ class Experts:
             for name, found in floats.items():
                 for path, linear in found.items():
                     swap(self.models[name], path, linear)
-
-    def guidance(self, expert: str, request: Request) -> float:
-        """The guidance scale that a request has while this transformer is in charge; 1 where it has none."""
-        second = request.guidance if request.guidance_2 is None else request.guidance_2
-        scale = request.guidance if next(iter(self.models)) == expert else second
-        return 1.0 if scale is None else scale
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:

@@ -9,7 +9,6 @@ import torch
 
 from mxdit.calibrate.budget import Curve, Option, curve
 from mxdit.calibrate.experts import Experts, Group, Layers
-from mxdit.calibrate.guards import Errors, errors_of, step_lengths
 from mxdit.calibrate.linears import Calibrated
 from mxdit.calibrate.observe import choose_calls
 from mxdit.calibrate.sensitivity import sensitivities
@@ -18,6 +17,7 @@ from mxdit.calibrate.walk import Call
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 from mxdit.evals.run import Progress
+from mxdit.evals.velocities import Errors, errors_of, guidance_of, step_lengths
 from mxdit.generation.recording import repeat
 from mxdit.layers import MXLinear
 from mxdit.numerics.formats import SCHEMES, block_format
@@ -62,9 +62,8 @@ class HeldOut:
                         self._set(layers[name], steps, call)
                         velocities[-1].append(repeat(model, call))
             self._set(layers[name], StepPolicy({}), self.clips[0][0])
-            found[name] = errors_of(
-                zip(self.clips, velocities, strict=True), name, self._experts.guidance(name, self._settings.held[0])
-            )
+            guidance = guidance_of(self._settings.held[0], self._experts.models)
+            found[name] = errors_of(zip(self.clips, velocities, strict=True), {name: guidance[name]})
         return found
 
     def _set(self, layers: Mapping[str, MXLinear], steps: StepPolicy, call: Call) -> None:

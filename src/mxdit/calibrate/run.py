@@ -21,7 +21,7 @@ from torch import nn
 
 from mxdit.backends.environment import environment
 from mxdit.calibrate.experts import Experts, Group, Layers, linear_at
-from mxdit.calibrate.guards import Errors, Guard, clip_guard, expert_guards, linear_guard
+from mxdit.calibrate.guards import Guard, clip_guard, expert_guards, linear_guard
 from mxdit.calibrate.heldout import HeldOut
 from mxdit.calibrate.linears import Calibrated, Trial, calibrate
 from mxdit.calibrate.observe import (
@@ -44,6 +44,7 @@ from mxdit.errors import InputError
 from mxdit.evals.cache import Cache, digest_of_code, stats_of
 from mxdit.evals.metrics.video_metrics import psnr_db
 from mxdit.evals.run import Progress
+from mxdit.evals.velocities import Errors
 from mxdit.generation.request import Request
 from mxdit.generation.session import Session
 from mxdit.numerics.formats import block_format

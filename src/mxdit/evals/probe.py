@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxdit.evals.velocities import errors_of
 from mxdit.generation.recording import repeat, transformers_of
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
@@ -31,12 +32,18 @@ def compare(value: Tensor, reference: Tensor) -> tuple[float, float]:
     return float((a - b).norm() / b.norm()), float(a @ b) / norms if norms else 0.0
 
 
-def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per step of recorded calls, how far this pipeline's velocities are from the recorded ones.
+def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]], guidance: Mapping[str, float]) -> dict[str, Any]:
+    """How far this pipeline's velocities are from the recorded ones, over the calls of one clip.
 
-    Returns {"step", "velocity_error", "velocity_cosine"}, each the mean over the step's calls.
+    Args:
+        calls: in order, of all experts.
+        guidance: expert -> scale with which they were made.
+
+    Returns {"steps": [{"step", "velocity_error", "velocity_cosine"}, each the mean over the step's calls], and of the whole clip
+    "guided_error", "accumulated_error", "slope", "guidance_slope"}, as `DEFINITIONS` has them.
     """
     experts, steps, length = transformers_of(pipeline), {}, 1 + max((call["step"] for call in calls), default=0)
+    velocities = list[Tensor]()
     with ExitStack() as switches:
         for model in experts.values():
             config = recorded_config(model)
@@ -44,16 +51,23 @@ def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]]) -> list[d
                 switch = StepSwitch(model, config.activation_steps, lambda: (call["step"], length))
                 switches.callback(switch.remove)
         for call in calls:
-            found = compare(repeat(experts[call["expert"]], call), call["velocity"])
-            steps.setdefault(call["step"], []).append(found)
-    return [
-        {
-            "step": step,
-            "velocity_error": sum(error for error, _ in found) / len(found),
-            "velocity_cosine": sum(cosine for _, cosine in found) / len(found),
-        }
-        for step, found in steps.items()
-    ]
+            velocities.append(repeat(experts[call["expert"]], call).cpu())
+            steps.setdefault(call["step"], []).append(compare(velocities[-1], call["velocity"]))
+    errors = errors_of([(calls, velocities)], guidance)
+    return {
+        "steps": [
+            {
+                "step": step,
+                "velocity_error": sum(error for error, _ in found) / len(found),
+                "velocity_cosine": sum(cosine for _, cosine in found) / len(found),
+            }
+            for step, found in steps.items()
+        ],
+        "guided_error": math.sqrt(errors.guided),
+        "accumulated_error": math.sqrt(errors.accumulated),
+        "slope": errors.slope,
+        "guidance_slope": errors.slope_guidance,
+    }
 
 
 def capture_layers(pipeline: Any, calls: Sequence[Mapping[str, Any]], rows: int, directory: Path) -> None:

@@ -113,7 +113,8 @@ def _parts(settings: Settings, found: Mapping[str, Any]) -> dict[str, Any]:
         if i < len(found["velocities"]):
             taken = found["velocities"][i]
             for name in ("velocity_error", "velocity_cosine"):
-                sample[name] = sum(step[name] for step in taken) / len(taken)
+                sample[name] = sum(step[name] for step in taken["steps"]) / len(taken["steps"])
+            sample |= {name: value for name, value in taken.items() if name != "steps"}
         if found["compared"]:
             sample |= found["compared"][i]
         sample |= {name: values[i] for name, values in found["adapted"].items() if len(values) == len(settings.videos)}
@@ -123,7 +124,7 @@ def _parts(settings: Settings, found: Mapping[str, Any]) -> dict[str, Any]:
     for i, step in enumerate(steps):
         series = [figures["steps"][i] for figures in found["figures"]]
         for name in STEPWISE:
-            rows = [taken[i] for taken in found["velocities"]] if name.startswith("velocity") else series
+            rows = [taken["steps"][i] for taken in found["velocities"]] if name.startswith("velocity") else series
             pairs = [(row[name], sample["group"]) for row, sample in zip(rows, samples, strict=False) if name in row]
             if pairs:
                 step[name] = _interval(pairs)

@@ -29,6 +29,7 @@ from mxdit.evals.modes import BF16, Mode
 from mxdit.evals.probe import capture_layers, compare, layer_errors, velocity_errors
 from mxdit.evals.samples import Video
 from mxdit.evals.settings import Settings
+from mxdit.evals.velocities import guidance_of
 from mxdit.generation.recording import Recorder, transformers_of
 from mxdit.generation.session import Session
 from mxdit.version import installed
@@ -193,12 +194,13 @@ class Run:
 
         return self.cache.entry({"kind": "layer inputs", "clip": clip.name, "rows": self.settings.rows}, make)
 
-    def _velocities(self, pipeline: Any, mode: Mode, run: str, index: int) -> list[dict[str, Any]]:
+    def _velocities(self, pipeline: Any, mode: Mode, run: str, index: int) -> dict[str, Any]:
         self.progress(f"{mode.name}: velocities", index, self.settings.probes)
         clip = self._reference[index]
+        guidance = guidance_of(self.settings.videos[index].request, transformers_of(pipeline))
         return self.cache.figures(
             {"kind": "velocities", "run": run, "reference": clip.name},
-            lambda: velocity_errors(pipeline, torch.load(clip / CALLS, weights_only=True, mmap=True)),
+            lambda: velocity_errors(pipeline, torch.load(clip / CALLS, weights_only=True, mmap=True), guidance),
         )
 
     def _layers(self, pipeline: Any, mode: Mode, run: str) -> list[dict[str, Any]]:

@@ -65,6 +65,41 @@ DEFINITIONS: Mapping[str, Metric] = {
         "higher",
         "cosine",
     ),
+    "guided_error": Metric(
+        "Guided error",
+        "model",
+        "Velocity error of what the sampler follows, v_u + g (v_c - v_u) with the expert's guidance g, teacher-forced; root mean "
+        "square over the steps.",
+        "",
+        "lower",
+        "relative L2",
+    ),
+    "accumulated_error": Metric(
+        "Accumulated error",
+        "model",
+        "Norm of the sum over all steps of the step's length times the guided velocity's error, over the norm of the same sum of "
+        "BF16's guided velocities, teacher-forced: what is left of the errors when they are added up.",
+        "",
+        "lower",
+        "relative L2 of the Euler sum",
+    ),
+    "slope": Metric(
+        "Slope",
+        "model",
+        "Least-squares factor of the conditional velocity's error on that velocity, over all steps, teacher-forced: below zero "
+        "velocities shrink, at every step alike.",
+        "",
+        None,
+        "linear regression through the origin",
+    ),
+    "guidance_slope": Metric(
+        "Guidance slope",
+        "model",
+        "The same of the error of v_c - v_u on it: below zero guidance is weaker than asked for.",
+        "",
+        None,
+        "linear regression through the origin",
+    ),
     "latent_error": Metric(
         "Latent error",
         "trajectory",
