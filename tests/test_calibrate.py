@@ -15,6 +15,7 @@ import mxdit
 import tiny
 from command import mxdit_command
 from mxdit import cli
+from mxdit.calibrate import results as groups
 from mxdit.calibrate import run as calibrations
 from mxdit.calibrate.linears import Calibrated, Recipe
 from mxdit.calibrate.settings import PRESETS, Settings
@@ -97,15 +98,19 @@ def test_the_checkpoint_holds_what_was_calibrated(calibrated):
     assert biases > 0
 
 
-def test_what_was_judged_is_what_was_written(calibrated, model):
-    """The first of the prompts to judge by, made anew by both directories."""
-    report = json.loads((calibrated[0] / "calibration.json").read_text())
+def psnr_of(*directories: Path) -> float:
+    """Of the first of the prompts to judge by, made anew by both directories."""
     frames = []
-    for directory in (model, calibrated[0]):
+    for directory in directories:
         session = mxdit.Session.open(directory)
         request = session.request(prompt=PROMPTS[2], seed=2, size=(16, 16), frames=5, steps=4)
         frames.append(session.run(request).frames)
-    assert psnr_db(*frames) == pytest.approx(report["clips_psnr_db"]["calibrated"][0], abs=1e-6)
+    return psnr_db(*frames)
+
+
+def test_what_was_judged_is_what_was_written(calibrated, model):
+    report = json.loads((calibrated[0] / "calibration.json").read_text())
+    assert psnr_of(model, calibrated[0]) == pytest.approx(report["clips_psnr_db"]["calibrated"][0], abs=1e-6)
 
 
 def test_every_linear_is_at_least_as_near_on_inputs_it_has_not_seen(calibrated):
@@ -131,7 +136,7 @@ def test_parameters_in_bf16_stay_within_the_budget(calibrated, model):
 def test_a_killed_run_goes_on_and_comes_to_the_same_bytes(calibrated, model, tmp_path, calibrate, monkeypatch):
     """It is killed while it calibrates the sixth group; clips and five groups are there already."""
     done = 0
-    own = calibrations.calibrate
+    own = groups.calibrate
 
     def killed(*args: Any) -> Any:
         nonlocal done
@@ -141,7 +146,7 @@ def test_a_killed_run_goes_on_and_comes_to_the_same_bytes(calibrated, model, tmp
         return own(*args)
 
     arguments = [model, tmp_path / "made", "--step-budget", "25%", "--force", *options(model, tmp_path / "cache")]
-    monkeypatch.setattr(calibrations, "calibrate", killed)
+    monkeypatch.setattr(groups, "calibrate", killed)
     assert calibrate(*arguments)[0] == 130
     assert done == 6 and not (tmp_path / "made").exists()
     again = 0
@@ -151,7 +156,7 @@ def test_a_killed_run_goes_on_and_comes_to_the_same_bytes(calibrated, model, tmp
         again += 1
         return own(*args)
 
-    monkeypatch.setattr(calibrations, "calibrate", counted)
+    monkeypatch.setattr(groups, "calibrate", counted)
     code, _, err = calibrate(*arguments)
     assert code == 0, err
     assert again == 2 * tiny.BLOCKS * 7 - 5  # groups of linears that share an input
@@ -161,7 +166,7 @@ def test_a_killed_run_goes_on_and_comes_to_the_same_bytes(calibrated, model, tmp
 
 def test_presets_share_what_was_calibrated(calibrated, model, tmp_path, calibrate, monkeypatch):
     shutil.copytree(calibrated[1], tmp_path / "cache")
-    monkeypatch.setattr(calibrations, "calibrate", lambda *args: pytest.fail("the cache has it"))
+    monkeypatch.setattr(groups, "calibrate", lambda *args: pytest.fail("the cache has it"))
     arguments = [model, tmp_path / "made", "--preset", "fast", "--force", "--json", *options(model, tmp_path / "cache")]
     code, out, err = calibrate(*arguments)
     assert code == 0, err
@@ -216,8 +221,8 @@ def test_a_rejected_calibration_is_not_written(model, tmp_path, calibrate, monke
             result.parts["weight"] = result.parts["weight"].roll(1, 0)
         return found
 
-    calibrations_calibrate = calibrations.calibrate
-    monkeypatch.setattr(calibrations, "calibrate", worse)
+    calibrations_calibrate = groups.calibrate
+    monkeypatch.setattr(groups, "calibrate", worse)
     code, out, err = calibrate(model, tmp_path / "made", *options(model, tmp_path / "cache"))
     assert code == 2 and "no better than quantizing online" in err and "REJECT" in out
     assert not (tmp_path / "made").exists()
@@ -238,6 +243,9 @@ def test_a_rejected_calibration_is_not_written(model, tmp_path, calibrate, monke
         (["--lam", "-1"], "lam is no positive number"),
         (["--max-bytes", "1GiB", "--target", "50%"], "two budgets at once"),
         (["--minutes", "0.001"], "not even one prompt"),
+        (["--max-cost", "0.9"], "--max-cost: no time that a budget could be"),
+        (["--max-cost", "2", "--times", "mxfp8=2"], "--times: not the time of each format"),
+        (["--times", "fast"], "--times: no times"),
     ],
 )
 def test_bad_input_is_one_line(calibrated, model, tmp_path, calibrate, arguments, said):
@@ -290,6 +298,42 @@ def test_a_target_is_reached_with_the_fewest_parameters(calibrated, model, tmp_p
         assert not (tmp_path / target).exists()
     kept = {target: sum(map(len, report["kept"].values())) for target, report in reports.items()}
     assert 0 < kept["80%"] < kept["40%"]
+
+
+def test_time_buys_eight_bit_activations_which_the_checkpoint_has(
+    calibrated, model, tmp_path, calibrate, monkeypatch, capsys
+):
+    arguments = [
+        model,
+        tmp_path / "made",
+        "--max-cost",
+        "1.3",
+        "--times",
+        "mxfp4=1,mxfp8=1.2,bf16=20",
+        "--force",
+        "--json",
+    ]
+    code, out, err = calibrate(*arguments, *options(model, calibrated[1]))
+    assert code == 0, err
+    report = json.loads(out)
+    assert (
+        any(report["w4a8"].values())
+        and report["curve_of"] == "time"
+        and report["curve"][-1][0] == pytest.approx(20, rel=1e-3)
+    )
+    for name in EXPERTS:
+        config = json.loads((tmp_path / "made" / name / "config.json").read_text())["quantization_config"]
+        assert config.get("w4a8_fallback_layers", []) == report["w4a8"][name]
+    assert psnr_of(model, tmp_path / "made") == pytest.approx(report["clips_psnr_db"]["calibrated"][0], abs=1e-6)
+    taken = tmp_path / "online"
+    report_file = tmp_path / "made" / "calibration.json"
+    code, _, err = mxdit_command(
+        monkeypatch, capsys, "quantize", model, taken, "--method", "mxfp4_dualscale", "--keep-by-budget", report_file
+    )
+    assert code == 0, err
+    for name in EXPERTS:
+        config = json.loads((taken / name / "config.json").read_text())["quantization_config"]
+        assert config.get("w4a8_fallback_layers", []) == report["w4a8"][name]
 
 
 def test_steps_that_do_not_exist():

@@ -14,6 +14,7 @@ from mxdit.generation.recording import transformers_of
 from mxdit.generation.session import Session
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
+from mxdit.numerics.formats import block_format
 from mxdit.quantize.apply import swap
 from mxdit.quantize.plan import plan
 from mxdit.weights import quantize_weight
@@ -26,11 +27,13 @@ class Group:
     """Linears that share an input: what is smoothed together, and kept in BF16 together.
 
     parameters  of their weights.
+    nbytes      of their weights, quantized.
     """
 
     expert: str
     paths: tuple[str, ...]
     parameters: int
+    nbytes: int
 
 
 class Experts:
@@ -51,7 +54,12 @@ class Experts:
         paths = [path for path, decision in decisions.items() if decision.scheme]
         shared = {path: tuple(members) for members in spec_of(model).sharing(paths) for path in members}
         grouped = dict.fromkeys(shared.get(path, (path,)) for path in paths)
-        return [Group(expert, of, sum(linear_at(model, path).weight.numel() for path in of)) for of in grouped]
+        row = block_format(self._recipe.method)
+        found = []
+        for of in grouped:
+            shapes = [tuple(linear_at(model, path).weight.shape) for path in of]
+            found.append(Group(expert, of, sum(n * k for n, k in shapes), sum(row.nbytes(n, k) for n, k in shapes)))
+        return found
 
     def layers(self, expert: str, found: Mapping[str, Calibrated]) -> dict[str, MXLinear]:
         """The layers that calibrated linears are."""

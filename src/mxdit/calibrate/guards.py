@@ -75,6 +75,26 @@ def expert_guards(expert: str, online: Errors, calibrated: Errors) -> list[Guard
     ]
 
 
+def budget_guard(predicted: float, errors: Mapping[str, Mapping[str, Errors]]) -> list[Guard]:
+    """What more bits for some linears leave of the error must be less than the whole. Empty where none have them.
+
+    The first-order prediction stands beside what was measured: they agree as far as errors of linears add up.
+
+    Args:
+        predicted: the share that was expected to be left.
+        errors: of "calibrated", and of the same linears "without the budget" -> expert -> errors.
+    """
+    if "without the budget" not in errors:
+        return []
+    before, after = (
+        sum(sum(of.steps.values()) for of in errors[what].values()) for what in ("without the budget", "calibrated")
+    )
+    left = after / before if before else 1.0
+    return [
+        Guard("error that the budget leaves", "100 %", f"{left:.1%}, predicted {predicted:.1%}", left < 1, "must fall")
+    ]
+
+
 def clip_guard(online: Sequence[float], calibrated: Sequence[float]) -> Guard:
     """Clips must be nearer to the float model's than online ones: the mean of the paired gains in PSNR."""
     gain = difference(calibrated, online)

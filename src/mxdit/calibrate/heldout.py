@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-import torch
+from torch import Tensor, nn
 
-from mxdit.calibrate.budget import Curve, Option, curve
 from mxdit.calibrate.experts import Experts, Group, Layers
 from mxdit.calibrate.linears import Calibrated
 from mxdit.calibrate.observe import choose_calls
 from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.settings import Settings
+from mxdit.calibrate.spend import Spent, spend
 from mxdit.calibrate.walk import Call
 from mxdit.config.steps import StepPolicy
-from mxdit.errors import InputError
 from mxdit.evals.run import Progress
 from mxdit.evals.velocities import Errors, errors_of, guidance_of, step_lengths
 from mxdit.generation.recording import repeat
 from mxdit.layers import MXLinear
-from mxdit.numerics.formats import SCHEMES, block_format
+from mxdit.numerics.formats import SCHEMES
 
 PROBED = 32  # calls of each transformer that sensitivities are estimated from
-W4A8 = "mxfp8"  # activations of the steps that a budget pays for
+W4A8 = "mxfp8"  # activations of the steps and linears that a budget pays for
 
 
 class HeldOut:
@@ -42,41 +43,44 @@ class HeldOut:
         self.clips = clips
         self._settings, self._experts, self._progress = settings, experts, progress
 
-    def errors(
-        self,
-        what: str,
-        layers: Layers,
-        steps: StepPolicy,
-    ) -> dict[str, Errors]:
-        """Errors of each transformer with these layers, on the calls of held-out clips."""
+    def errors(self, what: str, layers: Layers, steps: StepPolicy) -> dict[str, Errors]:
+        """Errors of each transformer with these layers, and at some steps other activations."""
         found = {}
         for name, model in self._experts.models.items():
-            velocities = list[list[torch.Tensor]]()
-            with self._experts.swapped({name: layers[name]}):
+            velocities = list[list[Tensor]]()
+            with self._experts.swapped({name: layers[name]}), self._stepping(layers[name].values(), steps) as at:
                 for number, calls in enumerate(self.clips):
                     self._progress(f"{name}: errors, {what}", number, len(self.clips))
                     velocities.append([])
                     for call in calls:
-                        if call["expert"] != name:
-                            continue
-                        self._set(layers[name], steps, call)
-                        velocities[-1].append(repeat(model, call))
-            self._set(layers[name], StepPolicy({}), self.clips[0][0])
+                        if call["expert"] == name:
+                            at(call)
+                            velocities[-1].append(repeat(model, call))
             guidance = guidance_of(self._settings.held[0], self._experts.models)
             found[name] = errors_of(zip(self.clips, velocities, strict=True), {name: guidance[name]})
         return found
 
-    def _set(self, layers: Mapping[str, MXLinear], steps: StepPolicy, call: Call) -> None:
-        """Let layers have the activation that a policy gives them at a call."""
-        at = steps.activation_at(call["step"], self._settings.held[0].steps) if steps else None
-        for layer in layers.values():
-            layer.activation = at or self._settings.recipe.activation
+    @contextmanager
+    def _stepping(self, layers: Iterable[MXLinear], steps: StepPolicy) -> Iterator[Callable[[Call], None]]:
+        """Inside, told a call, the layers have the activations of its step; behind it their own again."""
+        own = [(layer, layer.activation) for layer in layers]
+
+        def at(call: Call) -> None:
+            activation = steps.activation_at(call["step"], self._settings.held[0].steps)
+            for layer, its in own:
+                layer.activation = activation or its
+
+        try:
+            yield at
+        finally:
+            for layer, its in own:
+                layer.activation = its
 
     def steps(self, linears: Mapping[str, Mapping[str, Calibrated]]) -> tuple[StepPolicy, dict[int, float]]:
         """The steps that gain most by MXFP8 activations, and what each gains: its part in the error of a clip."""
-        recipe, count = self._settings.recipe, self._settings.held[0].steps
+        count = self._settings.held[0].steps
         most = round(self._settings.budget.step_share * count)
-        if not most or recipe.method not in SCHEMES["w4a8"].weights or recipe.activation != "mxfp4":
+        if not most or not self._takes_eight_bits:
             return StepPolicy({}), {}
         layers = {name: self._experts.layers(name, found) for name, found in linears.items()}
         four = self.errors("four-bit activations", layers, StepPolicy({}))
@@ -85,71 +89,72 @@ class HeldOut:
         best = sorted(gains, key=lambda step: -gains[step])[:most]
         return StepPolicy({W4A8: tuple(step for step in best if gains[step] > 0)}, count), gains
 
-    def kept(
+    @property
+    def _takes_eight_bits(self) -> bool:
+        """Whether four-bit activations can be MXFP8 ones, over the same weights."""
+        recipe = self._settings.recipe
+        return recipe.method in SCHEMES["w4a8"].weights and recipe.activation == "mxfp4"
+
+    def spent(
         self,
         groups: Mapping[str, Sequence[Group]],
         linears: Mapping[str, Mapping[str, Calibrated]],
         steps: StepPolicy,
-    ) -> tuple[dict[str, list[str]], list[tuple[float, float]]]:
-        """The linears of each expert that stay in BF16, and the curve that they were chosen by."""
-        budget = self._settings.budget
+    ) -> Spent:
+        """What the budget for linears is spent on."""
+        budget, activation = self._settings.budget, self._settings.recipe.activation
+        if not budget.buys_layers:
+            return Spent({name: [] for name in groups}, {name: [] for name in groups})
         every = [group for of in groups.values() for group in of]
-        if not budget.share and budget.max_bytes is None and budget.target is None:
-            return {name: [] for name in groups}, []
-        errors = {name: self._sensitivity(name, found, steps) for name, found in linears.items()}
-        row, whole = block_format(self._settings.recipe.method), sum(group.parameters for group in every)
-        found = curve(
-            [
-                [
-                    Option("quantized", sum(errors[group.expert][path] for path in group.paths), 0),
-                    Option("bf16", 0.0, group.parameters),
-                ]
-                for group in every
-            ]
+        ways = (activation, W4A8) if budget.max_cost is not None and self._takes_eight_bits else (activation,)
+        errors = {name: self._sensitivity(name, found, steps, ways) for name, found in linears.items()}
+        rows = {name: self._rows(name, found) for name, found in linears.items()}
+        return spend(
+            budget,
+            every,
+            [{way: sum(errors[group.expert][path][way] for path in group.paths) for way in ways} for group in every],
+            activation,
+            [rows[group.expert][group.paths[0]] for group in every],
         )
-        room = int(budget.share * whole)
-        if budget.max_bytes is not None:
-            four_bit = row.nbytes(1, 512) / 512  # bytes of a parameter, scales included
-            room = int((budget.max_bytes - four_bit * whole) / (2 - four_bit))
-            if room < 0:
-                raise InputError(
-                    "fewer bytes than the quantized weights take",
-                    field="max_bytes",
-                    got=budget.max_bytes,
-                    expected=f"at least {math.ceil(four_bit * whole)}",
-                )
-        if budget.target is not None:
-            room = found.least_budget(budget.target * float(found.errors[0]))
-        chosen = found.choice(room)
-        kept: dict[str, list[str]] = {name: [] for name in groups}
-        for group, option in zip(every, chosen, strict=True):
-            if option.name == "bf16":
-                kept[group.expert] += group.paths
-        return kept, _points(found, whole)
 
-    def _sensitivity(self, expert: str, found: Mapping[str, Calibrated], steps: StepPolicy) -> dict[str, float]:
-        """Each linear's part in the error of a clip, alone, at steps with the activations that they will have."""
+    def _rows(self, expert: str, paths: Iterable[str]) -> dict[str, int]:
+        """Rows of input that each linear multiplies in the first clip."""
+        model, found = self._experts.models[expert], dict[str, int]()
+        calls = [call for call in self.clips[0] if call["expert"] == expert]
+
+        def hook(path: str) -> Any:
+            def called(_: nn.Module, inputs: tuple[Tensor]) -> None:
+                found[path] = len(calls) * math.prod(inputs[0].shape[:-1])
+
+            return called
+
+        with ExitStack() as hooks:
+            for path in paths:
+                hooks.callback(model.get_submodule(path).register_forward_pre_hook(hook(path)).remove)
+            repeat(model, calls[0])
+        return found
+
+    def _sensitivity(
+        self, expert: str, found: Mapping[str, Calibrated], steps: StepPolicy, ways: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        """Each linear's part in the error of a clip, alone, with each of these activations and at steps as they will be."""
         model = self._experts.models[expert]
         calls = choose_calls(self.clips, expert, PROBED, self._settings.seed)
         lengths = step_lengths(self.clips[0])
-        layers = {path: {"quantized": layer} for path, layer in self._experts.layers(expert, found).items()}
+        layers: dict[str, dict[str, MXLinear]] = {path: {} for path in found}
+        for way in ways:
+            for path, layer in self._experts.layers(expert, found).items():
+                layer.activation = way
+                layers[path][way] = layer
         # A step's error counts by how far the step goes; the sum over this expert's steps is what its calls stand for.
         weights = [lengths[call["step"]] ** 2 for call in calls]
         own = sum(lengths[step] ** 2 for step in {call["step"] for call in self.clips[0] if call["expert"] == expert})
-
-        def before(call: Call) -> None:
-            self._set({path: ways["quantized"] for path, ways in layers.items()}, steps, call)
-
         shares: dict[str, dict[str, float]] = {}
-        for number, so_far in enumerate(
-            sensitivities(model, calls, layers, weights=weights, before=before, seed=self._settings.seed), start=1
-        ):
-            self._progress(f"{expert}: sensitivity", number, len(calls))
-            shares = so_far
-        return {path: ways["quantized"] * own for path, ways in shares.items()}
-
-
-def _points(found: Curve, whole: int) -> list[tuple[float, float]]:
-    """The curve at every percent of the parameters."""
-    ends = [round(percent / 100 * (found.errors.size - 1)) for percent in range(101)]
-    return [(index * found.unit / whole, float(found.errors[index] / found.errors[0])) for index in ends]
+        every = [layer for of in layers.values() for layer in of.values()]
+        with self._stepping(every, steps) as at:
+            for number, so_far in enumerate(
+                sensitivities(model, calls, layers, weights=weights, before=at, seed=self._settings.seed), start=1
+            ):
+                self._progress(f"{expert}: sensitivity", number, len(calls))
+                shares = so_far
+        return {path: {way: share * own for way, share in of.items()} for path, of in shares.items()}

@@ -10,6 +10,11 @@ import numpy as np
 from mxdit.evals.pages import figures, sheets
 from mxdit.evals.pages.document import Picture, Section, Table, Text, html
 
+BUDGETS = {  # factor and axis of each
+    "parameters": (100, "parameters in BF16, %"),
+    "bytes": (2**-20, "weights of the blocks, MiB"),
+    "time": (1, "time of the blocks' linears"),
+}
 Shown = Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]]  # (prompt, (label, clip) of each) of some clips
 
 
@@ -83,9 +88,15 @@ def _before_and_after(report: Mapping[str, Any]) -> Picture:
 
 def _budget(report: Mapping[str, Any]) -> list[Text | Table | Picture]:
     blocks: list[Text | Table | Picture] = []
-    kept = {expert: paths for expert, paths in report["kept"].items() if paths}
-    if kept:
-        blocks.append(Text(tuple(f"**{expert}** in BF16: `{', '.join(paths)}`" for expert, paths in kept.items())))
+    plan = report["plan"]
+    lines = [
+        f"{plan['parameters_in_bf16']:.1%} of the blocks' parameters in BF16, {plan['bytes'] / 2**20:.1f} MiB; predicted error "
+        f"{plan['predicted_error']:.1%} of what it is without."
+    ]
+    for name, what in (("kept", "in BF16"), ("w4a8", "with MXFP8 activations")):
+        lines += [f"**{expert}** {what}: `{', '.join(paths)}`" for expert, paths in report[name].items() if paths]
+    if lines[1:]:
+        blocks.append(Text(tuple(lines)))
     panels = [name for name in ("curve", "gains_by_step") if report[name]]
     if panels:
         figure = figures.canvas(12, 4.5)
@@ -93,10 +104,9 @@ def _budget(report: Mapping[str, Any]) -> list[Text | Table | Picture]:
         for name, axis in zip(panels, axes, strict=True):
             if name == "curve":
                 share, error = np.array(report["curve"]).T
-                axis.plot(100 * share, 100 * error, color=figures.COLORS[0])
-                axis.set(
-                    xlabel="parameters in BF16, %", ylabel="predicted error, % of four bits throughout", ylim=(0, 103)
-                )
+                factor, label = BUDGETS[report["curve_of"]]
+                axis.plot(factor * share, 100 * error, color=figures.COLORS[0])
+                axis.set(xlabel=label, ylabel="predicted error, % of nothing bought", ylim=(0, 103))
             else:
                 chosen = [step for steps in (report["activation_steps"].get("mxfp8", ()),) for step in steps]
                 gains = {int(step): gain for step, gain in report["gains_by_step"].items()}
@@ -105,7 +115,7 @@ def _budget(report: Mapping[str, Any]) -> list[Text | Table | Picture]:
                 axis.xaxis.get_major_locator().set_params(integer=True)
                 axis.set(xlabel="denoising step", ylabel="error that MXFP8 activations take away")
             axis.grid(alpha=0.3, linewidth=0.5)
-        caption = "What a budget of parameters leaves of the error, and what each step gains; chosen steps in orange."
+        caption = "What a budget leaves of the error, and what each step gains; chosen steps in orange."
         blocks.append(_picture("budget.png", figure, caption))
     return blocks
 

@@ -38,7 +38,7 @@ def report_of(settings: Settings, outcome: Outcome) -> dict[str, Any]:
                 path: {
                     "online": result.online,
                     "error": result.error,
-                    "kept_in_bf16": path in outcome.kept[expert],
+                    "kept_in_bf16": path in outcome.spent.kept[expert],
                     "trials": [asdict(trial) for trial in result.trials],
                 }
                 for path, result in found.items()
@@ -46,16 +46,32 @@ def report_of(settings: Settings, outcome: Outcome) -> dict[str, Any]:
             for expert, found in outcome.linears.items()
         },
         "steps": {expert: summary(found) for expert, found in outcome.linears.items()},
-        "kept": outcome.kept,
+        "kept": outcome.spent.kept,
+        "w4a8": outcome.spent.raised,
+        "plan": plan_of(outcome),
         "activation_steps": outcome.steps.to_dict(),
         "gains_by_step": outcome.gains,
-        "curve": outcome.predicted,
+        "curve": outcome.spent.curve,
+        "curve_of": outcome.spent.unit,
         "errors": {
             what: {expert: errors.to_dict() for expert, errors in of.items()} for what, of in outcome.errors.items()
         },
         "clips_psnr_db": outcome.clips,
         "guards": [asdict(guard) for guard in outcome.guards],
         "accepted": outcome.accepted,
+    }
+
+
+def plan_of(outcome: Outcome) -> dict[str, Any]:
+    """What the checkpoint's blocks will be: the parameters in BF16 as a share, bytes of all weights, and the predicted error as a
+    share of the same without linears in more bits."""
+    groups = [(group, outcome.spent.kept[name]) for name, of in outcome.groups.items() for group in of]
+    kept = [group for group, paths in groups if group.paths[0] in paths]
+    quantized = [group for group, paths in groups if group.paths[0] not in paths]
+    return {
+        "parameters_in_bf16": sum(group.parameters for group in kept) / sum(group.parameters for group, _ in groups),
+        "bytes": sum(2 * group.parameters for group in kept) + sum(group.nbytes for group in quantized),
+        "predicted_error": outcome.spent.predicted,
     }
 
 

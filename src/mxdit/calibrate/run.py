@@ -1,7 +1,4 @@
-"""A calibration: clips of the float model first, then each transformer linear by linear, a budget spent, and guards on the whole.
-
-What is computed is kept in a cache, a group of linears at a time, so that an interrupted run goes on where it was.
-"""
+"""A calibration: clips of the float model, then each transformer linear by linear, a budget spent, and guards on the whole."""
 
 from __future__ import annotations
 
@@ -10,33 +7,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from mxdit.backends.environment import environment
 from mxdit.calibrate.experts import Experts, Group, Layers, linear_at
-from mxdit.calibrate.guards import Guard, clip_guard, expert_guards, linear_guard
-from mxdit.calibrate.heldout import HeldOut
-from mxdit.calibrate.linears import Calibrated, Trial, calibrate
-from mxdit.calibrate.observe import (
-    CLIP,
-    SEARCH_ROWS,
-    STATES,
-    Inputs,
-    bytes_of_state,
-    calls_in,
-    choose_calls,
-    inputs_of,
-    record,
-)
+from mxdit.calibrate.guards import Guard, budget_guard, clip_guard, expert_guards, linear_guard
+from mxdit.calibrate.heldout import W4A8, HeldOut
+from mxdit.calibrate.linears import Calibrated, calibrate
+from mxdit.calibrate.observe import CLIP, SEARCH_ROWS, calls_in, record
 from mxdit.calibrate.page import page
+from mxdit.calibrate.results import PARTS, calibrated_groups, read_group
 from mxdit.calibrate.settings import Settings
+from mxdit.calibrate.spend import Spent
 from mxdit.checkpoint.files import StoredTensor, read_header
 from mxdit.config import SCALE_RULES, MXConfig
 from mxdit.config.steps import StepPolicy
@@ -52,7 +38,6 @@ from mxdit.version import installed
 
 RULES = {rule: number for number, rule in SCALE_RULES.items()}
 REPORT, PAGE = "calibration.json", "calibration.html"
-PARTS, TRIALS = "parts.safetensors", "trials.json"
 SHOWN = 3  # held-out clips that the report shows
 HOSTS = ("torch", "diffusers", "transformers")
 
@@ -63,12 +48,12 @@ class Outcome:
 
     Attributes:
         linears: expert -> path -> how it was calibrated.
+        groups: expert -> its linears, those together that share an input.
         files: expert -> name of a tensor -> where the calibrated one is stored.
-        kept: expert -> linears that stay in BF16.
+        spent: the linears that have more bits.
         steps: the policy of activations, empty for none.
-        errors: "online" and "calibrated" -> expert -> errors, with linears in BF16 and steps as chosen in the latter.
+        errors: "online", "calibrated", and where linears were bought more bits "without the budget" for them -> expert -> errors.
         clips: "online" and "calibrated" -> PSNR in dB of each held-out clip against BF16's.
-        predicted: the budget's curve: share of the parameters in BF16 -> error, as a share of that of four bits throughout.
         gains: step -> what MXFP8 activations take of the error there; empty where no steps were asked for.
         guards: the verdicts.
         shown: for some held-out clips, the prompt, and (label, clip) of the float model's, online, and calibrated.
@@ -76,12 +61,12 @@ class Outcome:
     """
 
     linears: dict[str, dict[str, Calibrated]]
+    groups: dict[str, list[Group]]
     files: dict[str, dict[str, StoredTensor]]
-    kept: dict[str, list[str]]
+    spent: Spent
     steps: StepPolicy
     errors: dict[str, dict[str, Errors]]
     clips: dict[str, list[float]]
-    predicted: list[tuple[float, float]]
     gains: dict[int, float]
     guards: list[Guard]
     shown: list[tuple[str, list[tuple[str, np.ndarray]]]]
@@ -134,9 +119,18 @@ class Calibration:
                 learned = [self._clip(request, before) for request in settings.fit]
                 judged = [self._clip(request, before) for request in settings.held]
             with self._timed("linears"):
-                entries[name] = self._expert(name, groups[name], learned, judged)
+                entries[name] = calibrated_groups(
+                    experts.models[name],
+                    groups[name],
+                    learned,
+                    judged,
+                    settings,
+                    self.cache,
+                    self._key,
+                    self.progress,
+                )
             linears[name] = {
-                path: result for entry in entries[name].values() for path, result in self._read(entry).items()
+                path: result for entry in entries[name].values() for path, result in read_group(entry).items()
             }
             before += [entry.name for entry in entries[name].values()]
         judged = [self._clip(request, []) for request in settings.held]
@@ -144,16 +138,20 @@ class Calibration:
         held = HeldOut(settings, experts, [calls_in(clip) for clip in judged], self.progress)
         with self._timed("budget"):
             steps, gains = held.steps(linears)
-            kept, predicted = held.kept(groups, linears, steps)
+            spent = held.spent(groups, linears, steps)
+        quantized = {name: experts.layers(name, found) for name, found in linears.items()}
         chosen = {
-            name: {path: layer for path, layer in experts.layers(name, found).items() if path not in kept[name]}
-            for name, found in linears.items()
+            name: {path: layer for path, layer in layers.items() if path not in spent.kept[name]}
+            for name, layers in quantized.items()
         }
         with self._timed("errors"):
-            errors = {
-                "online": held.errors("online", online, StepPolicy({})),
-                "calibrated": held.errors("calibrated", chosen, steps),
-            }
+            errors = {"online": held.errors("online", online, StepPolicy({}))}
+            if any((*spent.kept.values(), *spent.raised.values())):
+                errors["without the budget"] = held.errors("without the budget", quantized, steps)
+            for name, paths in spent.raised.items():
+                for path in paths:
+                    chosen[name][path].activation = W4A8
+            errors["calibrated"] = held.errors("calibrated", chosen, steps)
         made = {
             "online": self._made("online", online, StepPolicy({})),
             "calibrated": self._made("calibrated", chosen, steps),
@@ -167,6 +165,7 @@ class Calibration:
                 for name in experts.models
                 for guard in expert_guards(name, errors["online"][name], errors["calibrated"][name])
             ),
+            *budget_guard(spent.predicted, errors),
             clip_guard(clips["online"], clips["calibrated"]),
         ]
         files = {
@@ -177,7 +176,7 @@ class Calibration:
             (request.prompt, [("float", floats[i]), *((what, frames[i]) for what, frames in made.items())])
             for i, request in enumerate(settings.held[:SHOWN])
         ]
-        return Outcome(linears, files, kept, steps, errors, clips, predicted, gains, guards, shown, dict(self._seconds))
+        return Outcome(linears, groups, files, spent, steps, errors, clips, gains, guards, shown, dict(self._seconds))
 
     def fit_into(self, seconds: float) -> int:
         """Learn from as many prompts as this time allows; returns how many.
@@ -237,7 +236,8 @@ class Calibration:
                 "quant_method": recipe.method,
                 "activation": None if recipe.activation == "mxfp4" else recipe.activation,
                 "num_bf16_fallback_layers": 0,
-                "ignored_layers": outcome.kept[expert],
+                "ignored_layers": outcome.spent.kept[expert],
+                "w4a8_fallback_layers": outcome.spent.raised[expert],
                 "activation_steps": outcome.steps.to_dict() if outcome.steps else None,
                 # The weights have scales of their own; activations go by the rule.
                 "mxfp4_scale_alg": RULES[recipe.rule or block_format(recipe.method).default_rule]
@@ -288,73 +288,3 @@ class Calibration:
         finally:
             now, held = time.perf_counter() - started, self.cache.seconds - cached
             self._seconds[what] = self._seconds.get(what, 0.0) + max(now, held)
-
-    # -- linears -------------------------------------------------------------------------------------------------------
-
-    def _expert(
-        self, expert: str, groups: Sequence[Group], learned: Sequence[Path], judged: Sequence[Path]
-    ) -> dict[tuple[str, ...], Path]:
-        """The entry of each group of one transformer."""
-        settings, model = self.settings, self.experts.models[expert]
-        keys = {
-            group.paths: {
-                **self._key,
-                "kind": "calibrated",
-                "expert": expert,
-                "paths": list(group.paths),
-                "recipe": asdict(settings.recipe),
-                "seed": settings.seed,
-                "calls": [[clip.name for clip in clips] for clips in (learned, judged)],
-            }
-            for group in groups
-        }
-        found: dict[tuple[str, ...], Path] = {}
-        missing = [paths for paths, key in keys.items() if not self.cache.has(key)]
-        for paths in keys.keys() - missing:
-            found[paths] = self.cache.entry(keys[paths], lambda _: None)
-        if missing:
-            clips = [[calls_in(clip) for clip in clips] for clips in (learned, judged)]
-            first = next(call for call in clips[0][0] if call["expert"] == expert)
-            most = max(64, STATES // bytes_of_state(model, first))
-            fit, held = (choose_calls(of, expert, most, settings.seed) for of in clips)
-            what = f"{expert}: {{}}"
-            done = len(found)
-            last = missing[-1]
-            for path, inputs in inputs_of(
-                model,
-                missing,
-                fit,
-                held,
-                settings.seed,
-                lambda at: self.progress(what.format("inputs"), at, len(fit) + len(held)),
-            ):
-                for paths, rows in inputs.items():
-                    self.progress(what.format("linears"), done, len(keys))
-                    found[paths] = self.cache.entry(keys[paths], partial(self._write, model, paths, rows))
-                    done += 1
-                if last[0].startswith(f"{path}."):
-                    break  # the blocks behind it are done
-        return {paths: found[paths] for paths in keys}
-
-    def _write(self, model: nn.Module, paths: tuple[str, ...], rows: Inputs, entry: Path) -> None:
-        linears = {path: linear_at(model, path) for path in paths}
-        device = self.settings.device
-        results = calibrate(linears, rows.fit.to(device), rows.held.to(device), self.settings.recipe)
-        tensors = {f"{path}.{name}": part for path, result in results.items() for name, part in result.parts.items()}
-        tensors |= {f"{path}.bias": result.bias for path, result in results.items() if result.bias is not None}
-        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, entry / PARTS)  # q, k, v share one
-        trials = {
-            path: {"error": result.error, "trials": [asdict(trial) for trial in result.trials]}
-            for path, result in results.items()
-        }
-        (entry / TRIALS).write_text(json.dumps(trials))
-
-    def _read(self, entry: Path) -> dict[str, Calibrated]:
-        trials, stored = json.loads((entry / TRIALS).read_text()), read_header(entry / PARTS)
-        found = {}
-        for path, said in trials.items():
-            tensors = {name.removeprefix(f"{path}."): t for name, t in stored.items() if name.startswith(f"{path}.")}
-            bias = tensors.pop("bias").read() if "bias" in tensors else None
-            parts = {name: tensor.read() for name, tensor in tensors.items()}
-            found[path] = Calibrated(parts, said["error"], bias, [Trial(**trial) for trial in said["trials"]])
-        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,11 @@ HELD = 16  # captions to judge by: clips of fewer do not tell recipes apart
 LEAST_HELD = 4
 
 
+# Matrix units do twice as many products with half the bits, as NVIDIA's data sheet has it for Blackwell (dense FP4, FP8, BF16).
+# The CPU kernels are nearer to 1, 1.9 and 1.9 (docs/results.md).
+TIMES: Mapping[str, float] = MappingProxyType({"mxfp4": 1.0, "mxfp8": 2.0, "bf16": 4.0})
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may be spent on more bits than four.
@@ -33,20 +38,42 @@ class Budget:
         step_share: of the denoising steps that may have MXFP8 activations.
         max_bytes: most bytes of the transformers' blocks, in place of `share`.
         target: the predicted error to come down to, as a share of that of four bits throughout, in place of `share`.
+        max_cost: most time of all block linears over a clip, as a multiple of what the recipe's activations take, in place of
+            `share`. It buys MXFP8 activations over four-bit weights, too, which take no bytes.
+        times: format of the activations -> time of a product relative to four bits, for `max_cost`.
     """
 
     share: float = 0.0
     step_share: float = 0.0
     max_bytes: int | None = None
     target: float | None = None
+    max_cost: float | None = None
+    times: Mapping[str, float] = field(default_factory=lambda: dict(TIMES))
 
     def __post_init__(self) -> None:
         for name in ("share", "step_share", "target"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InputError("no share", field=name, got=value, expected="0 to 1")
-        if self.max_bytes is not None and self.target is not None:
-            raise InputError("two budgets at once", field="target", got=f"and max_bytes {self.max_bytes}")
+        asked = [name for name in ("max_bytes", "target", "max_cost") if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise InputError("two budgets at once", field=asked[1], got=f"and {asked[0]} {getattr(self, asked[0])}")
+        if self.max_cost is not None and not 1 <= self.max_cost < float("inf"):
+            raise InputError(
+                "no time that a budget could be", field="max_cost", got=self.max_cost, expected="1 or more"
+            )
+        if self.times.keys() != TIMES.keys() or not all(0 < time < float("inf") for time in self.times.values()):
+            raise InputError(
+                "not the time of each format",
+                field="times",
+                got=dict(self.times),
+                expected=f"something like {dict(TIMES)}",
+            )
+
+    @property
+    def buys_layers(self) -> bool:
+        """Whether any linear may have more bits."""
+        return bool(self.share) or any(value is not None for value in (self.max_bytes, self.target, self.max_cost))
 
 
 PRESETS: Mapping[str, Budget] = MappingProxyType(

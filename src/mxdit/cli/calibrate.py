@@ -67,6 +67,17 @@ def calibrate(
             metavar="50%",
         ),
     ] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(
+            help="Most time of the blocks' linears over a clip, as in 1.3 times that of four bits throughout: linears in BF16 and with "
+            "MXFP8 activations; in place of --keep."
+        ),
+    ] = None,
+    times: Annotated[
+        str,
+        typer.Option(help="Time of a product by its activations, for --max-cost.", metavar="FORMAT=TIME,..."),
+    ] = "mxfp4=1,mxfp8=2,bf16=4",
     task: Annotated[str | None, typer.Option(help="What clips are made. Default: what the model makes.")] = None,
     prompts: Annotated[
         Path | None,
@@ -145,6 +156,8 @@ def calibrate(
         own.step_share if step_budget is None else _share("step_budget", step_budget),
         None if max_bytes is None else bytes_of("max_bytes", max_bytes),
         None if target is None else _share("target", target),
+        max_cost,
+        _times(times),
     )
     recipe = Recipe(
         method,
@@ -208,6 +221,16 @@ def _names(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
+def _times(text: str) -> dict[str, float]:
+    """Numbers by name of "mxfp8=2,bf16=4"."""
+    try:
+        return {name.strip(): float(time) for name, time in (part.split("=") for part in _names(text))}
+    except ValueError:
+        raise InputError(
+            "no times", field="times", got=repr(text), expected="something like mxfp4=1,mxfp8=2,bf16=4"
+        ) from None
+
+
 def _share(field: str, text: str) -> float:
     """0.125 of "12.5%" or "0.125"."""
     try:
@@ -225,11 +248,18 @@ def _show(report: dict[str, Any], outcome: Outcome) -> None:
         rows += [[row["step"], f"{row['kept']} of {row['tried']}", f"{row['sqnr_db']:.2f} dB"] for row in done]
         for cells in aligned(rows):
             say("  ".join(cells))
-    for name, paths in outcome.kept.items():
-        if paths:
-            say(f"{name}: BF16: {', '.join(paths)}")
+    for what, found in (("BF16", outcome.spent.kept), ("MXFP8 activations", outcome.spent.raised)):
+        for name, paths in found.items():
+            if paths:
+                say(f"{name}: {what}: {', '.join(paths)}")
     if outcome.steps:
-        say(f"MXFP8 activations: {outcome.steps}")
+        say(f"MXFP8 activations at steps: {outcome.steps}")
+    plan = report["plan"]
+    if outcome.spent.curve:
+        say(
+            f"plan: {plan['parameters_in_bf16']:.1%} of the blocks' parameters in BF16, {plan['bytes'] / 2**20:.1f} MiB, predicted "
+            f"error {plan['predicted_error']:.1%} of what it is without"
+        )
     rows = [["guard", "online", "calibrated", "", "rule"]]
     rows += [[g.what, g.online, g.calibrated, "pass" if g.passed else "REJECT", g.why] for g in outcome.guards]
     for cells in aligned(rows):

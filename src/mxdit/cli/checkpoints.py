@@ -247,11 +247,22 @@ def _kept(path: Path, own: dict[str, Any]) -> dict[str, Any]:
     from mxdit.checkpoint.files import read_json
 
     report = read_json(path)
-    kept, steps = report.get("kept"), report.get("activation_steps")
-    if not isinstance(kept, dict) or not isinstance(steps, dict):
+    kept, raised, steps = (report.get(name) for name in ("kept", "w4a8", "activation_steps"))
+    if not (isinstance(kept, dict) and isinstance(raised, dict) and isinstance(steps, dict)):
         raise InputError("no report of mxdit calibrate", where=str(path), expected="a calibration.json")
     planned = {"num_bf16_fallback_layers": 0, **({"activation_steps": steps} if steps else {})}
-    return {**own, **{name: {**planned, "ignored_layers": paths, **own.get(name, {})} for name, paths in kept.items()}}
+    return {
+        **own,
+        **{
+            name: {
+                **planned,
+                "ignored_layers": paths,
+                "w4a8_fallback_layers": raised.get(name, []),
+                **own.get(name, {}),
+            }
+            for name, paths in kept.items()
+        },
+    }
 
 
 def _some(names: tuple[str, ...]) -> str:
