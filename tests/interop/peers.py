@@ -24,6 +24,7 @@ CODES = torch.cat([FP4, -FP4]).to(torch.float8_e4m3fn)
 RECIPES: dict[str, dict[str, Any]] = {
     "dual": {"method": "dual"},
     "dual-smoothed": {"method": "dual", "smooth": ["*"]},
+    "dual-calibrated": {"method": "dual", "maxima": "maxima"},  # its own smoothing chooses the factors
     "dual-some-float": {
         "method": "dual",
         "smooth": ["blocks.0.cross_attn.*", "blocks.1.self_attn.*", "blocks.1.ffn.*"],
@@ -53,11 +54,27 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def msmodelslim(source: Path, out: Path) -> None:
-    """Every recipe over the experts in `source`, each to its own directory of `out`."""
+    """Every recipe over the experts in `source`, each to its own directory of `out`; `out/maxima` is what "maxima" stands for."""
     recipes = [{**recipe, "source": str(source), "out": str(out / name)} for name, recipe in RECIPES.items()]
-    out.mkdir(parents=True)
+    for recipe in recipes:
+        if "maxima" in recipe:
+            recipe["maxima"] = str(out / recipe["maxima"])
+    (out / "maxima").mkdir(parents=True)
+    for folder in source.iterdir():
+        save_file(maxima_of(folder), out / "maxima" / f"{folder.name}.safetensors")
     (out / "recipes.json").write_text(json.dumps(recipes))
     _run(Path(__file__).with_name("slim.py"), out / "recipes.json")
+
+
+def maxima_of(expert: Path) -> dict[str, torch.Tensor]:
+    """Magnitudes over two octaves for the inputs of each linear in the blocks, the same for those that share them."""
+    maxima = {}
+    for file in sorted(expert.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            path, _, leaf = name.rpartition(".")
+            if path.startswith("blocks.") and leaf == "weight" and tensor.dim() == 2:
+                maxima[path] = torch.linspace(0, 2, tensor.shape[1]).exp2().bfloat16()
+    return maxima
 
 
 def merged(tool: str, base: Path, quantized: Path, out: Path) -> Path:

@@ -3,10 +3,11 @@
     python slim.py RECIPES.json
 
 A process of its own, because importing msModelSlim patches pydantic and torch.nn.Module. Each recipe is
-    {"source": DIR, "out": DIR, "method": KEY, "smooth": [GLOB], "methods": {GLOB: KEY}, "saver": NAME, "part": GB,
-     "attention": BOOL}
+    {"source": DIR, "out": DIR, "method": KEY, "smooth": [GLOB], "maxima": DIR, "methods": {GLOB: KEY}, "saver": NAME,
+     "part": GB, "attention": BOOL}
 with globs over the linears of the blocks; the last of "methods" that fits counts, and "attention" adds what its recipes for
-quantized attention leave in the files. Beside the experts' folders OUT gets
+quantized attention leave in the files. "smooth" puts in factors by chance; "maxima", where `<folder>.safetensors` says how large
+each channel of each linear's input becomes, has its own smoothing choose them. Beside the experts' folders OUT gets
 `oracle/<folder>.safetensors`: per linear `<path>.weight`, as msModelSlim itself multiplies by it, and `<path>.mul_scale`.
 """
 
@@ -23,6 +24,7 @@ from unittest import mock
 import msmodelslim.ir as ir
 import torch
 from msmodelslim.core.base.protocol import BatchProcessRequest
+from msmodelslim.core.graph import AdapterConfig
 from msmodelslim.core.quant_service.modelslim_v1.save.ascendv1 import AscendV1Config, AscendV1Saver
 from msmodelslim.core.quant_service.modelslim_v1.save.mindie_format import MindIEFormatConfig, MindIEFormatSaver
 from msmodelslim.core.quantizer.base import QConfig
@@ -30,6 +32,9 @@ from msmodelslim.core.quantizer.linear import LinearQConfig, LinearQuantizer
 from msmodelslim.ir.non_fusion_smooth_quant_ir import NonFusionSmoothQuantHookIR, NonFusionSmoothQuantWrapper
 from msmodelslim.ir.qal import QDType, QParam, QScope
 from msmodelslim.model import IModel
+from msmodelslim.model.wan2_2 import Wan2_2BaseModelAdapter
+from msmodelslim.processor.anti_outlier.iter_smooth import IterSmoothInterface
+from msmodelslim.processor.anti_outlier.iter_smooth.processor import IterSmoothProcessor, IterSmoothProcessorConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -59,11 +64,21 @@ def _expert(source: Path, out: Path, folder: str, recipe: Mapping[str, Any]) -> 
     config.set_save_directory(str(out / folder))
     root = out / "root"  # of the model, from which it copies what is no expert
     root.mkdir(exist_ok=True)
-    saver = saver_class(model, config, _Adapter(root))
+    blocks = dict(model.get_submodule("blocks").named_children())
+    adapter = _Adapter(root, len(blocks))
+    saver = saver_class(model, config, adapter)
     saver.pre_run()
+    smoother = IterSmoothProcessor(model, IterSmoothProcessorConfig(), adapter)
+    maxima = load_file(Path(recipe["maxima"]) / f"{folder}.safetensors") if "maxima" in recipe else None
     oracle: dict[str, Tensor] = {}
-    for index, block in model.get_submodule("blocks").named_children():
+    for index, block in blocks.items():
         _smooth(block, f"blocks.{index}", recipe.get("smooth", []))
+        if maxima is not None:
+            request = BatchProcessRequest(name=f"blocks.{index}", module=block)
+            smoother.preprocess(request)  # hooks that observe, on one linear of those that share an input
+            for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
+                linear(maxima[f"blocks.{index}.{name}"].to(linear.weight.dtype)[None])
+            smoother.postprocess(request)
         for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             path = f"blocks.{index}.{name}"
             fitting = [kind for glob, kind in recipe.get("methods", {}).items() if fnmatchcase(path, glob)]
@@ -81,13 +96,17 @@ def _expert(source: Path, out: Path, folder: str, recipe: Mapping[str, Any]) -> 
     save_file(oracle, out / "oracle" / f"{folder}.safetensors")
 
 
-class _Adapter(IModel):
-    """All that the savers ask of msModelSlim's model adapters."""
+class _Adapter(IModel, IterSmoothInterface):
+    """All that the savers and the smoothing ask of msModelSlim's model adapters."""
 
     model_path, model_type, trust_remote_code = Path(), "Wan2.2-T2V-A14B", False
 
-    def __init__(self, model_path: Path) -> None:
-        self.model_path = model_path
+    def __init__(self, model_path: Path, blocks: int) -> None:
+        self.model_path, self._blocks = model_path, blocks
+
+    def get_adapter_config_for_subgraph(self) -> list[AdapterConfig]:
+        """Which linears share an input, as its adapter of Wan2.2 says, which needs nothing of itself for that."""
+        return Wan2_2BaseModelAdapter.get_adapter_config_for_subgraph(self, self._blocks)
 
 
 def _model(tensors: Mapping[str, Tensor]) -> nn.Module:

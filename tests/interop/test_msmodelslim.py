@@ -24,6 +24,7 @@ from mxdit.errors import CheckpointError, InputError
 READABLE = {
     "dual": "mxfp4_dualscale",
     "dual-smoothed": "mxfp4_dualscale",
+    "dual-calibrated": "mxfp4_dualscale",
     "dual-some-float": "mxfp4_dualscale",
     "dual-shards": "mxfp4_dualscale",
     "dual-ascendv1": "mxfp4_dualscale",
@@ -39,6 +40,12 @@ VARIANTS = [
     for name in READABLE
     for kind in ("packed", "numeric")
     if (READABLE[name], kind) != ("mxfp8", "numeric")
+]
+ATTENTION = (("to_q", "to_k", "to_v"), ("to_out.0",)), (("to_q",), ("to_k", "to_v"), ("to_out.0",))
+SHARING = [  # linears of a block that are smoothed together
+    *([f"blocks.1.attn{n}.{name}" for name in names] for n, groups in enumerate(ATTENTION, 1) for names in groups),
+    ["blocks.1.ffn.net.0.proj"],
+    ["blocks.1.ffn.net.2"],
 ]
 ZEROS = "blocks.0.ffn.net.2.weight"  # its first row is zero, see `original.transformer`
 
@@ -105,6 +112,18 @@ def test_every_value_is_msmodelslims_own(base, made):
                 assert torch.equal(part.read().float(), float_tensors[name].bfloat16().float()), name
                 bias = name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in theirs
                 assert part.info.dtype == (torch.float32 if bias else torch.bfloat16), name
+
+
+def test_its_own_smoothing_goes_by_the_largest_inputs_and_weights(quantized):
+    """What benchmarks/msmodelslim_recipe.py says of it."""
+    for folder, component in original.EXPERTS.items():
+        theirs, model = oracle(quantized / "dual-calibrated", folder), original.transformer(component).bfloat16()
+        for paths in SHARING:
+            weights = [model.get_parameter(f"{path}.weight").detach().float() for path in paths]
+            inputs = torch.linspace(0, 2, weights[0].shape[1]).exp2().bfloat16().float()
+            factors = inputs**0.9 / torch.cat(weights).abs().amax(0) ** 0.1
+            for path in paths:
+                torch.testing.assert_close(theirs[f"{path}.mul_scale"], 1 / factors, rtol=2**-6, atol=0)
 
 
 def test_the_converted_directory_loads_and_computes_with_these_values(base, made, tmp_path):
