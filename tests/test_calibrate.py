@@ -23,6 +23,7 @@ from mxdit.evals.cache import Cache
 from mxdit.evals.metrics.video_metrics import psnr_db
 from mxdit.generation.directory import bundled, open_model
 from mxdit.generation.recording import transformers_of
+from safefiles import contents
 
 pytestmark = pytest.mark.slow
 
@@ -232,12 +233,21 @@ def test_a_rejected_calibration_is_not_written(model, tmp_path, calibrate, monke
         (["--with", "magic"], "no such step"),
         (["--without", "magic"], "no such step"),
         (["--count", "3"], "too few prompts"),
-        (["--method", "mxfp5"], "unknown format"),
         (["--activation", "int8"], "no scheme"),
         (["--max-bytes", "1KB"], "--max-bytes: fewer bytes than the quantized weights take"),
         (["--lam", "-1"], "lam is no positive number"),
         (["--max-bytes", "1GiB", "--target", "50%"], "two budgets at once"),
         (["--minutes", "0.001"], "not even one prompt"),
+        (["--minutes", "nan"], "--minutes: no time"),
+        (["--minutes", "-1"], "--minutes: no time"),
+        (["--seed", "-1"], "--seed: the seed is out of range"),
+        (["--seed", "99999999999999999999"], "--seed: the seed is out of range"),
+        (["--method", "mxfp5"], "--method: unknown format"),
+        (["--with", "bias", "--without", "bias"], "--without: a step is both taken and left out; got bias"),
+        (
+            ["--held", "5", "--count", "2"],
+            "prompts.txt: too few prompts; got 6, 5 of them to judge by and 2 to learn from",
+        ),
     ],
 )
 def test_bad_input_is_one_line(calibrated, model, tmp_path, calibrate, arguments, said):
@@ -254,6 +264,25 @@ def test_a_quantized_model_is_refused(calibrated, tmp_path, calibrate):
 def test_an_existing_destination_is_left_alone(model, tmp_path, calibrate):
     code, _, err = calibrate(model, tmp_path, *options(model, tmp_path / "cache"))
     assert code == 2 and "exists" in err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("destination", "cache", "said"),
+    [
+        ("t2v/made", "cache", "the destination lies in the model's directory"),
+        ("made", "t2v", "the cache lies in the model's directory"),
+        ("made", "t2v/vae/../cache", "the cache lies in the model's directory"),
+        ("prompts.txt/made", "cache", "the destination cannot be made; got Not a directory"),
+        ("prompts.txt/a/b", "cache", "the destination cannot be made; got Not a directory"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_at_once(model, tmp_path, calibrate, destination, cache, said):
+    """Hours later would be too late, and what is in the model's directory is part of what the cache is found by."""
+    copy = shutil.copytree(model.parent, tmp_path / "models")
+    before = contents(copy)
+    code, _, err = calibrate(copy / "t2v", copy / destination, *options(copy / "t2v", copy / cache))
+    assert code == 2 and len(err.splitlines()) == 1 and said in err, err
+    assert contents(copy) == before
 
 
 def test_image_to_video_needs_first_frames(tmp_path):
