@@ -248,6 +248,8 @@ def test_a_rejected_calibration_is_not_written(model, tmp_path, calibrate, monke
             ["--held", "5", "--count", "2"],
             "prompts.txt: too few prompts; got 6, 5 of them to judge by and 2 to learn from",
         ),
+        (["--keep", "100%"], "--keep transformer: the budget leaves no linear of a transformer quantized"),
+        (["--target", "0"], "--target transformer: the budget leaves no linear of a transformer quantized"),
     ],
 )
 def test_bad_input_is_one_line(calibrated, model, tmp_path, calibrate, arguments, said):
@@ -283,6 +285,13 @@ def test_where_nothing_can_be_written_is_said_at_once(model, tmp_path, calibrate
     code, _, err = calibrate(copy / "t2v", copy / destination, *options(copy / "t2v", copy / cache))
     assert code == 2 and len(err.splitlines()) == 1 and said in err, err
     assert contents(copy) == before
+
+
+def test_a_transformer_without_a_step(model, tmp_path, calibrate):
+    arguments = [model, tmp_path / "made", *options(model, tmp_path / "cache"), "--steps", "1"]
+    code, _, err = calibrate(*arguments)
+    assert code == 2 and "--steps transformer_2: no step of a clip is this transformer's; got 1" in err.splitlines()[-1]
+    assert not list((tmp_path / "cache").glob("*/parts.safetensors"))  # said before anything is calibrated
 
 
 def test_image_to_video_needs_first_frames(tmp_path):

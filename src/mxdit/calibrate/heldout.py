@@ -126,6 +126,15 @@ class HeldOut:
         for group, option in zip(every, chosen, strict=True):
             if option.name == "bf16":
                 kept[group.expert] += group.paths
+        for name, of in groups.items():
+            if len(kept[name]) == sum(len(group.paths) for group in of):
+                asked = {"target": budget.target, "max_bytes": budget.max_bytes, "keep": budget.share}
+                raise InputError(
+                    "the budget leaves no linear of a transformer quantized",
+                    field=next(field for field, value in asked.items() if value is not None),
+                    where=name,
+                    hint="Ask for less BF16.",
+                )
         return kept, _points(found, whole)
 
     def _sensitivity(self, expert: str, found: Mapping[str, Calibrated], steps: StepPolicy) -> dict[str, float]:

@@ -313,6 +313,15 @@ class Calibration:
             found[paths] = self.cache.entry(keys[paths], lambda _: None)
         if missing:
             clips = [[calls_in(clip) for clip in clips] for clips in (learned, judged)]
+            called = {call["expert"] for call in clips[0][0]}
+            if idle := [name for name in self.experts.models if name not in called]:
+                raise InputError(
+                    "no step of a clip is this transformer's",
+                    field="steps",
+                    where=", ".join(idle),
+                    got=settings.fit[0].steps,
+                    expected="so many that each transformer has one",
+                )
             first = next(call for call in clips[0][0] if call["expert"] == expert)
             most = max(64, STATES // bytes_of_state(model, first))
             fit, held = (choose_calls(of, expert, most, settings.seed) for of in clips)
