@@ -24,6 +24,7 @@ from mxdit.evals.cache import Cache
 from mxdit.evals.metrics.video_metrics import psnr_db
 from mxdit.generation.directory import bundled, open_model
 from mxdit.generation.recording import transformers_of
+from safefiles import contents
 
 pytestmark = pytest.mark.slow
 
@@ -237,7 +238,6 @@ def test_a_rejected_calibration_is_not_written(model, tmp_path, calibrate, monke
         (["--with", "magic"], "no such step"),
         (["--without", "magic"], "no such step"),
         (["--count", "3"], "too few prompts"),
-        (["--method", "mxfp5"], "unknown format"),
         (["--activation", "int8"], "no scheme"),
         (["--max-bytes", "1KB"], "--max-bytes: fewer bytes than the quantized weights take"),
         (["--lam", "-1"], "lam is no positive number"),
@@ -246,6 +246,18 @@ def test_a_rejected_calibration_is_not_written(model, tmp_path, calibrate, monke
         (["--max-cost", "0.9"], "--max-cost: no time that a budget could be"),
         (["--max-cost", "2", "--times", "mxfp8=2"], "--times: not the time of each format"),
         (["--times", "fast"], "--times: no times"),
+        (["--minutes", "nan"], "--minutes: no time"),
+        (["--minutes", "-1"], "--minutes: no time"),
+        (["--seed", "-1"], "--seed: the seed is out of range"),
+        (["--seed", "99999999999999999999"], "--seed: the seed is out of range"),
+        (["--method", "mxfp5"], "--method: unknown format"),
+        (["--with", "bias", "--without", "bias"], "--without: a step is both taken and left out; got bias"),
+        (
+            ["--held", "5", "--count", "2"],
+            "prompts.txt: too few prompts; got 6, 5 of them to judge by and 2 to learn from",
+        ),
+        (["--keep", "100%"], "--keep transformer: the budget leaves no linear of a transformer quantized"),
+        (["--target", "0"], "--target transformer: the budget leaves no linear of a transformer quantized"),
     ],
 )
 def test_bad_input_is_one_line(calibrated, model, tmp_path, calibrate, arguments, said):
@@ -262,6 +274,32 @@ def test_a_quantized_model_is_refused(calibrated, tmp_path, calibrate):
 def test_an_existing_destination_is_left_alone(model, tmp_path, calibrate):
     code, _, err = calibrate(model, tmp_path, *options(model, tmp_path / "cache"))
     assert code == 2 and "exists" in err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("destination", "cache", "said"),
+    [
+        ("t2v/made", "cache", "the destination lies in the model's directory"),
+        ("made", "t2v", "the cache lies in the model's directory"),
+        ("made", "t2v/vae/../cache", "the cache lies in the model's directory"),
+        ("prompts.txt/made", "cache", "the destination cannot be made; got Not a directory"),
+        ("prompts.txt/a/b", "cache", "the destination cannot be made; got Not a directory"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_at_once(model, tmp_path, calibrate, destination, cache, said):
+    """Hours later would be too late, and what is in the model's directory is part of what the cache is found by."""
+    copy = shutil.copytree(model.parent, tmp_path / "models")
+    before = contents(copy)
+    code, _, err = calibrate(copy / "t2v", copy / destination, *options(copy / "t2v", copy / cache))
+    assert code == 2 and len(err.splitlines()) == 1 and said in err, err
+    assert contents(copy) == before
+
+
+def test_a_transformer_without_a_step(model, tmp_path, calibrate):
+    arguments = [model, tmp_path / "made", *options(model, tmp_path / "cache"), "--steps", "1"]
+    code, _, err = calibrate(*arguments)
+    assert code == 2 and "--steps transformer_2: no step of a clip is this transformer's; got 1" in err.splitlines()[-1]
+    assert not list((tmp_path / "cache").glob("*/parts.safetensors"))  # said before anything is calibrated
 
 
 def test_image_to_video_needs_first_frames(tmp_path):

@@ -76,7 +76,7 @@ def _before_and_after(report: Mapping[str, Any]) -> Picture:
     for i, (expert, found) in enumerate(report["linears"].items()):
         points = np.array([(linear["online"], linear["error"]) for linear in found.values()])
         decibels = -10 * np.log10(np.maximum(points, 1e-30))
-        axis.plot(*decibels.T, figures.MARKS[i], color=figures.COLORS[i], label=figures.EXPERTS.get(expert, expert))
+        axis.plot(*decibels.T, figures.MARKS[i], color=figures.COLORS[i], label=expert)
     ends = axis.get_xlim()
     axis.plot(ends, ends, color="#555555", linewidth=1, linestyle=":", label="no change")
     axis.set(xlabel="SQNR online, dB", ylabel="SQNR calibrated, dB")
@@ -115,8 +115,11 @@ def _budget(report: Mapping[str, Any]) -> list[Text | Table | Picture]:
                 axis.xaxis.get_major_locator().set_params(integer=True)
                 axis.set(xlabel="denoising step", ylabel="error that MXFP8 activations take away")
             axis.grid(alpha=0.3, linewidth=0.5)
-        caption = "What a budget leaves of the error, and what each step gains; chosen steps in orange."
-        blocks.append(_picture("budget.png", figure, caption))
+        says = {
+            "curve": "What a budget leaves of the error.",
+            "gains_by_step": "What each step gains; chosen steps in orange.",
+        }
+        blocks.append(_picture("budget.png", figure, " ".join(says[name] for name in panels)))
     return blocks
 
 

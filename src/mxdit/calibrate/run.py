@@ -118,6 +118,14 @@ class Calibration:
             with self._timed("observing"), experts.swapped(started):
                 learned = [self._clip(request, before) for request in settings.fit]
                 judged = [self._clip(request, before) for request in settings.held]
+            if idle := experts.models.keys() - {call["expert"] for call in calls_in(learned[0])}:
+                raise InputError(
+                    "no step of a clip is this transformer's",
+                    field="steps",
+                    where=", ".join(idle),
+                    got=settings.fit[0].steps,
+                    expected="so many that each transformer has one",
+                )
             with self._timed("linears"):
                 entries[name] = calibrated_groups(
                     experts.models[name],

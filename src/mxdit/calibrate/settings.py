@@ -156,8 +156,10 @@ class Settings:
             raise InputError(
                 "too few prompts",
                 field="prompts",
-                got=f"{len(rows)}, for {learned} to learn from and {judged} to judge by",
-                expected=f"at least 1 and at least {LEAST_HELD}",
+                where=None if prompts is None else str(prompts),
+                got=f"{len(rows)}, {judged} of them to judge by"
+                + ("" if count is None else f" and {count} to learn from"),
+                expected=f"at least {LEAST_HELD} to judge by and 1 to learn from",
             )
         requests = [
             make_request(model, task, prompt=prompt, image=image, seed=index, **request)

@@ -183,10 +183,16 @@ def _explained(partial: Path, destination: Path) -> Iterator[None]:
 
 
 def check_destination(destination: Path) -> None:
-    """Raise InputError for a destination that exists."""
+    """Raise InputError for a destination that exists, or that nothing can be written to."""
     if os.path.lexists(destination):
         raise InputError(
             "the destination exists", where=str(destination), hint="Name a new directory: nothing is overwritten."
+        )
+    above = next(parent for parent in destination.absolute().parents if os.path.lexists(parent))
+    refused = errno.ENOTDIR if not above.is_dir() else 0 if os.access(above, os.W_OK | os.X_OK) else errno.EACCES
+    if refused:
+        raise InputError(
+            "the destination cannot be made", where=str(destination), got=f"{os.strerror(refused)}: {above}"
         )
 
 

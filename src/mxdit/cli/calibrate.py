@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,9 +31,12 @@ from mxdit.cli.console import (
 )
 from mxdit.cli.progress import Shown
 from mxdit.errors import InputError
+from mxdit.numerics.formats import FORMATS
 
 if TYPE_CHECKING:
     from mxdit.calibrate.run import Outcome
+
+SEEDS = 2**32  # what is chosen by chance has seeds made of this one, which must fit into 64 bits
 
 
 @app.command("calibrate")
@@ -145,11 +149,24 @@ def calibrate(
 
     need("diffusers", "transformers", "matplotlib", "av")
     check_destination(destination)
+    model = open_model(path_of(source) or bundled(task or "t2v"))
+    for what, path in (("the destination", destination), ("the cache", cache)):
+        # Every file of a model is part of what the cache is found by: it would never be found again.
+        if path.resolve().is_relative_to(model.path.resolve()):
+            raise InputError(f"{what} lies in the model's directory", where=str(path), hint="Name another directory.")
+    if method not in FORMATS:
+        raise InputError("unknown format", field="method", got=repr(method), expected=" or ".join(FORMATS))
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise InputError("no time", field="minutes", got=f"{minutes:g}", expected="a positive number")
+    if not 0 <= seed < SEEDS:
+        raise InputError("the seed is out of range", field="seed", got=seed, expected=f"0 to {SEEDS - 1}")
     if preset not in PRESETS:
         raise InputError("no such preset", field="preset", got=repr(preset), expected=" or ".join(PRESETS))
     extra, less = _names(with_), _names(without)
     if unknown := set(less) - set(STEPS):
         raise InputError("no such step", field="without", got=unknown.pop(), expected=", ".join(STEPS))
+    if both := set(less) & set(extra):
+        raise InputError("a step is both taken and left out", field="without", got=", ".join(sorted(both)))
     own = PRESETS[preset]
     budget = Budget(
         own.share if keep is None else _share("keep", keep),
@@ -166,7 +183,7 @@ def calibrate(
         lam=lam,
     )
     settings = Settings.choose(
-        open_model(path_of(source) or bundled(task or "t2v")),
+        model,
         task=task,
         prompts=prompts,
         count=count,

@@ -1,0 +1,99 @@
+"""`mxdit calibrate` killed by the system, which leaves it no time to tidy up: what is there afterwards, and what the same command
+then comes to. Each run here has a cache of its own, or a copy, so equal bytes also say that the seed alone decides."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mxdit
+import processes
+import tiny
+from mxdit import cli
+from mxdit.cli.progress import Shown
+from mxdit.errors import MXDiTError
+from safefiles import contents
+
+pytestmark = pytest.mark.slow
+
+GROUPS = 2 * tiny.BLOCKS * 7  # of linears that share an input, in both transformers
+KILLED = GROUPS // 2 + 4  # the second transformer is in the middle of its linears
+SMALL = ["--size", "16x16", "--frames", "1", "--steps", "2", "--keep", "10%", "--step-budget", "50%", "--held", "4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    (root / "prompts.txt").write_text("\n".join(f"a {color} seven" for color in ("red", "blue", "green", "on", "left")))
+    return tiny.save(root / "t2v")
+
+
+def arguments(model: Path, root: Path) -> list[str]:
+    # Whether so small a calibration is accepted is by chance, and not the matter here.
+    prompts = ["--prompts", str(model.parent / "prompts.txt")]
+    return ["calibrate", str(model), str(root / "made"), "--cache", str(root / "cache"), "--force", *SMALL, *prompts]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint and cache of a run that nothing interrupts."""
+    root = tmp_path_factory.mktemp("whole")
+    processes.output_of("-m", "mxdit.cli", *arguments(model, root), PYTHONHASHSEED="1")
+    return root
+
+
+def calibrated(root: Path) -> dict[str, int]:
+    """The groups of linears in a cache: entry -> when it was made."""
+    found = (root / "cache").glob("[!.]*/parts.safetensors")
+    return {file.parent.name: file.stat().st_mtime_ns for file in found}
+
+
+def test_killed_among_the_linears(model, whole, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "mxdit.cli", *arguments(model, tmp_path)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONHASHSEED": "2"})
+        while len(calibrated(tmp_path)) < KILLED:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    before = calibrated(tmp_path)
+    assert KILLED <= len(before) < GROUPS and not (tmp_path / "made").exists()
+    assert len(list((tmp_path / "cache").glob(".*"))) <= 1  # what it was at: that alone is done twice
+
+    processes.output_of("-m", "mxdit.cli", *arguments(model, tmp_path), PYTHONHASHSEED="3")
+    after = calibrated(tmp_path)
+    assert before.items() <= after.items() and after.keys() == calibrated(whole).keys() and len(after) == GROUPS
+    assert contents(tmp_path / "made") == contents(whole / "made")
+
+
+def killed_while_writing(arguments: list[str]) -> None:
+    def progress(_: Shown, what: str, done: float, total: int) -> None:
+        if what == "writing" and done > total / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Shown.progress = progress  # pyright: ignore[reportAttributeAccessIssue]  # in a process of its own
+    sys.argv = ["mxdit", *arguments]
+    cli.main()
+
+
+def test_killed_while_the_checkpoint_is_written(model, whole, tmp_path):
+    shutil.copytree(whole / "cache", tmp_path / "cache")
+    process = processes.start(tmp_path / "log", killed_while_writing, arguments(model, tmp_path))
+    assert processes.code_of(process) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".made.partial", "cache", "log"]
+    assert list((tmp_path / ".made.partial").rglob("*.safetensors"))
+    with pytest.raises(MXDiTError):
+        mxdit.Session.open(tmp_path / ".made.partial").load()
+
+    processes.output_of("-m", "mxdit.cli", *arguments(model, tmp_path))
+    assert contents(tmp_path / "made") == contents(whole / "made")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "log", "made"]
+    assert calibrated(tmp_path).keys() == calibrated(whole).keys()
