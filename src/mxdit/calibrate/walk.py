@@ -56,7 +56,7 @@ class Walk:
         self._given: list[list[Any]] = []  # for each block that was passed, what it gave to each call
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Call]]]]:
-        """(path, block, run) of each block; iterating over `run()` sends each call through it, and yields the call."""
+        """(path, block, run) of each block; iterating over `run()`, once, sends each call through it, and yields the call."""
         for index, (path, block) in enumerate(self.blocks):
             yield path, block, partial(self._through, index)
 
@@ -72,6 +72,8 @@ class Walk:
                 with torch.no_grad():
                     inputs = {key: value.to(self._device) for key, value in call["inputs"].items()}
                     given.append(_to(self._run(inputs, index, self._before(index, number)), "cpu"))
+                if index and not self._keep:
+                    self._given[index - 1][number] = None  # or what two blocks gave would be held
                 yield call
         if not self._keep:
             self._given = [[] for _ in self._given]
