@@ -331,9 +331,12 @@ class Calibration:
                 settings.seed,
                 lambda at: self.progress(what.format("inputs"), at, len(fit) + len(held)),
             ):
-                for paths, rows in inputs.items():
+                for paths in list(inputs):
                     self.progress(what.format("linears"), done, len(keys))
-                    found[paths] = self.cache.entry(keys[paths], partial(self._write, model, paths, rows))
+                    # Out of the dict, so that what is done is not held while the next block's rows are collected.
+                    make = partial(self._write, model, paths, inputs.pop(paths))
+                    found[paths] = self.cache.entry(keys[paths], make)
+                    del make
                     done += 1
                 if last[0].startswith(f"{path}."):
                     break  # the blocks behind it are done
