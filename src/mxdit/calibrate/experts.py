@@ -46,6 +46,7 @@ class Experts:
     def __init__(self, session: Session, recipe: Recipe) -> None:
         self.models = transformers_of(session.load())
         self._recipe, self._device = recipe, session.device
+        self._home = "cpu" if session.offload else session.device  # where layers lie while they do not run
 
     def groups(self, expert: str) -> list[Group]:
         """The linears that are calibrated, in the order of their blocks."""
@@ -71,7 +72,9 @@ class Experts:
         paths = [path for group in self.groups(expert) for path in group.paths]
         weights = {path: linear_at(model, path).weight for path in paths}
         return {
-            path: self._layer(expert, path, quantize_weight(weight, recipe.method, rule=recipe.rule), None)
+            path: self._layer(
+                expert, path, quantize_weight(weight.to(self._device), recipe.method, rule=recipe.rule), None
+            )
             for path, weight in weights.items()
         }
 
@@ -79,8 +82,8 @@ class Experts:
         recipe, linear = self._recipe, linear_at(self.models[expert], path)
         bias = linear.bias if bias is None else bias
         return layer_of(
-            {name: part.to(self._device) for name, part in parts.items()},
-            None if bias is None else bias.detach().to(self._device),
+            {name: part.to(self._home) for name, part in parts.items()},
+            None if bias is None else bias.detach().to(self._home),
             recipe.method,
             recipe.activation,
             recipe.rule,

@@ -40,11 +40,13 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, f
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(torch.where(diagonal > 0, damping * mean, mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # no more than two matrices beside the Hessian: of 13824 channels each is 729 MiB
         if not bool(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not bool(failed):
-                return upper, damping
+                return factor, damping
         if damping >= _MOST:
             raise InputError("a layer's Hessian cannot be inverted", where="gptq", got=f"damping {damping}")
         damping *= 10
@@ -91,6 +93,7 @@ def gptq(weight: Tensor, hessian: Tensor, factor: Tensor, method: str) -> Packed
                 w[channel + 1 : last] -= factor[channel, channel + 1 : last, None] * error
             w[last:stop] -= factor[first:last, last:stop].mT @ errors[first - start : last - start]
         w[stop:] -= factor[start:stop, stop:].mT @ errors
+    del w
     return packed_of(
         inner.mT.contiguous(), byte.mT.contiguous(), None if outer is None else outer.mT.contiguous(), method
     )

@@ -17,6 +17,7 @@ from mxdit.calibrate.settings import Settings
 from mxdit.calibrate.spend import Spent, spend
 from mxdit.calibrate.walk import Call
 from mxdit.config.steps import StepPolicy
+from mxdit.errors import InputError
 from mxdit.evals.run import Progress
 from mxdit.evals.velocities import Errors, errors_of, guidance_of, step_lengths
 from mxdit.generation.recording import repeat
@@ -109,13 +110,23 @@ class HeldOut:
         ways = (activation, W4A8) if budget.max_cost is not None and self._takes_eight_bits else (activation,)
         errors = {name: self._sensitivity(name, found, steps, ways) for name, found in linears.items()}
         rows = {name: self._rows(name, found) for name, found in linears.items()}
-        return spend(
+        spent = spend(
             budget,
             every,
             [{way: sum(errors[group.expert][path][way] for path in group.paths) for way in ways} for group in every],
             activation,
             [rows[group.expert][group.paths[0]] for group in every],
         )
+        for name, of in groups.items():
+            if len(spent.kept[name]) == sum(len(group.paths) for group in of):
+                asked = [field for field in ("target", "max_bytes", "max_cost") if getattr(budget, field) is not None]
+                raise InputError(
+                    "the budget leaves no linear of a transformer quantized",
+                    field=asked[0] if asked else "keep",
+                    where=name,
+                    hint="Ask for less BF16.",
+                )
+        return spent
 
     def _rows(self, expert: str, paths: Iterable[str]) -> dict[str, int]:
         """Rows of input that each linear multiplies in the first clip."""

@@ -75,9 +75,12 @@ def calibrated_groups(
             settings.seed,
             lambda at: progress(what.format("inputs"), at, len(fit) + len(held)),
         ):
-            for paths, rows in inputs.items():
+            for paths in list(inputs):
                 progress(what.format("linears"), done, len(keys))
-                found[paths] = cache.entry(keys[paths], partial(_write, model, paths, rows, settings))
+                # Out of the dict, so that what is done is not held while the next block's rows are collected.
+                make = partial(_write, model, paths, inputs.pop(paths), settings)
+                found[paths] = cache.entry(keys[paths], make)
+                del make
                 done += 1
             if last[0].startswith(f"{path}."):
                 break  # the blocks behind it are done

@@ -90,7 +90,11 @@ class Calibration:
     def __init__(self, settings: Settings, cache: Cache, progress: Progress = lambda what, done, total: None) -> None:
         self.settings, self.cache, self.progress = settings, cache, progress
         self.session = Session.open(
-            settings.model.path, task=settings.task, dtype=settings.dtype, device=settings.device
+            settings.model.path,
+            task=settings.task,
+            dtype=settings.dtype,
+            device=settings.device,
+            offload=settings.offload,
         )
         self._seconds: dict[str, float] = {}
         where = environment(settings.device)

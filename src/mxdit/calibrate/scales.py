@@ -18,6 +18,7 @@ from mxdit.numerics.scales import exponent_field, power_of_two
 # Steps from the byte of the OCP rule: a second one up is never better, one down clips half of a block.
 AROUND = (0, -1, 1)
 PER_OCTAVE = 16  # outer scales that are tried; what an octave more or less would change, the bytes can do
+_CACHED = 1024  # rows of a group that a CPU's cache holds while every outer scale is tried: twice as fast
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -97,7 +98,8 @@ def search(weight: Tensor, importance: Tensor, method: str) -> Packed:
         piece = slice(start, start + width)
         group, counts = w[:, piece], importance[piece]
         if row.outer:
-            outers.append(best_outer(group, counts, row))
+            parts = group.split(_CACHED if group.device.type == "cpu" else max(1, len(group)))
+            outers.append(torch.cat([best_outer(part, counts, row) for part in parts]))
             group = group / torch.where(outers[-1] > 0, outers[-1], 1.0)[:, None]
         blocks = group.unflatten(-1, (-1, row.block))
         byte, _ = best_bytes(blocks, counts.unflatten(-1, (-1, row.block)), row)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mxdit.calibrate.walk import Call, Walk
+from mxdit.generation.offload import on
 from mxdit.layers import MXLinear
 
 PROBES = 2  # for each call
@@ -61,7 +62,8 @@ def sensitivities(
     def add(path: str, x: Tensor, y: Tensor, gradient: Tensor) -> None:
         with torch.no_grad():
             for name, layer in layers[path].items():
-                change = (layer(x).float() - y.float()) * gradient.float()
+                with on(layer, x.device):
+                    change = (layer(x).float() - y.float()) * gradient.float()
                 total[path][name] += scale * float(change.sum(dtype=torch.float64)) ** 2
 
     with ExitStack() as hooks:

@@ -93,6 +93,7 @@ class Settings:
         fit, held: clips to learn from, and clips to judge by. No prompt is in both.
         dtype: of everything that is not quantized.
         device: a torch device's name.
+        offload: whether weights come to it for no longer than they are used. It changes no number.
         seed: of everything that is chosen by chance.
     """
 
@@ -104,6 +105,7 @@ class Settings:
     held: tuple[Request, ...]
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
+    offload: bool = False
     seed: int = 0
 
     @classmethod

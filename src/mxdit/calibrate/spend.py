@@ -45,8 +45,7 @@ def spend(
         activation: that they have if nothing is bought, a key of `errors`.
         rows: for each group, rows of input that it multiplies in a clip.
 
-    Raises InputError for a budget below what nothing bought takes, for one that buys a whole transformer, and for an error
-    that nothing reaches.
+    Raises InputError for a budget below what nothing bought takes, and for an error that nothing reaches.
     """
     times, base = budget.times, budget.times[activation]
     if budget.max_cost is not None:
@@ -91,15 +90,6 @@ def spend(
             kept[group.expert] += group.paths
         elif option.name != activation:
             raised[group.expert] += group.paths
-    for name, paths in kept.items():
-        if len(paths) == sum(len(group.paths) for group in groups if group.expert == name):
-            asked = {name: getattr(budget, name) for name in ("target", "max_bytes", "max_cost")}
-            raise InputError(
-                "the budget leaves no linear of a transformer quantized",
-                field=next((field for field, value in asked.items() if value is not None), "keep"),
-                where=name,
-                hint="Ask for less BF16.",
-            )
     left = sum(option.error for option in chosen)
     points = [((start + cost) / scale, error / whole) for cost, error in _points(found)]
     return Spent(kept, raised, left / whole, points, unit)

@@ -7,13 +7,14 @@ the last of them gave, and the model's code hands that on as it would have. So a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mxdit.generation.offload import on
 from mxdit.models import spec_of
 
 Call = Mapping[str, Any]  # as `mxdit.generation.recording.Recorder` keeps it
@@ -55,7 +56,7 @@ class Walk:
         self._given: list[list[Any]] = []  # for each block that was passed, what it gave to each call
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module, Callable[[], Iterator[Call]]]]:
-        """(path, block, run) of each block; iterating over `run()` sends each call through it, and yields the call."""
+        """(path, block, run) of each block; iterating over `run()`, once, sends each call through it, and yields the call."""
         for index, (path, block) in enumerate(self.blocks):
             yield path, block, partial(self._through, index)
 
@@ -66,11 +67,14 @@ class Walk:
 
     def _through(self, index: int) -> Iterator[Call]:
         given: list[Any] = []
-        for number, call in enumerate(self.calls):
-            with torch.no_grad():
-                inputs = {key: value.to(self._device) for key, value in call["inputs"].items()}
-                given.append(_to(self._run(inputs, index, self._before(index, number)), "cpu"))
-            yield call
+        with on(self.blocks[index][1], self._device):
+            for number, call in enumerate(self.calls):
+                with torch.no_grad():
+                    inputs = {key: value.to(self._device) for key, value in call["inputs"].items()}
+                    given.append(_to(self._run(inputs, index, self._before(index, number)), "cpu"))
+                if index and not self._keep:
+                    self._given[index - 1][number] = None  # or what two blocks gave would be held
+                yield call
         if not self._keep:
             self._given = [[] for _ in self._given]
         self._given.append(given)
@@ -95,7 +99,8 @@ class Walk:
             given = _map(_to(self._before(index, number), self._device), _leaf)
             inputs = {key: _leaf(value.to(self._device)) for key, value in call["inputs"].items()}
             leaves = [t for t in (*_tensors(given), *inputs.values()) if t.requires_grad]
-            with torch.enable_grad():
+            held = on(self.blocks[index][1], self._device) if index < last else nullcontext()
+            with held, torch.enable_grad():  # to the end of the pass back, which needs the weights
                 out = _tensors(self._run(inputs, index if index < last else None, given))
                 gradients = [g.to(t.device, t.dtype) for g, t in zip(gradients, out, strict=True)]
                 torch.autograd.backward(out, gradients, inputs=leaves)

@@ -119,6 +119,13 @@ def calibrate(
     frames: Frames = None,
     seed: Annotated[int, typer.Option(help="Of what is chosen by chance.")] = 0,
     device: Device = "cpu",
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Keep weights on the CPU, one block at a time on the device, for models that do not fit there.",
+        ),
+    ] = False,
     dtype: Dtype = "bf16",
     cache: Annotated[
         Path, typer.Option(help="Where clips and calibrated linears are kept: an interrupted run goes on from there.")
@@ -193,6 +200,7 @@ def calibrate(
         budget=budget,
         dtype=dtype_of(dtype),
         device=device_of(device),
+        offload=offload,
         seed=seed,
     )
     tell_slow(settings.dtype, settings.device)

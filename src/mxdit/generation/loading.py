@@ -15,6 +15,7 @@ from mxdit.config import MXConfig
 from mxdit.config.components import configs_of
 from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.generation.directory import ModelDirectory
+from mxdit.generation.offload import offload
 from mxdit.numerics.formats import FORMATS
 from mxdit.quantize.report import QuantReport
 
@@ -97,6 +98,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     variant: str | None = None,
+    offloaded: bool = False,
 ) -> DiffusionPipeline:
     """The pipeline for `task`, on `device`, in `dtype` but for the components that its spec wants in FP32.
 
@@ -104,6 +106,7 @@ def load(
         configs: from `quantization`.
         variant: diffusers' own word for one set of weight files, such as "fp16"; None takes the plain files, or the one
             variant that there is.
+        offloaded: leave the weights on the CPU, to be on `device` for as long as they are used.
 
     Raises:
         InputError: there is no such variant, or more than one to choose from.
@@ -138,7 +141,10 @@ def load(
             got=" ".join(str(error).split()).rstrip("."),
             hint="A file is missing or damaged: download or convert the model again.",
         ) from error
-    return pipeline.to(device)
+    if not offloaded:
+        return pipeline.to(device)
+    offload(pipeline, device)
+    return pipeline
 
 
 @contextmanager

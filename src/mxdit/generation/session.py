@@ -79,6 +79,7 @@ class Session:
         dtype: of everything that is not quantized.
         device: name of a torch device.
         variant: of the weight files.
+        offload: whether weights are on the device for no longer than they are used.
         lock: held while a run lasts. Hold it to use the pipeline yourself, such as with hooks in its modules; the thread that
             holds it can run requests meanwhile.
     """
@@ -91,9 +92,10 @@ class Session:
         dtype: torch.dtype,
         device: str,
         variant: str | None = None,
+        offload: bool = False,
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
-        self.variant = variant
+        self.variant, self.offload = variant, offload
         self.lock = threading.RLock()
         self._running = False
         self._pipeline: DiffusionPipeline | None = None
@@ -110,6 +112,7 @@ class Session:
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
         variant: str | None = None,
+        offload: bool = False,
     ) -> Session:
         """Read what a model is, and decide how it is loaded; the weights are read by `load`, or by the first run.
 
@@ -123,6 +126,8 @@ class Session:
                 as it is.
             dtype: of everything that is not quantized.
             device: name of a torch device.
+            offload: keep weights on the CPU, and each on the device for as long as it is used, of a transformer a block at a
+                time. Slower; no number changes.
             variant: of the weight files, as diffusers calls it ("fp16"); None takes the plain ones, or the one that there is.
 
         Raises:
@@ -133,7 +138,8 @@ class Session:
         model = open_model(bundled(task or "t2v") if path is None else Path(path))
         task = model.tasks[0] if task is None else task
         model.check_task(task)
-        return cls(model, task, loading.quantization(model, method, keys or {}, components), dtype, device, variant)
+        configs = loading.quantization(model, method, keys or {}, components)
+        return cls(model, task, configs, dtype, device, variant, offload)
 
     def request(self, **fields: Any) -> Request:
         """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which, and
@@ -172,7 +178,12 @@ class Session:
         """The pipeline, loaded at the first call. Raises CheckpointError and ConfigError for what does not fit the model."""
         with self.lock:
             if self._pipeline is None:
-                options: Any = {"dtype": self.dtype, "device": self.device, "variant": self.variant}
+                options: Any = {
+                    "dtype": self.dtype,
+                    "device": self.device,
+                    "variant": self.variant,
+                    "offloaded": self.offload,
+                }
                 self._pipeline = loading.load(self.model, self.task, self.configs, **options)
             return self._pipeline
 
