@@ -14,7 +14,7 @@ import tiny
 from mxdit import MXConfig
 from mxdit.errors import ConfigError, InputError
 from mxdit.evals import modes, probe
-from mxdit.evals.cache import Cache, digest_of_experts, digest_of_files, stats_of
+from mxdit.evals.cache import Cache, digest_of_experts, digest_of_files, place_of, stats_of
 from mxdit.evals.probe import velocity_errors
 from mxdit.generation.recording import repeat
 
@@ -154,3 +154,10 @@ def test_modes_are_named():
     ):
         with pytest.raises(ConfigError):
             modes.choose(None, [f"x={keys}"])
+
+
+def test_results_of_other_numbers_of_threads_are_not_mixed_on_a_cpu():
+    where = {"device": "cpu", "device_name": "x", "backend": "cpu", "about": "avx2", "threads": 1}
+    assert place_of(where) == place_of(dict(where)) != place_of({**where, "threads": 2})
+    where["device"] = "cuda:0"
+    assert place_of(where) == place_of({**where, "threads": 2}) != place_of({**where, "device": "cuda:1"})

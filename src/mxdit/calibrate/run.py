@@ -27,7 +27,7 @@ from mxdit.checkpoint.files import StoredTensor, read_header
 from mxdit.config import SCALE_RULES, MXConfig
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
-from mxdit.evals.cache import Cache, digest_of_code, stats_of
+from mxdit.evals.cache import Cache, digest_of_code, place_of, stats_of
 from mxdit.evals.metrics.video_metrics import psnr_db
 from mxdit.evals.run import Progress
 from mxdit.evals.velocities import Errors
@@ -97,11 +97,10 @@ class Calibration:
             offload=settings.offload,
         )
         self._seconds: dict[str, float] = {}
-        where = environment(settings.device)
         self._key = {
             "mxdit": digest_of_code(),
             "versions": {name: installed(name) for name in HOSTS},
-            "device": [settings.device, where["device_name"], where["backend"], where["about"]],
+            "device": place_of(environment(settings.device)),
             "model": stats_of([settings.model.path]),
             "dtype": str(settings.dtype),
         }

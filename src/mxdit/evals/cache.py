@@ -101,6 +101,17 @@ def digest_of_code() -> str:
     return found.hexdigest()[:16]
 
 
+def place_of(where: Mapping[str, Any]) -> list[Any]:
+    """What the bits of a run depend on beside versions: the device, who answers there, and on a CPU how many threads there are,
+    because torch adds up in other orders with more of them.
+
+    Args:
+        where: from `mxdit.backends.environment.environment`.
+    """
+    threads = where["threads"] if torch.device(where["device"]).type == "cpu" else None
+    return [where["device"], where["device_name"], where["backend"], where["about"], threads]
+
+
 def digest_of_experts(experts: Mapping[str, nn.Module]) -> str:
     """Hash of the configs, the weights and what each quantized linear computes: equal for a model quantized now or loaded so."""
     found = hashlib.sha256()

@@ -22,7 +22,7 @@ import torch
 from mxdit.backends.environment import environment
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.evals import results
-from mxdit.evals.cache import Cache, digest_of, digest_of_code, digest_of_experts, digest_of_files, stats_of
+from mxdit.evals.cache import Cache, digest_of, digest_of_code, digest_of_experts, digest_of_files, place_of, stats_of
 from mxdit.evals.metrics.networks import ADAPTERS, measure
 from mxdit.evals.metrics.video_metrics import video_metrics
 from mxdit.evals.modes import BF16, Mode
@@ -142,12 +142,7 @@ class Run:
         return digest_of(
             {
                 "versions": {"mxdit": digest_of_code(), **{name: installed(name) for name in HOSTS}},
-                "device": [
-                    self.settings.device,
-                    self._where["device_name"],
-                    self._where["backend"],
-                    self._where["about"],
-                ],
+                "device": place_of(self._where),
                 "dtype": str(self.settings.dtype),
                 "pipeline": [type(pipeline).__name__, config],
                 "parts": self._digests[directory],
