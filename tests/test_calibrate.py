@@ -175,7 +175,7 @@ def test_presets_share_what_was_calibrated(calibrated, model, tmp_path, calibrat
     assert report["kept"] == {expert: [] for expert in EXPERTS} and report["activation_steps"] == {}
 
 
-@pytest.mark.parametrize("method", ("mxfp4", "mxfp8"))
+@pytest.mark.parametrize("method", ("mxfp4_dualscale", "mxfp8"))
 def test_other_methods(model, tmp_path, calibrate, method, monkeypatch, capsys):
     arguments = [
         model,
@@ -192,7 +192,7 @@ def test_other_methods(model, tmp_path, calibrate, method, monkeypatch, capsys):
     config = json.loads((tmp_path / "made" / EXPERTS[0] / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == method
     smoothed = [name for name in tensors(tmp_path / "made") if name.endswith("mul_scale")]
-    assert bool(smoothed) == (method == "mxfp4")
+    assert bool(smoothed) == (method == "mxfp4_dualscale")
     # To another layout and back, without loss.
     for layout, source, destination in (("vllm-omni", "made", "there"), ("packed", "there", "back")):
         arguments = ["convert", tmp_path / source, tmp_path / destination, "--to", layout]

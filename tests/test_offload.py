@@ -114,7 +114,11 @@ def test_a_clip_is_the_same_and_one_block_is_there_at_a_time(task, tmp_path):
     for transformer in models.values():
         assert {t.device.type for name, t in tensors(transformer).items() if not name.startswith("blocks.")} == {"npu"}
     with pytest.raises(ValueError, match="in a hook"):
-        hook = blocks[0].get_submodule("ffn").register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("in a hook")))
+        hook = (
+            blocks[0]
+            .get_submodule("ffn")
+            .register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("in a hook")))
+        )
         parts.run(request)
     hook.remove()
     assert all(devices(block) == {"cpu"} for block in blocks)

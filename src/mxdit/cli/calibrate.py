@@ -43,7 +43,7 @@ SEEDS = 2**32  # what is chosen by chance has seeds made of this one, which must
 def calibrate(
     source: Model,
     destination: Annotated[Path, typer.Argument(help="Directory to make.", metavar="DST")],
-    method: Annotated[str, typer.Option(help=f"{METHODS}.", metavar="METHOD")] = "mxfp4_dualscale",
+    method: Annotated[str, typer.Option(help=f"{METHODS}.", metavar="METHOD")] = "mxfp4",
     preset: Annotated[
         str,
         typer.Option(
