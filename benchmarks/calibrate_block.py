@@ -40,6 +40,7 @@ from mxdit.calibrate import linears, scales, smooth
 from mxdit.calibrate.gptq import gptq
 from mxdit.calibrate.linears import CHUNK, SEARCHED, Calibrated, Recipe, calibrate
 from mxdit.calibrate.observe import HELD_ROWS, ROWS_PER_CHANNEL, SEARCH_ROWS, STATES
+from mxdit.calibrate.results import LEAST
 from mxdit.generation.memory import counters, status
 from mxdit.numerics.formats import FORMATS, block_format
 
@@ -407,7 +408,7 @@ def clips(wan: Wan, clip: str) -> str:
     forward = wan.blocks * (linear + 4 * m * (m + TEXT_TOKENS) * wan.dim)
     minutes = forward * FORWARDS / (EFFICIENCY * H200["BF16"]) / 60
     kept = m * wan.dim * 2
-    calls = max(64, STATES // kept)
+    calls = max(LEAST, STATES // kept)
     return (
         f"{clip}: {forward / 1e15:.2f} PFLOP a forward, {minutes:.1f} minutes a clip of {FORWARDS} on one H200, by arithmetic; "
         f"a block gives {kept / MIB:.0f} MiB to a call, {calls * kept / GIB:.1f} GiB to the {calls} that are learned from."

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mxdit
 import tiny
+from mxdit.calibrate import sensitivity
+from mxdit.calibrate.observe import bytes_of_state
 from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.walk import Walk, _Given
 from tiny_families import TINY, families, tiny_of, wan_inputs
@@ -256,3 +258,22 @@ def test_a_sum_grows_call_by_call_and_an_exact_layer_adds_nothing():
     assert len(seen) == CALLS and seen[-1]["same"] == 0 and 0 < seen[0]["mxfp4"] < seen[1]["mxfp4"]
     assert dict(model.named_modules()) == before
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_calls_that_do_not_fit_in_memory_together_come_to_the_same(monkeypatch):
+    model, calls, layers = small_wan()
+    calls, held = [*calls, calls[0]], list[int]()
+    *_, whole = sensitivities(model, calls, layers, seed=3)
+    one = len(Walk(model, []).blocks) * bytes_of_state(model, calls[0])
+    back = Walk.back
+
+    def look(walk: Walk, *args: Any) -> Any:
+        held.append(walk.nbytes // one)
+        return back(walk, *args)
+
+    monkeypatch.setattr(Walk, "back", look)
+    for states, most in ((0, 1), (2 * one + 1, 2)):
+        held.clear()
+        monkeypatch.setattr(sensitivity, "STATES", states)
+        *_, parts = sensitivities(model, calls, layers, seed=3)
+        assert parts == whole and max(held) == most

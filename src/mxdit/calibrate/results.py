@@ -20,6 +20,7 @@ from mxdit.checkpoint.files import read_header
 from mxdit.evals.cache import Cache
 from mxdit.evals.run import Progress
 
+LEAST = 8  # calls to learn from, and to judge by, however large what a block gives to them is
 PARTS, TRIALS = "parts.safetensors", "trials.json"
 
 
@@ -62,8 +63,11 @@ def calibrated_groups(
     if missing:
         clips = [[calls_in(clip) for clip in clips] for clips in (learned, judged)]
         first = next(call for call in clips[0][0] if call["expert"] == expert)
-        most = max(64, STATES // bytes_of_state(model, first))
-        fit, held = (choose_calls(of, expert, most, settings.seed) for of in clips)
+        most = STATES // bytes_of_state(model, first)
+        fit, held = (
+            choose_calls(of, expert, max(LEAST, most // share), settings.seed)
+            for of, share in zip(clips, (1, 4), strict=True)
+        )
         what = f"{expert}: {{}}"
         done = len(found)
         last = missing[-1]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxdit.calibrate.observe import STATES, bytes_of_state
 from mxdit.calibrate.walk import Call, Walk
 from mxdit.generation.offload import on
 from mxdit.layers import MXLinear
@@ -42,14 +43,12 @@ def sensitivities(
 
     Yields {path: {name: share}} after each call, the weighted sum so far over the sum of all weights.
     """
-    walk = Walk(model, calls, keep=True)
-    for _, _, run in walk:
-        for _ in run():
-            pass
     weights = [1.0] * len(calls) if weights is None else weights
     total = {path: dict.fromkeys(ways, 0.0) for path, ways in layers.items()}
     generator = torch.Generator().manual_seed(seed)
-    scale = 0.0
+    scale, walk = 0.0, Walk(model, [])
+    # What all blocks give to a call is held at once: of a clip of A14B 13 GB and more.
+    at_once = max(1, STATES // (len(walk.blocks) * bytes_of_state(model, calls[0])))
 
     def hook(path: str) -> Any:
         def called(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -70,11 +69,16 @@ def sensitivities(
         for path in layers:
             hooks.callback(model.get_submodule(path).register_forward_hook(hook(path)).remove)
         for number, call in enumerate(calls):
+            if number % at_once == 0:
+                walk = Walk(model, calls[number : number + at_once], keep=True)
+                for _, _, run in walk:
+                    for _ in run():
+                        pass
             velocity: Tensor = call["velocity"]
             scale = weights[number] / (sum(weights) * probes * float(velocity.double().square().sum()))
             before(call)
             for _ in range(probes):
                 signs = torch.randint(0, 2, velocity.shape, generator=generator) * 2 - 1
-                for _ in walk.back(number, signs.to(velocity.dtype)):
+                for _ in walk.back(number % at_once, signs.to(velocity.dtype)):
                     pass
             yield total
