@@ -27,7 +27,7 @@ def clip(*, guided: bool = True, size: int = 4000, expert: str = "transformer") 
 
 
 def errors(calls: list[dict], given: list[torch.Tensor], guidance: float = GUIDANCE) -> Errors:
-    return errors_of([(calls, given)], {"transformer": guidance})
+    return errors_of([(calls, given)], {"transformer": guidance}, {"transformer"})
 
 
 def vectors(calls: list[dict]) -> np.ndarray:
@@ -109,7 +109,8 @@ def test_clips_are_averaged_and_other_experts_calls_are_left_out():
             call["expert"] = "transformer" if call["step"] < 2 else "transformer_2"
     mine = [[call for call in calls if call["expert"] == "transformer"] for calls in (first, second)]
     given = [[(1 + s) * call["velocity"].double() for call in calls] for s, calls in zip((0.1, 0.3), mine, strict=True)]
-    found = errors_of(zip((first, second), given, strict=True), {"transformer": GUIDANCE})
+    guidance = {"transformer": GUIDANCE, "transformer_2": 1.0}
+    found = errors_of(zip((first, second), given, strict=True), guidance, {"transformer"})
     assert found.plain == pytest.approx((0.1**2 + 0.3**2) / 2) and found.accumulated == pytest.approx(found.plain)
     assert list(found.steps) == [0, 1] and 0.1 < found.slope < 0.3
     json.dumps(found.to_dict())
@@ -118,7 +119,7 @@ def test_clips_are_averaged_and_other_experts_calls_are_left_out():
 def test_no_call_of_an_expert_is_an_error():
     calls = clip()
     with pytest.raises(InputError, match="no call is this expert's"):
-        errors_of([(calls, [])], {"transformer_2": GUIDANCE})
+        errors_of([(calls, [])], {"transformer": GUIDANCE}, {"transformer_2"})
 
 
 def test_steps_go_as_far_as_the_schedule_and_end_at_nothing():
@@ -135,13 +136,22 @@ def test_each_expert_has_its_own_guidance_and_both_add_up_in_one_clip():
         call["expert"] = "transformer" if call["step"] < 2 else "transformer_2"
     noise = 0.1 * torch.randn(8, 1, 4000).double()
     given = [call["velocity"].double() + e for call, e in zip(calls, noise.split(1), strict=True)]
-    found = errors_of([(calls, given)], {"transformer": 2.0, "transformer_2": 5.0})
+    guidance = {"transformer": 2.0, "transformer_2": 5.0}
+    found = errors_of([(calls, given)], guidance, guidance)
     v, e = vectors(calls), noise.numpy().reshape(4, 2, -1)
     scale = np.array([2.0, 2.0, 5.0, 5.0])[:, None]
     mixed, strayed = ((1 - scale) * x[:, 1] + scale * x[:, 0] for x in (v, e))
     lengths = np.array(LENGTHS)[:, None]
     assert found.guided == pytest.approx((power(strayed) / power(mixed)).mean())
     assert found.accumulated == pytest.approx(power((lengths * strayed).sum(0)) / power((lengths * mixed).sum(0)))
+    assert found.steps == pytest.approx(dict(enumerate(power(lengths * strayed) / power((lengths * mixed).sum(0)))))
+    # Of one expert: its own way for what adds up, the whole clip's for its steps.
+    alone = errors_of([(calls, given[4:])], guidance, {"transformer_2"})
+    assert alone.steps == pytest.approx({step: found.steps[step] for step in (2, 3)})
+    late = slice(2, None)
+    assert alone.accumulated == pytest.approx(
+        power((lengths * strayed)[late].sum(0)) / power((lengths * mixed)[late].sum(0))
+    )
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,11 @@ class HeldOut:
                         if call["expert"] == name:
                             at(call)
                             velocities[-1].append(repeat(model, call))
-            guidance = guidance_of(self._settings.held[0], self._experts.models)
-            found[name] = errors_of(zip(self.clips, velocities, strict=True), {name: guidance[name]})
+            found[name] = errors_of(
+                zip(self.clips, velocities, strict=True),
+                guidance_of(self._settings.held[0], self._experts.models),
+                {name},
+            )
         return found
 
     @contextmanager

@@ -53,7 +53,7 @@ def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]], guidance:
         for call in calls:
             velocities.append(repeat(experts[call["expert"]], call).cpu())
             steps.setdefault(call["step"], []).append(compare(velocities[-1], call["velocity"]))
-    errors = errors_of([(calls, velocities)], guidance)
+    errors = errors_of([(calls, velocities)], guidance, guidance)
     return {
         "steps": [
             {

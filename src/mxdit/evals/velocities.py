@@ -6,7 +6,7 @@ while clips get worse. Hence the sums, and how much of an error lies along the v
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ class Errors:
     Attributes:
         plain: ||v_q - v||^2 / ||v||^2 of single calls.
         guided: the same of v_u + g (v_c - v_u), which the sampler follows.
-        accumulated: the same of the sum over the steps of dt times the guided velocity: what survives adding up.
+        accumulated: the same of the sum over these steps of dt times the guided velocity: what survives adding up.
         slope: least-squares factor of the conditional error on v_c. Below zero, velocities shrink at every step alike.
         slope_guidance: the same of the error of v_c - v_u on it.
-        steps: step -> guided error times dt^2, over the power of the clip's whole way: its part in the end.
+        steps: step -> guided error times dt^2, over the power of the whole clip's way, all experts' steps together: its part in
+            the end, as it can be compared and added across experts.
     """
 
     plain: float
@@ -43,14 +44,16 @@ class Errors:
 
 
 def errors_of(
-    clips: Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[Tensor]]], guidance: Mapping[str, float]
+    clips: Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[Tensor]]],
+    guidance: Mapping[str, float],
+    experts: Container[str],
 ) -> Errors:
     """Errors over clips.
 
     Args:
-        clips: for each, its calls of all experts, in order, and the velocities that the model at hand gave to those of the
-            experts in `guidance`.
-        guidance: expert -> scale with which the calls were made. Calls of other experts do not count.
+        clips: for each, its calls of all experts, in order, and the velocities that the model at hand gave to those of `experts`.
+        guidance: expert -> scale with which the calls were made, for all.
+        experts: whose errors are asked for.
 
     Raises InputError where no call does.
     """
@@ -60,15 +63,18 @@ def errors_of(
     for calls, velocities in clips:
         given = iter(velocities)
         intervals = step_lengths(calls)
-        pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        recorded, pairs = dict[int, list[Tensor]](), dict[int, list[tuple[Tensor, Tensor]]]()
         for call in calls:
-            if call["expert"] in guidance:
-                pairs.setdefault(call["step"], []).append((call["velocity"].double(), next(given).double().cpu()))
+            recorded.setdefault(call["step"], []).append(call["velocity"].double())
+            if call["expert"] in experts:
+                pairs.setdefault(call["step"], []).append((recorded[call["step"]][-1], next(given).double().cpu()))
         if not pairs:
             continue
-        way, strayed = torch.zeros(()), torch.zeros(())
+        way, strayed, whole = torch.zeros(()), torch.zeros(()), torch.zeros(())
         parts = dict[int, float]()
-        scales = {call["step"]: guidance[call["expert"]] for call in calls if call["expert"] in guidance}
+        scales = {call["step"]: guidance[call["expert"]] for call in calls}
+        for step, branches in recorded.items():
+            whole = whole + intervals[step] * _guided(branches, scales[step])
         for step, both in pairs.items():
             exact, ours = (_guided(of, scales[step]) for of in zip(*both, strict=True))
             sums["plain"] += [_share(v, q) for v, q in both]
@@ -78,12 +84,11 @@ def errors_of(
             _add(along, *both[0])
             if len(both) > 1:
                 _add(across, both[0][0] - both[1][0], both[0][1] - both[1][1])
-        power = float(way.square().sum())
-        sums["accumulated"].append(float(strayed.square().sum()) / power)
+        sums["accumulated"].append(float(strayed.square().sum() / way.square().sum()))
         for step, part in parts.items():
-            steps.setdefault(step, []).append(part / power)
+            steps.setdefault(step, []).append(part / float(whole.square().sum()))
     if not steps:
-        raise InputError("no call is this expert's", where=", ".join(guidance), hint="Record more captions or steps.")
+        raise InputError("no call is this expert's", where=str(experts), hint="Record more captions or steps.")
     means = {name: sum(values) / len(values) for name, values in sums.items()}
     return Errors(
         **means,
