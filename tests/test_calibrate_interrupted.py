@@ -3,6 +3,7 @@ then comes to. Each run here has a cache of its own, or a copy, so equal bytes a
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -72,6 +73,8 @@ def test_killed_among_the_linears(model, whole, tmp_path):
     after = calibrated(tmp_path)
     assert before.items() <= after.items() and after.keys() == calibrated(whole).keys() and len(after) == GROUPS
     assert contents(tmp_path / "made") == contents(whole / "made")
+    config = json.loads((whole / "made" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "mxfp4"  # unless told otherwise
 
 
 def killed_while_writing(arguments: list[str]) -> None:
