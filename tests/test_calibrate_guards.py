@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mxdit.calibrate.guards import SHRINKING, clip_guard, expert_guards, linear_guard
+from mxdit.calibrate.guards import SHRINKING, budget_guard, clip_guard, expert_guards, linear_guard
 from mxdit.calibrate.linears import Calibrated, Trial
 from mxdit.evals.velocities import Errors
 
@@ -56,3 +56,17 @@ def test_clips_must_gain_on_the_mean():
     assert not clip_guard([20.0, 30.0], [20.0, 30.0]).passed and not clip_guard([20.0, 30.0], [21.0, 28.9]).passed
     many = clip_guard([20.0] * 8, [20.0 + i for i in range(8)])
     assert many.passed and many.what == "8 clips, PSNR" and many.calibrated.startswith("23.50 dB, +3.50 (+")
+
+
+def test_what_a_budget_leaves_is_added_up_over_experts_and_must_be_less():
+    def of(*steps: float) -> Errors:
+        return Errors(0, 0, 0, 0, 0, dict(enumerate(steps)))
+
+    before = {"transformer": of(0.1, 0.3), "transformer_2": of(0.6)}
+    (guard,) = budget_guard(
+        0.25, {"without the budget": before, "calibrated": {"transformer": of(0.1, 0.2), "transformer_2": of(0.0)}}
+    )
+    assert guard.passed and guard.calibrated == "30.0%, predicted 25.0%"
+    (guard,) = budget_guard(0.25, {"without the budget": before, "calibrated": before})
+    assert not guard.passed
+    assert budget_guard(1.0, {"calibrated": before}) == []

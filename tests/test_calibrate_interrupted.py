@@ -58,10 +58,12 @@ def test_killed_among_the_linears(model, whole, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "mxdit.cli", *arguments(model, tmp_path)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONHASHSEED": "2"})
-        while len(calibrated(tmp_path)) < KILLED:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.005)
+        end = time.monotonic() + 5 * processes.TIMEOUT
+        while len(calibrated(tmp_path)) < KILLED and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)  # the groups appear as files, of which nothing tells another process
+        running = process.poll() is None
         process.kill()
+        assert running and len(calibrated(tmp_path)) >= KILLED, (tmp_path / "log").read_text()
         assert process.wait() == -signal.SIGKILL
     before = calibrated(tmp_path)
     assert KILLED <= len(before) < GROUPS and not (tmp_path / "made").exists()

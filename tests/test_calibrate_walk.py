@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mxdit
 import tiny
-from mxdit.calibrate import sensitivity
+from mxdit.calibrate import results, sensitivity
+from mxdit.calibrate.experts import Group
+from mxdit.calibrate.linears import Recipe
 from mxdit.calibrate.observe import bytes_of_state
 from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.walk import Walk, _Given
+from mxdit.evals.cache import Cache
 from tiny_families import TINY, families, tiny_of, wan_inputs
 
 CALLS = 2
@@ -277,3 +281,24 @@ def test_calls_that_do_not_fit_in_memory_together_come_to_the_same(monkeypatch):
         monkeypatch.setattr(sensitivity, "STATES", states)
         *_, parts = sensitivities(model, calls, layers, seed=3)
         assert parts == whole and max(held) == most
+
+
+@pytest.mark.parametrize(("room", "fit", "held"), [(0, 8, 8), (40, 40, 10), (1000, 60, 60)])
+def test_as_many_calls_as_memory_holds_are_walked(monkeypatch, tmp_path, room, fit, held):
+    walked = []
+
+    def stop(model: nn.Module, groups: Any, *calls: Any) -> None:
+        walked.extend(map(len, calls[:2]))
+        raise StopIteration
+
+    monkeypatch.setattr(results, "STATES", 100 * room)
+    monkeypatch.setattr(results, "bytes_of_state", lambda *_: 100)
+    monkeypatch.setattr(results, "calls_in", lambda _: [{"expert": "transformer"}] * 60)
+    monkeypatch.setattr(results, "inputs_of", stop)
+    settings = SimpleNamespace(recipe=Recipe("mxfp4", "mxfp4"), seed=0)
+    groups, clips = [Group("transformer", ("blocks.0.attn1.to_q",), 1, 1)], [tmp_path]
+    with pytest.raises(StopIteration):
+        results.calibrated_groups(
+            tiny.transformer(), groups, clips, clips, settings, Cache(tmp_path / "cache"), {}, lambda *_: None
+        )
+    assert walked == [fit, held]

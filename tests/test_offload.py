@@ -163,7 +163,7 @@ def test_a_walk_there_and_back_is_the_same(monkeypatch):
     *_, found = sensitivities(model, calls, layers)
     assert found == expected and all(ways["quantized"] > 0 for ways in found.values())
     assert {tensor.device.type for tensor in tensors(model.blocks).values()} == {"meta"}
-    with pytest.raises((RuntimeError, NotImplementedError)):  # so it was not by chance
+    with pytest.raises(RuntimeError, match="meta"):  # nothing brings the values there by itself
         model(**inputs)
 
 
