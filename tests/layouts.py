@@ -37,7 +37,7 @@ def experts(root: Path) -> dict[str, Path]:
     for name in ("dual", "smooth"):
         change(root / name, smooth)
     for name in configs:
-        for to in ("vllm-omni", "sglang"):
+        for to in ("vllm-omni", "sglang", "modelslim"):
             convert_checkpoint(root / name, root / f"{name} {to}", to).write()
     return {path.name: path for path in root.iterdir()}
 

@@ -16,6 +16,7 @@ import layouts
 import mxdit
 import original
 import tiny
+import tiny_families
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import CheckpointError, InputError
@@ -147,7 +148,49 @@ def test_packed_to_sglang_and_back(wan, tmp_path, method):
     assert len(reasons) == 1 and (None in reasons) == (method in ("mxfp4", "mxfp8"))
 
 
-SMOOTH = [("vllm-omni", name) for name in ("kept", "mxfp4", *ONLY_VLLM)] + [("sglang", "kept"), ("sglang", "mxfp4")]
+@pytest.mark.parametrize("method", [*CONFIGS, "w4a8", "w4a8 in places"])
+def test_packed_to_modelslim_and_back(wan, tmp_path, method):
+    config = (CONFIGS | ONLY_VLLM)[method]
+    packed = quantize(wan, tmp_path / "packed", {"mxfp4_scale_alg": 0, **config} if "w4a8" in method else config)
+    exported = convert(packed, tmp_path / "exported", "modelslim")
+    assert {path.name for path in exported.iterdir()} == set(original.EXPERTS)
+    assert contents(convert(exported, tmp_path / "back", "packed")) == contents(packed)
+    for folder in original.EXPERTS:
+        assert all(component.layout == "modelslim" for component in inspect_checkpoint(exported / folder).components)
+
+
+def test_modelslim_holds_the_experts_and_the_base_gives_the_rest(pipeline, tmp_path):
+    packed = quantize(pipeline, tmp_path / "packed", CONFIGS["mxfp8"], shard_size=200_000)
+    exported = convert(packed, tmp_path / "exported", "modelslim", shard_size=200_000)
+    assert {path.parent.name for path in exported.rglob("*") if path.is_file()} == set(original.EXPERTS)
+    stem = "quant_model_weight_w8a8_mxfp8"
+    for folder in original.EXPERTS:
+        names = {path.name for path in (exported / folder).iterdir()} - {f"{stem}.safetensors.index.json"}
+        shards = {name for name in names if name.startswith(f"{stem}-0000")}
+        assert len(shards) > 1 and names - shards == {"config.json", "quant_model_description_w8a8_mxfp8.json"}
+    back = convert(exported, tmp_path / "back", "packed", base=pipeline, shard_size=200_000)
+    assert contents(back) == contents(packed)
+
+
+def test_one_expert_lies_at_the_root_of_modelslims_directory(wan, tmp_path):
+    packed = quantize(wan, tmp_path / "packed", CONFIGS["dual"]) / "transformer_2"
+    exported = convert(packed, tmp_path / "exported", "modelslim")
+    assert {path.suffix for path in exported.iterdir()} == {".json", ".safetensors"}
+    assert contents(convert(exported, tmp_path / "back", "packed")) == contents(packed)
+
+
+def test_a_family_whose_release_mxdit_does_not_know_has_no_modelslim_layout(tmp_path):
+    tiny_families.flux().bfloat16().save_pretrained(tmp_path / "float")
+    packed = quantize(tmp_path / "float", tmp_path / "packed", CONFIGS["mxfp8"])
+    with pytest.raises(InputError, match=r"does not know the names that Flux.* has in its own release"):
+        convert(packed, tmp_path / "exported", "modelslim")
+    assert not (tmp_path / "exported").exists()
+
+
+SMOOTH = [
+    *(("vllm-omni", name) for name in ("kept", "mxfp4", *ONLY_VLLM)),
+    *((to, name) for to in ("sglang", "modelslim") for name in ("kept", "mxfp4")),
+]
 
 
 @pytest.mark.parametrize(("to", "config"), SMOOTH)
@@ -208,12 +251,13 @@ def test_a_pipeline_takes_everything_else_along(pipeline, tmp_path, to):
     }
 
 
-@pytest.mark.parametrize("to", ["vllm-omni", "sglang"])
+@pytest.mark.parametrize("to", ["vllm-omni", "sglang", "modelslim"])
 def test_an_expert_that_was_left_float_stays_so(wan, tmp_path, to):
     packed = quantize(wan, tmp_path / "packed", CONFIGS["mxfp4"], {"transformer_2": None})
     exported = convert(packed, tmp_path / "exported", to)
     assert contents(convert(exported, tmp_path / "back", "packed")) == contents(packed)
-    assert "quantization_config" not in json.loads((exported / "transformer_2" / "config.json").read_text())
+    folder = "low_noise_model" if to == "modelslim" else "transformer_2"
+    assert "quantization_config" not in json.loads((exported / folder / "config.json").read_text())
 
 
 def test_patterns_become_the_layers_they_name(wan, tmp_path):
@@ -284,6 +328,14 @@ def test_vllm_omni_refuses_steps_over_dual_scale_weights(wan, tmp_path):
         (
             {"quant_method": "mxfp4", "mxfp4_scale_alg": 0, "activation_steps": {"mxfp8": [0]}},
             "sglang",
+            "activation_steps 0=mxfp8",
+        ),
+        ({"quant_method": "mxfp4", "mxfp4_scale_alg": 0, "activation": "bf16"}, "modelslim", "activation 'bf16'"),
+        ({"quant_method": "mxfp4_dualscale", "activation": "mxfp8"}, "modelslim", "activation 'mxfp8'"),
+        ({"quant_method": "mxfp4", "mxfp4_scale_alg": 2}, "modelslim", "mxfp4_scale_alg 2"),
+        (
+            {"quant_method": "mxfp4_dualscale", "activation_steps": {"mxfp8": [0]}},
+            "modelslim",
             "activation_steps 0=mxfp8",
         ),
     ],

@@ -130,7 +130,6 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a description that is no JSON": ("mxfp4 sglang", lambda f: (f / DESCRIPTION).write_text("{"), f"{DESCRIPTION}: the file cannot be read"),
     "a type unknown": ("mxfp4 sglang", lambda f: change_json(f / DESCRIPTION, describe("W4A16", f"{UP}.weight")), f"{UP}.weight: mxdit does not read layers of this type; got 'W4A16'"),
     "a type that is none": ("mxfp4 sglang", lambda f: change_json(f / DESCRIPTION, lambda d: d.update({f"{UP}.weight": []})), "got []"),
-    "two kinds of activations": ("mxfp4 sglang", lambda f: change_json(f / DESCRIPTION, describe("W4A8_MXFP", f"{UP}.weight")), "layers differ in the precision of their activations"),
     "a truncated file": ("dual", lambda f: [p.write_bytes(p.read_bytes()[:-1]) for p in f.glob("*.safetensors")], "the file is truncated"),
 }  # fmt: skip
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 import layouts
 import original
@@ -30,29 +29,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     """Layout -> folders of components that are in it."""
     root = tmp_path_factory.mktemp("layouts")
     made = layouts.experts(root)
-    slim = shutil.copytree(made["mxfp4 sglang"], root / "slim")
-    tensors = original.names(tiny.BLOCKS)
-    modules = {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in tensors.items()}
-
-    def named(name: str) -> str:
-        path, _, leaf = name.rpartition(".")
-        return tensors[name] if name in tensors else f"{modules.get(path, path)}.{leaf}"
-
-    (file,) = slim.glob("*.safetensors")
-    save_file(
-        {named(name): tensor for name, tensor in load_file(file).items()}, slim / "quant_model_weight_a.safetensors"
-    )
-    file.unlink()
-    (slim / "config.json").unlink()
-    layouts.change_json(
-        slim / "quant_model_description.json",
-        lambda d: [d.update({named(name): d.pop(name)}) for name in list(d) if name != "model_quant_type"],
-    )
     return {
         "packed": [made[name] for name in ("dual", "mxfp4", "mxfp8")],
         "vllm-omni": [made[f"{name} vllm-omni"] for name in ("dual", "mxfp4", "mxfp8")],
         "sglang": [made[f"{name} sglang"] for name in ("dual", "mxfp4", "mxfp8")],
-        "modelslim": [slim],
+        "modelslim": [made[f"{name} modelslim"] for name in ("dual", "mxfp4", "mxfp8")],
         "original": [made["original"]],
         "diffusers": [made["float"]],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -266,3 +267,60 @@ def test_straight_there_or_by_way_of_packed(base, quantized, tmp_path, name, to)
         for found in inspect_checkpoint(tmp_path / "straight").components
     }
     assert (reasons == {None}) == (to == "vllm-omni" or not name.startswith("dual"))
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_what_we_write_in_its_layout_is_what_it_wrote(base, quantized, tmp_path, name):
+    convert_checkpoint(quantized / name, tmp_path / "packed", "packed", base=base).write()
+    convert_checkpoint(tmp_path / "packed", tmp_path / "slim", "modelslim").write()
+    for folder in original.EXPERTS:
+        ours, theirs = (stored(directory / folder) for directory in (tmp_path / "slim", quantized / name))
+        assert ours[0].keys() == theirs[0].keys()
+        for tensor, value in theirs[0].items():
+            if tensor.endswith(".mul_scale"):  # BF16, which our FP32 ones hold exactly
+                value = value.float()
+            assert ours[0][tensor].dtype == value.dtype and torch.equal(as_bytes(ours[0][tensor]), as_bytes(value)), (
+                tensor
+            )
+        types = [{key: kind for key, kind in said.items() if key in theirs[0]} for said in (ours[1], theirs[1])]
+        for said in types:  # its two savers differ in what they call the bias of a quantized layer
+            said.update({key: "FLOAT" for key in said if key.endswith(".bias")})
+        assert types[0] == types[1]
+        assert ours[1]["model_quant_type"] == theirs[1]["model_quant_type"]
+
+
+def stored(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and description of one of its folders."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("quant_model_weight*.safetensors"):
+        tensors.update(load_file(file))
+    (description,) = folder.glob("quant_model_description*.json")
+    return tensors, json.loads(description.read_text())
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("name", ["dual-smoothed", "dual-some-float"])
+def test_its_followers_read_what_we_write_as_what_it_wrote(base, quantized, tmp_path, name):
+    """vLLM-Omni's own merge tool, over its directory and over ours."""
+    convert_checkpoint(quantized / name, tmp_path / "packed", "packed", base=base).write()
+    convert_checkpoint(tmp_path / "packed", tmp_path / "slim", "modelslim").write()
+    merged = []
+    for way, source in (("theirs", quantized / name), ("ours", tmp_path / "slim")):
+        out = peers.merged("merge_mxfp4_dualscale_checkpoint", base, source, tmp_path / f"merged {way}")
+        merged.append(
+            {
+                component: load_file(out / component / f"{original.STEM}.safetensors")
+                for component in original.EXPERTS.values()
+            }
+        )
+        merged[-1]["configs"] = [
+            json.loads((out / component / "config.json").read_text()) for component in original.EXPERTS.values()
+        ]
+    assert merged[0]["configs"] == merged[1]["configs"]
+    for component in original.EXPERTS.values():
+        theirs, ours = (of[component] for of in merged)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[key].float(), ours[key].float()) for key in theirs)

@@ -30,7 +30,7 @@ class Stored:
     config     the transformer's config.json in diffusers' keys, or None where the layout has none.
     quantization  what config.json says of it, if it does.
     methods    linear -> method, where a description says so; linears that it calls float map to None.
-    activation what a description says activations are, if it does.
+    raised     four-bit linears whose activations a description says are MXFP8.
     description  that description.
     lost       what the layout holds and we have no place for.
     """
@@ -41,7 +41,7 @@ class Stored:
     config: Mapping[str, Any] | None
     quantization: MXConfig | None = None
     methods: Mapping[str, str | None] | None = None
-    activation: str | None = None
+    raised: tuple[str, ...] = ()
     description: Mapping[str, Any] | None = None
     lost: tuple[str, ...] = ()
 

@@ -32,7 +32,7 @@ def convert_checkpoint(
         source: a quantized checkpoint in any layout: msModelSlim's (packed or numeric, wrapped or not), vLLM-Omni's,
             SGLang's, or ours.
         destination: a directory that does not exist.
-        to: one of `layouts.TARGETS`: "packed", "vllm-omni" or "sglang".
+        to: one of `layouts.TARGETS`: "packed", "vllm-omni", "sglang" or "modelslim".
         base: the unquantized model, for what `source` lacks: config.json, text encoder, VAE, and layers.
         fallback_from_base: take layers of another method than the rest, and smoothed float ones, from `base`.
         allow_loss: go on where the destination's format cannot say everything.
@@ -55,18 +55,19 @@ def convert_checkpoint(
             got=", ".join(under.components) or "one expert",
             expected=", ".join(opened.components) or "one expert",
         )
-    planned, lost, quantized = [], [], False
+    layout, planned, lost, quantized = LAYOUTS[to], [], [], False
     for name in opened.components:
         stored_base = under.read(name) if under is not None else None
         component = read_component(opened.read(name), stored_base, fallback=fallback_from_base)
         component.require_sound()
         quantized |= any(component.methods.values())
-        made = _written(component, LAYOUTS[to])
+        made = _written(component, layout)
         config = {key: value for key, value in component.config.items() if key != "quantization_config"}
         if made.quantization is not None:
             config["quantization_config"] = dict(made.quantization)
-        shards = shards_of(made.parts, shard_size)
-        planned.append(ComponentPlan(name, config, shards, made.files, component.methods, component.reads))
+        shards = shards_of(made.parts, shard_size, made.stem)
+        folder = layout.folder(component.spec, opened.components, name)
+        planned.append(ComponentPlan(folder, config, shards, made.files, component.methods, component.reads, made.stem))
         lost += [f"{name or 'expert'}: {item}" for item in (*component.lost, *made.lost)]
     if not quantized:
         raise CheckpointError("the checkpoint is not quantized", where=str(source), hint="mxdit quantize does that.")
@@ -77,7 +78,7 @@ def convert_checkpoint(
             got="; ".join(lost),
             hint="Add --allow-loss to go on without them.",
         )
-    carried, files = rest_of(opened if opened.pipeline or under is None else under)
+    carried, files = ({}, {}) if layout.as_released else rest_of(opened if opened.pipeline or under is None else under)
     return CheckpointPlan(source, destination, planned, carried, files, tuple(lost))
 
 
@@ -87,9 +88,9 @@ def _written(component: Component, layout: Layout) -> Written:
         raise InputError(
             unknown,
             where=f"convert --to {layout.name}",
-            expected=" or ".join(spec.transformer for spec in SPECS.values() if layout.name in spec.runtimes),
+            expected=" or ".join(spec.transformer for spec in SPECS.values() if not layout.unknown(spec)),
             hint="Use the packed layout, or give its names in the family's ModelSpec (docs/adapting-a-model.md).",
         )
-    if component.quantization is None or layout.write is None:
+    if layout.write is None or (component.quantization is None and not layout.as_released):
         return Written(component.parts)  # a component of a cascade that was left float is float in every layout
     return layout.write(component)

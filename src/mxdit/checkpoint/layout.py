@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from mxdit.checkpoint.component import Component, Stored
 from mxdit.checkpoint.files import StoredTensor
-from mxdit.checkpoint.writer import Part
+from mxdit.checkpoint.writer import STEM, Part
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError
 from mxdit.models import ModelSpec
@@ -68,12 +68,14 @@ class Written:
     quantization  the `quantization_config` of its config.json, if it has one.
     files         name -> object of other JSON files.
     lost          what the layout cannot say.
+    stem          of its weight files' names.
     """
 
     parts: Mapping[str, Part]
     quantization: Mapping[str, Any] | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
+    stem: str = STEM
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Layout:
     quantized    whether it can hold quantized linears.
     common       whether every runtime loads it.
     by_runtime_names  whether it names layers as `ModelSpec.runtimes[name]` says.
+    as_released  whether tensors and components have the names of the model's own release, and nothing lies beside the
+                 components: its readers take the rest from the release.
     floats       linear -> whether its config calls it float, for those of which the config says anything; given the config
                  and the skeleton. Raises ConfigError where the config does not fit the model.
     filler       whether a tensor of a linear, given the linear's format and the tensor's leaf name, is one that `write` fills
@@ -108,12 +112,21 @@ class Layout:
     quantized: bool = True
     common: bool = False
     by_runtime_names: bool = False
+    as_released: bool = False
     floats: Callable[[MXConfig, nn.Module], Mapping[str, bool]] | None = None
     filler: Callable[[BlockFormat, str, StoredTensor], bool] | None = None
     scale_alg: int | None = None
 
     def unknown(self, spec: ModelSpec) -> str | None:
         """Why there is no telling how it names the layers of a family; None where the spec says so."""
-        if not self.by_runtime_names or self.name in spec.runtimes:
-            return None
-        return f"mxdit does not know by which names it would look for the layers of {spec.transformer}"
+        if self.by_runtime_names and self.name not in spec.runtimes:
+            return f"mxdit does not know by which names it would look for the layers of {spec.transformer}"
+        if self.as_released and not spec.original:
+            return f"mxdit does not know the names that {spec.transformer} has in its own release"
+        return None
+
+    def folder(self, spec: ModelSpec, components: Collection[str], name: str) -> str:
+        """The folder of one of a checkpoint's components, by their names in a pipeline; "" is the directory itself."""
+        if not self.as_released:
+            return name
+        return next((of for of, ours in spec.original_components.items() if ours == name and len(components) > 1), "")

@@ -150,7 +150,7 @@ def quantization_of(reading: Reading, skeleton: nn.Module, methods: Mapping[str,
     stored, layout = reading.stored, LAYOUTS[reading.stored.layout]
     stated = stored.quantization
     if not found:
-        if stated is not None or stored.methods is not None:
+        if stated is not None or any((stored.methods or {}).values()):
             reading.find(str(stored.folder), "the model is said to be quantized, and no layer is")
         return None
     if len(found) > 1:
@@ -158,7 +158,15 @@ def quantization_of(reading: Reading, skeleton: nn.Module, methods: Mapping[str,
     if stated is None:
         (method,) = found
         alg = layout.scale_alg if method == "mxfp4" else None
-        stated = MXConfig(method, activation=stored.activation, mxfp4_scale_alg=alg)
+        quantized = {path for path, of in methods.items() if of}
+        raised = tuple(path for path in stored.raised if path in quantized)
+        all_of_them = quantized <= {*raised}
+        stated = MXConfig(
+            method,
+            activation="mxfp8" if all_of_them else None,
+            w4a8_fallback_layers=() if all_of_them else raised,
+            mxfp4_scale_alg=alg,
+        )
     elif layout.floats:
         try:
             said = layout.floats(stated, skeleton)

@@ -27,6 +27,7 @@ class ComponentPlan:
     json_files  its other JSON files.
     methods     linear -> method, None where it is float.
     reads       the files that its tensors come from.
+    stem        of the names of its weight files.
     """
 
     component: str
@@ -35,6 +36,7 @@ class ComponentPlan:
     json_files: Mapping[str, Mapping[str, Any]]
     methods: Mapping[str, str | None]
     reads: tuple[Path, ...]
+    stem: str = STEM
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +117,9 @@ class CheckpointPlan:
                     wrote(shard.nbytes)
             for component in self.components:
                 if len(component.shards) > 1:
-                    staging.write_json(component.inside(f"{STEM}.safetensors.index.json"), index_of(component.shards))
+                    staging.write_json(
+                        component.inside(f"{component.stem}.safetensors.index.json"), index_of(component.shards)
+                    )
                 for name, value in component.json_files.items():
                     staging.write_json(component.inside(name), value)
             for name, path in self.carried.items():

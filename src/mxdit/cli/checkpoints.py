@@ -122,7 +122,9 @@ def quantize(
 def convert(
     source: Source,
     destination: Destination,
-    to: Annotated[str, typer.Option(help="packed (ours), vllm-omni or sglang.", metavar="LAYOUT")] = "packed",
+    to: Annotated[
+        str, typer.Option(help="packed (ours), vllm-omni, sglang or modelslim.", metavar="LAYOUT")
+    ] = "packed",
     base: Annotated[
         Path | None,
         typer.Option(help="The unquantized model, for what SRC lacks: config.json, VAE, text encoder.", metavar="DIR"),
@@ -150,6 +152,8 @@ def convert(
 
         mxdit convert msmodelslim-out Wan2.2-T2V-A14B-mxfp4 --base Wan2.2-T2V-A14B-Diffusers
         mxdit convert Wan2.2-T2V-A14B-mxfp4 for-vllm --to vllm-omni
+
+    --to modelslim writes the experts alone, by the names of the model's release: its readers take the rest from there.
     """
     from mxdit.checkpoint import convert_checkpoint
 

@@ -167,21 +167,11 @@ class ModelSpec:
 
         Whole path components are replaced, never substrings: "head.modulation" is not "modulation".
         """
-        parts = name.split(".")
-        index = (
-            parts[1]
-            if len(parts) > 1
-            and parts[1].isdigit()
-            and any(original.startswith(f"{parts[0]}.#") for original in self.original)
-            else ""
-        )
-        if index:
-            parts[1] = "#"
-        for cut in range(len(parts), 0, -1):
-            ours = self.original.get(".".join(parts[:cut]))
-            if ours is not None:
-                return ".".join([ours, *parts[cut:]]).replace("#", index)
-        return None
+        return _renamed(name, self.original)
+
+    def to_original(self, name: str) -> str | None:
+        """The name that the model's own release has for a tensor of ours; None for one that the release has no name for."""
+        return _renamed(name, {ours: theirs for theirs, ours in self.original.items()})
 
     def runtime_name(self, path: str, runtime: str) -> str:
         """What a runtime calls the module at `path`."""
@@ -194,3 +184,20 @@ class ModelSpec:
         """Whether a runtime looks for the module at `path` by the name that the spec gives for it."""
         place = self.place_of(path)
         return (path if place is None else place.inside) in self.runtimes.get(runtime, {})
+
+
+def _renamed(name: str, paths: Mapping[str, str]) -> str | None:
+    """A name of which the longest beginning that `paths` has is replaced by what it has for it, "#" being a block's index."""
+    parts = name.split(".")
+    index = (
+        parts[1]
+        if len(parts) > 1 and parts[1].isdigit() and any(path.startswith(f"{parts[0]}.#") for path in paths)
+        else ""
+    )
+    if index:
+        parts[1] = "#"
+    for cut in range(len(parts), 0, -1):
+        found = paths.get(".".join(parts[:cut]))
+        if found is not None:
+            return ".".join([found, *parts[cut:]]).replace("#", index)
+    return None

@@ -25,6 +25,8 @@ TYPES: Mapping[str, tuple[str | None, str | None]] = {
     "W8A8_MXFP8": ("mxfp8", None),
     "W4A8_MXFP": ("mxfp4", "mxfp8"),
 }
+# The same the other way round.
+NAMES: Mapping[tuple[str | None, str | None], str] = {means: name for name, means in TYPES.items()}
 
 
 def described(folder: Path, config: Mapping[str, Any] | None) -> bool:
@@ -43,13 +45,13 @@ def read_described(folder: Folder, layout: str, ours: Callable[[str], str]) -> S
     # Layers that it calls quantized and the files lack, too: they are missing, and not the base's to give.
     plain = without_wrappers(description)
     said = {name: ours(short) for name, short in plain.items() if str(description[name]) in TYPES}
-    methods, activation = types_of(description, {**said, **names}, folder.path)
+    methods, raised = types_of(description, {**said, **names}, folder.path)
     config = folder.config
     usable = config if config and config.get("_class_name") == folder.spec.transformer else None
     marks = [key for key in description if key.endswith(".quant_type") or key == "fa_quant_type"]
     lost = (f"{len(marks)} marks of quantized attention ({marks[0]}: {description[marks[0]]})",) if marks else ()
     tensors = folder.renamed(names.__getitem__)
-    return Stored(folder.path, layout, tensors, usable, None, methods, activation, description, lost)
+    return Stored(folder.path, layout, tensors, usable, None, methods, raised, description, lost)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def types_of(
     description: Mapping[str, Any], names: Mapping[str, str], where: Path
-) -> tuple[dict[str, str | None], str | None]:
+) -> tuple[dict[str, str | None], tuple[str, ...]]:
     """What a description says of the linears.
 
     Args:
@@ -77,10 +79,10 @@ def types_of(
         where: for errors.
 
     Returns:
-        linear -> method (None for float), and the activation that its types name, if any.
+        linear -> method (None for float), and the MXFP4 linears whose type says MXFP8 activations.
     """
     methods: dict[str, str | None] = {}
-    activations: set[str | None] = set()
+    raised = []
     for name, ours in names.items():
         path, _, leaf = ours.rpartition(".")
         if leaf != "weight" or name not in description:
@@ -94,17 +96,9 @@ def types_of(
                 expected=", ".join(TYPES),
             )
         methods[path], activation = TYPES[kind]
-        if TYPES[kind][0] == "mxfp4":
-            activations.add(activation)
-    if len(activations) > 1:
-        raise CheckpointError(
-            "layers differ in the precision of their activations",
-            where=str(where),
-            got="W4A4_MXFP4 and W4A8_MXFP",
-            expected="one of them",
-            hint="Convert with the unquantized model as --base and --fallback-from-base, or quantize it again.",
-        )
-    return methods, next(iter(activations), None)
+        if activation:
+            raised.append(path)
+    return methods, tuple(raised)
 
 
 def without_wrappers(names: Iterable[str]) -> dict[str, str]:

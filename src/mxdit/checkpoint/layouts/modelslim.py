@@ -2,13 +2,21 @@
 
 A component has a folder, and a linear that was smoothed lies in a wrapper: `X.linear.weight` and `X.div.mul_scale`. A
 description beside the weights says what is quantized.
+
+Source: core/quant_service/modelslim_v1/save/mindie_format.py and ascendv1.py of the 26.1.0 wheel.
 """
 
 from __future__ import annotations
 
-from mxdit.checkpoint.component import Stored
-from mxdit.checkpoint.layout import Folder, Layout
-from mxdit.checkpoint.layouts.description import read_described
+from typing import Any
+
+from mxdit.checkpoint.component import Component, Stored
+from mxdit.checkpoint.layout import Folder, Layout, Written
+from mxdit.checkpoint.layouts.description import NAMES, read_described
+from mxdit.checkpoint.layouts.numeric import as_e4m3
+from mxdit.checkpoint.writer import Part
+from mxdit.errors import CheckpointError
+from mxdit.numerics.formats import PARTS, block_format
 
 
 def recognizes(folder: Folder) -> bool:
@@ -19,4 +27,59 @@ def read(folder: Folder) -> Stored:
     return read_described(folder, MODELSLIM.name, lambda name: folder.spec.from_original(name) or name)
 
 
-MODELSLIM = Layout("modelslim", recognizes, read, scale_alg=0)
+def write(component: Component) -> Written:
+    """The component's tensors by the release's names, smoothed linears in their wrapper, and the description.
+
+    A component that stayed float has a description that calls every tensor FLOAT.
+    """
+    config = component.quantization
+    raised = set[str]()  # with MXFP8 activations
+    if config and config.quant_method == "mxfp4":
+        every = config.effective_activation == "mxfp8"
+        raised.update(component.methods if every else config.w4a8_fallback_layers)
+    kinds = {
+        path: NAMES[method, "mxfp8" if method and path in raised else None]
+        for path, method in component.methods.items()
+    }
+    smoothed = {name.removesuffix(".mul_scale") for name in component.parts if name.endswith(".mul_scale")}
+    # Its savers name the files after the type of a quantized layer.
+    kind = next((kind for kind in kinds.values() if kind != "FLOAT"), "FLOAT")
+    description: dict[str, Any] = {"model_quant_type": kind}
+    parts: dict[str, Part] = {}
+    for name, part in component.parts.items():
+        path, _, leaf = name.rpartition(".")
+        method = component.methods.get(path)
+        released = component.spec.to_original(name)
+        if released is None:
+            raise CheckpointError(
+                "the model's own release has no name for this tensor",
+                where=name,
+                hint="Give it in the family's ModelSpec (docs/adapting-a-model.md).",
+            )
+        if path in smoothed:
+            module = released.removesuffix(f".{leaf}")
+            released = f"{module}.{'div' if leaf == 'mul_scale' else 'linear'}.{leaf}"
+        eight = method is not None and leaf == "weight" and block_format(method).bits == 8
+        parts[released] = as_e4m3(part) if eight else part
+        encoded = method is not None and leaf in PARTS and leaf != "mul_scale"
+        description[released] = kinds[path] if encoded else "FLOAT"
+    lost = []
+    if config and config.effective_activation == "bf16":
+        lost.append("activation 'bf16': the types of msModelSlim's description quantize activations")
+    elif (
+        config
+        and config.quant_method == "mxfp4_dualscale"
+        and (config.w4a8_fallback_layers or config.effective_activation != "mxfp4")
+    ):
+        lost.append("activation 'mxfp8': msModelSlim has it over single-scale MXFP4 only")
+    if config and config.require_smooth_scale:
+        lost.append("require_smooth_scale: msModelSlim's description has no such key")
+    if config and config.activation_steps:
+        lost.append(f"activation_steps {config.activation_steps}: msModelSlim's description knows no steps")
+    if config and config.quant_method == "mxfp4" and config.mxfp4_scale_alg:
+        lost.append(f"mxfp4_scale_alg {config.mxfp4_scale_alg}: msModelSlim's description means 0 (OCP)")
+    files = {f"quant_model_description_{kind.lower()}.json": description}
+    return Written(parts, files=files, lost=tuple(lost), stem=f"quant_model_weight_{kind.lower()}")
+
+
+MODELSLIM = Layout("modelslim", recognizes, read, write, as_released=True, scale_alg=0)

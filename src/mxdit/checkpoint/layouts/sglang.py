@@ -12,12 +12,10 @@ import torch
 
 from mxdit.checkpoint.component import Component, Stored
 from mxdit.checkpoint.layout import Folder, Layout, Written
-from mxdit.checkpoint.layouts.description import read_described
+from mxdit.checkpoint.layouts.description import NAMES, read_described
 from mxdit.checkpoint.layouts.numeric import as_e4m3
 from mxdit.checkpoint.writer import Part
 from mxdit.numerics.formats import PARTS, block_format
-
-KINDS = {"mxfp4": "W4A4_MXFP4", "mxfp4_dualscale": "W4A4_MXFP4_DUALSCALE", "mxfp8": "W8A8_MXFP8"}
 
 
 def recognizes(folder: Folder) -> bool:
@@ -33,7 +31,7 @@ def why_not(component: Component) -> str | None:
     stored, methods = component.stored, set(component.methods.values())
     if "mxfp4_dualscale" in methods:
         return "dual-scale weights: its loader ends in an AttributeError (is_dual_scale_key)"
-    if stored.activation == "mxfp8" and "mxfp4" in methods:
+    if stored.raised and "mxfp4" in methods:
         return "W4A8_MXFP: it has no such scheme"
     for path, method in component.methods.items():
         weight = stored.tensors.get(f"{path}.weight")
@@ -59,7 +57,7 @@ def write(component: Component) -> Written:
     config = component.quantization
     assert config is not None
     eight = config.effective_activation == "mxfp8" and config.quant_method == "mxfp4"
-    kind = "W4A8_MXFP" if eight else KINDS[config.quant_method]
+    kind = NAMES[config.quant_method, "mxfp8" if eight else None]
     row = block_format(config.quant_method)
     description: dict[str, Any] = {"model_quant_type": kind}
     parts: dict[str, Part] = {}
