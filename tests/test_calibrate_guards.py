@@ -8,7 +8,7 @@ from mxdit.evals.velocities import Errors
 
 
 def made(online: float, error: float) -> Calibrated:
-    return Calibrated({}, error, trials=[Trial("online", online, True), Trial("gptq", error, error < online)])
+    return Calibrated({}, error, 8.0, trials=[Trial("online", online, True), Trial("gptq", error, error < online)])
 
 
 def test_one_linear_that_is_worse_is_one_too_many():

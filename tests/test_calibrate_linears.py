@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import mxdit
 from mxdit.calibrate import linears as module
 from mxdit.calibrate.linears import DEFAULT, STEPS, Calibrated, Recipe, calibrate
+from mxdit.calibrate.report import summary
 from mxdit.calibrate.scales import search
 from mxdit.errors import ConfigError, FormatError, InputError
 from mxdit.numerics.formats import SCHEMES, block_format
@@ -284,8 +287,23 @@ def test_channels_that_inputs_never_reach_do_no_harm(method):
 def test_few_rows_and_no_input_at_all_work(method):
     for fit, held in (inputs(96, 8), (torch.zeros(4, 96).bfloat16(), torch.zeros(2, 96).bfloat16())):
         (result,) = calibrate(group(96, (8,), bias=False), fit, held, recipe_for(method, steps=STEPS)).values()
-        assert result.error <= result.online
+        assert result.error <= result.online and result.rows == len(fit) / 96
     assert result.error == 0
+
+
+def test_a_step_that_falls_away_says_why():
+    few, many = inputs(96, 40), inputs(96, 4000)
+    recipe = recipe_for("mxfp4", steps=("smooth", "gptq"))
+    found = {str(i): calibrate({"a": nn.Linear(96, 8)}, *rows, recipe)["a"] for i, rows in enumerate((few, many))}
+    assert {key: result.rows for key, result in found.items()} == {"0": 30 / 96, "1": 3000 / 96}
+    for result in found.values():  # as if both had lost what only one may lose
+        result.trials = [replace(trial, kept=trial.step in ("online", "smooth")) for trial in result.trials]
+    said = {row["step"]: row["why_not"] for row in summary(found)}
+    assert said["online"] == said["smooth"] == ""
+    assert said["gptq"] == (
+        "2 no better on held-out inputs, 1 of them with fewer than 2 rows a channel to learn from: give more prompts"
+    )
+    assert [row["why_not"] for row in summary({"1": found["1"]})][-1] == "1 no better on held-out inputs"
 
 
 @methods

@@ -52,7 +52,11 @@ def report(**more: Any) -> dict[str, Any]:
         "settings": {"recipe": {"method": "mxfp4", "steps": ["gptq"]}, "prompts": {"fit": 2, "held": 4}},
         "accepted": False,
         "guards": [{"what": "clips", "online": "1", "calibrated": "2", "passed": False, "why": "must rise"}],
-        "steps": {"transformer": [{"step": "online", "tried": 1, "kept": 1, "sqnr_db": 17.0}]},
+        "steps": {
+            "transformer": [
+                {"step": "online", "tried": 1, "why_not": "2 no better on held-out inputs", "kept": 1, "sqnr_db": 17.0}
+            ]
+        },
         "linears": {"transformer": {"blocks.0.to_q": linear}},
         "kept": {"transformer": []},
         "w4a8": {"transformer": []},

@@ -26,6 +26,7 @@ STEPS = ("smooth", "search", "gptq", "refit", "regress", "bias")
 DEFAULT = ("smooth", "search", "gptq", "refit")
 SEARCHED = 1024  # rows of input that candidates are tried on
 CHUNK = 4096  # rows that a Hessian is added up from at once
+FEW = 2.0  # rows a channel: what is learned from fewer is often no better on others
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,12 @@ class Calibrated:
     """What became of one linear: the tensors of its record, a bias where that changed, and how it came about.
 
     error   of what it is, on held-out inputs.
+    rows    of input that there were to learn from, for each channel.
     """
 
     parts: dict[str, Tensor]
     error: float
+    rows: float
     bias: Tensor | None = None
     trials: list[Trial] = field(default_factory=list)
 
@@ -139,7 +142,8 @@ class _Group:
     def _steps(self, smooth: bool) -> list[Calibrated]:
         recipe = self.recipe
         found = [self._rounded(i, None) for i in range(len(self.paths))]
-        results = [Calibrated(parts, error, trials=[Trial("online", error, True)]) for parts, error in found]
+        rows = len(self.fit) / self.fit.shape[1]
+        results = [Calibrated(parts, error, rows, trials=[Trial("online", error, True)]) for parts, error in found]
         mul_scale = self._smoothed(results) if smooth else None
         if any(recipe.does(step) for step in ("search", "gptq", "refit", "regress")):
             self._rounded_by_hessian(results, mul_scale)

@@ -59,14 +59,15 @@ def _guards(report: Mapping[str, Any]) -> Table:
 
 def _steps(report: Mapping[str, Any]) -> Table:
     rows = [
-        [f"{expert}: {row['step']}", f"{row['kept']} of {row['tried']}", f"{row['sqnr_db']:.2f}"]
+        [f"{expert}: {row['step']}", f"{row['kept']} of {row['tried']}", f"{row['sqnr_db']:.2f}", row["why_not"]]
         for expert, done in report["steps"].items()
         for row in done
     ]
     return Table(
-        ("after", "kept on", "mean SQNR\ndB"),
+        ("after", "kept on", "mean SQNR\ndB", "why not on all"),
         rows,
         note="A step stays on a linear only where it lowers the error on held-out inputs.",
+        words=frozenset({0, 3}),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mxdit.calibrate.linears import Calibrated
+from mxdit.calibrate.linears import FEW, Calibrated
 from mxdit.calibrate.run import Outcome
 from mxdit.calibrate.settings import Settings
 from mxdit.version import __version__
@@ -38,6 +38,7 @@ def report_of(settings: Settings, outcome: Outcome) -> dict[str, Any]:
                 path: {
                     "online": result.online,
                     "error": result.error,
+                    "rows_per_channel": result.rows,
                     "kept_in_bf16": path in outcome.spent.kept[expert],
                     "trials": [asdict(trial) for trial in result.trials],
                 }
@@ -76,14 +77,19 @@ def plan_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def summary(found: Mapping[str, Calibrated]) -> list[dict[str, Any]]:
-    """Of each step: on how many linears it was tried and stayed, and the mean SQNR of the linears after it, in dB."""
+    """Of each step: on how many linears it was tried and stayed, why not on all, and their mean SQNR after it, in dB."""
     names = dict.fromkeys(trial.step for result in found.values() for trial in result.trials)
     rows = []
     for name in names:
-        tried = [trial for result in found.values() for trial in result.trials if trial.step == name]
+        tried = [(trial, result) for result in found.values() for trial in result.trials if trial.step == name]
+        few = sum(not trial.kept and result.rows < FEW for trial, result in tried)
         after = [_after(result, list(names), name) for result in found.values()]
         decibels = -10 * sum(math.log10(max(error, 1e-30)) for error in after) / len(after)
-        rows.append({"step": name, "tried": len(tried), "kept": sum(t.kept for t in tried), "sqnr_db": decibels})
+        kept = sum(trial.kept for trial, _ in tried)
+        why = f"{len(tried) - kept} no better on held-out inputs" if kept < len(tried) else ""
+        if few:
+            why += f", {few} of them with fewer than {FEW:g} rows a channel to learn from: give more prompts"
+        rows.append({"step": name, "tried": len(tried), "kept": kept, "why_not": why, "sqnr_db": decibels})
     return rows
 
 

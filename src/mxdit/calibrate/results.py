@@ -98,7 +98,7 @@ def _write(model: nn.Module, paths: tuple[str, ...], rows: Inputs, settings: Set
     tensors |= {f"{path}.bias": result.bias for path, result in results.items() if result.bias is not None}
     save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, entry / PARTS)  # q, k, v share one
     trials = {
-        path: {"error": result.error, "trials": [asdict(trial) for trial in result.trials]}
+        path: {"error": result.error, "rows": result.rows, "trials": [asdict(trial) for trial in result.trials]}
         for path, result in results.items()
     }
     (entry / TRIALS).write_text(json.dumps(trials))
@@ -112,5 +112,5 @@ def read_group(entry: Path) -> dict[str, Calibrated]:
         tensors = {name.removeprefix(f"{path}."): t for name, t in stored.items() if name.startswith(f"{path}.")}
         bias = tensors.pop("bias").read() if "bias" in tensors else None
         parts = {name: tensor.read() for name, tensor in tensors.items()}
-        found[path] = Calibrated(parts, said["error"], bias, [Trial(**trial) for trial in said["trials"]])
+        found[path] = Calibrated(parts, said["error"], said["rows"], bias, [Trial(**trial) for trial in said["trials"]])
     return found

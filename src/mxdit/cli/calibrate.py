@@ -269,8 +269,11 @@ def _share(field: str, text: str) -> float:
 
 def _show(report: dict[str, Any], outcome: Outcome) -> None:
     for expert, done in report["steps"].items():
-        rows = [[expert, "kept", "mean SQNR"]]
-        rows += [[row["step"], f"{row['kept']} of {row['tried']}", f"{row['sqnr_db']:.2f} dB"] for row in done]
+        rows = [[expert, "kept", "mean SQNR", ""]]
+        rows += [
+            [row["step"], f"{row['kept']} of {row['tried']}", f"{row['sqnr_db']:.2f} dB", row["why_not"]]
+            for row in done
+        ]
         for cells in aligned(rows):
             say("  ".join(cells))
     for what, found in (("BF16", outcome.spent.kept), ("MXFP8 activations", outcome.spent.raised)):
