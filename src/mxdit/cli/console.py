@@ -93,11 +93,11 @@ def settings(
             os.environ.setdefault(f"{host.upper()}_VERBOSITY", "critical")
 
 
-def need(*modules: str) -> None:
-    """Raise InputError, before any work, for a package of the extras that is not installed."""
+def need(*modules: str, extra: str = "diffusers,video") -> None:
+    """Raise InputError, before any work, for a package of an extra that is not installed."""
     for module in modules:
         if find_spec(module) is None:
-            hint = "Install what videos need: pip install 'mxdit[diffusers,video]'."
+            hint = f"Install what this needs: pip install 'mxdit[{extra}]'."
             raise InputError("a package is not installed", where=module, hint=hint)
 
 

@@ -1,0 +1,171 @@
+"""`mxdit serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mxdit.cli.console import (
+    Config,
+    Dtype,
+    FallbackBlocks,
+    IgnoredLayers,
+    app,
+    bytes_of,
+    device_of,
+    dtype_of,
+    need,
+    read_keys,
+    tell,
+    tell_slow,
+)
+from mxdit.errors import InputError
+from mxdit.numerics.formats import FORMATS
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SHORTEST = 16  # characters of an API key
+
+
+@app.command()
+def serve(
+    directories: Annotated[
+        list[str] | None, typer.Argument(help="Pipelines' directories, or 'bundled'.", metavar="[DIR|bundled]...")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Modes to offer each model in, separated by commas: none (as it is stored), {', '.join(FORMATS)}. Default: "
+            "as it is stored; of the bundled models all.",
+            metavar="MODE,...",
+        ),
+    ] = None,
+    config: Config = None,
+    ignored_layers: IgnoredLayers = None,
+    num_bf16_fallback_layers: FallbackBlocks = None,
+    device: Annotated[str, typer.Option(help="Torch devices, separated by commas; each gets a worker.")] = "cpu",
+    dtype: Dtype = "bf16",
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep weights on the CPU, and on the device only what runs.")
+    ] = False,
+    data: Annotated[Path, typer.Option(help="Where jobs and videos are kept.", metavar="DIR")] = Path("mxdit-data"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8091,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with API keys, one a line, of which clients must send one.", metavar="FILE"),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Listen beyond this machine without keys: whoever reaches it may use it.")
+    ] = False,
+    keep: Annotated[
+        str | None, typer.Option(help="For how long videos are kept, as in 30d or 12h. Default: for ever.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Most bytes of all videos, as in 100GiB; the oldest go first. Default: no limit.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Most jobs that may wait.", min=1)] = 1000,
+) -> None:
+    """Make videos for clients of OpenAI's /v1/videos.
+
+    Jobs are kept on the disk: after a crash or a restart the queue goes on.
+
+        mxdit serve                                             # the bundled models, http://127.0.0.1:8091
+        mxdit serve Wan2.2-T2V-A14B-mxfp4 --device cuda:0,cuda:1 --data /var/lib/mxdit
+        mxdit serve bundled --host 0.0.0.0 --api-key-file keys.txt
+    """
+    need("diffusers", "av", "PIL")
+    need("fastapi", "uvicorn", "python_multipart", "prometheus_client", extra="serve")
+    import uvicorn
+
+    from mxdit.generation.directory import BUNDLED, bundled
+    from mxdit.serve.access import Access
+    from mxdit.serve.app import make_app
+    from mxdit.serve.dispatch import Dispatcher, Files
+    from mxdit.serve.jobs import Jobs
+    from mxdit.serve.lock import only_one
+    from mxdit.serve.served import AS_STORED, Catalog, modes_of, unique
+
+    keys, own = read_keys(config, ignored_layers=ignored_layers, num_bf16_fallback_layers=num_bf16_fallback_layers)
+    asked = [part.strip() for part in (method or "").split(",") if part.strip()]
+    unknown = [mode for mode in asked if mode not in (AS_STORED, *FORMATS)]
+    if unknown:
+        raise InputError("no such mode", field="method", got=unknown[0], expected=", ".join((AS_STORED, *FORMATS)))
+    devices = [device_of(part.strip()) for part in device.split(",")]
+    how = {"keys": keys, "components": own, "dtype": dtype_of(dtype), "offload": offload}
+    served = []
+    for directory in directories or ["bundled"]:
+        if directory == "bundled":
+            modes = asked or [AS_STORED, *FORMATS]
+            for task in BUNDLED:
+                served += modes_of(bundled(task), f"mini-{task}", [task], modes, **how)
+        else:
+            path = Path(directory)
+            served += modes_of(path, path.resolve().name, [], asked or [AS_STORED], **how)
+    catalog = Catalog(unique(served))
+    api_keys = _keys(api_key_file)
+    if not (api_keys or no_auth or _is_loopback(host)):
+        raise InputError(
+            "others would reach the server without a key",
+            field="host",
+            got=host,
+            hint="Add --api-key-file FILE, or say --no-auth.",
+        )
+    tell_slow(how["dtype"], devices[0])
+    with only_one(data):
+        jobs = Jobs(data / "jobs.sqlite", _seconds(keep), max_queue)
+        files = Files(data)
+        most = None if max_bytes is None else bytes_of("max_bytes", max_bytes)
+        dispatcher = Dispatcher(jobs, files, catalog.served, devices, most)
+        answers = make_app(catalog, jobs, files, dispatcher)
+        answers.add_middleware(Access, keys=api_keys, most=64 << 20)
+        tell(f"{', '.join(catalog.served)} on {', '.join(devices)}; http://{host}:{port}, jobs in {data}")
+        uvicorn.run(
+            answers,
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=10,
+            timeout_graceful_shutdown=5,
+            limit_concurrency=512,
+            h11_max_incomplete_event_size=32 << 10,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _keys(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        keys = [line.strip() for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    except (OSError, ValueError) as error:
+        raise InputError("the file cannot be read", field="api_key_file", where=str(file), got=str(error)) from None
+    if not keys or any(len(key) < SHORTEST or not key.isascii() for key in keys):
+        raise InputError(
+            "no API keys" if not keys else "an API key is too short, or not ASCII",
+            field="api_key_file",
+            where=str(file),
+            expected=f"{SHORTEST} characters or more, one key a line",
+            hint="`openssl rand -hex 32` makes one.",
+        )
+    return keys
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip().lower())
+    if not found or float(found[1]) <= 0:
+        raise InputError("not a time", field="keep", got=repr(text), expected="something like 30d, 12h or 90m")
+    return float(found[1]) * UNITS[found[2]]

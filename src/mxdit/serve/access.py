@@ -1,0 +1,99 @@
+"""What every request passes before it is answered: its key, its size, and the headers that its answer gets."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+Message = MutableMapping[str, Any]
+App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
+
+OPEN = ("/health", "/ready")  # nothing of a user's is in them
+HEADERS = (
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)  # fmt: skip
+
+
+def error(
+    message: str, *, type: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> Any:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+class Access:
+    """ASGI middleware.
+
+    Args:
+        app: what answers.
+        keys: of which one must come as `Authorization: Bearer KEY`; none lets everyone in.
+        most: bytes that a request may have.
+    """
+
+    def __init__(self, app: App, keys: Sequence[str], most: int) -> None:
+        self._app, self._most = app, most
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        begun = False
+
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message["headers"], *HEADERS]
+            await send(message)
+
+        async def refuse(status: int, body: Any, *more: tuple[bytes, bytes]) -> None:
+            data = json.dumps(body).encode()
+            head = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode()), *more]
+            await answer({"type": "http.response.start", "status": status, "headers": head})
+            await answer({"type": "http.response.body", "body": data})
+
+        path = scope["path"]
+        if not (path in OPEN or self._lets_in(headers.get(b"authorization", b""))):
+            wrong = error("a valid API key is needed", type="authentication_error", code="invalid_api_key")
+            await refuse(401, wrong, (b"www-authenticate", b"Bearer"))
+            return
+        large = error(f"the request has more than {self._most} bytes", code="request_too_large")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            await refuse(400, error("content-length is no number"))
+            return
+        if int(length) > self._most:
+            await refuse(413, large, (b"connection", b"close"))
+            return
+        got = 0
+
+        async def counted() -> Message:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > self._most:
+                raise TooLarge
+            return message
+
+        try:
+            await self._app(scope, counted, answer)
+        except TooLarge:
+            if not begun:
+                await refuse(413, large, (b"connection", b"close"))
+
+    def _lets_in(self, authorization: bytes) -> bool:
+        scheme, _, given = authorization.partition(b" ")
+        # All are compared, each in constant time.
+        fits = [hmac.compare_digest(given.strip(), key) for key in self._keys]
+        return not self._keys or (scheme.lower() == b"bearer" and any(fits))
+
+
+class TooLarge(Exception):
+    """A body without a length has more bytes than it may."""

@@ -1,0 +1,358 @@
+"""The server's routes: OpenAI's and vLLM-Omni's videos over `Jobs`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from mxdit.errors import ConfigError, InputError, MXDiTError
+from mxdit.serve.access import error
+from mxdit.serve.dispatch import Dispatcher, Files
+from mxdit.serve.jobs import COMPLETED, Full, Job, Jobs, KeyReused
+from mxdit.serve.schema import FIELDS, VideoBody, data_of, shown, stand_in, stored
+from mxdit.serve.served import Catalog, Served
+from mxdit.version import __version__
+
+log = logging.getLogger(__name__)
+
+LOOK = 0.2  # seconds between two looks of an event stream at its job
+BEAT = 15.0  # seconds after which a stream without news says that it lives
+RETRY = "10"  # seconds after which to try a full queue again
+
+
+def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher) -> FastAPI:
+    """The server as an ASGI application; its lifetime is the dispatcher's."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        dispatcher.start()
+        yield
+        app.state.closing = True
+        await run_in_threadpool(dispatcher.stop)
+        jobs.close()
+
+    app = FastAPI(title="mxdit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.closing = False
+    _answer_errors(app)
+
+    def known(id: str) -> Job:
+        job = jobs.get(id)
+        if job is None:
+            raise HTTPException(404, "no such video")
+        return job
+
+    def seen(job: Job) -> dict[str, Any]:
+        return shown(job, jobs.position(job))
+
+    async def submitted(request: Request) -> Job:
+        """The job of a request's body, accepted."""
+        body, data = await _body(request)
+        key = request.headers.get("idempotency-key")
+        return await run_in_threadpool(_accept, catalog, jobs, files, body, data, key)
+
+    @app.post("/v1/videos", openapi_extra=_BODY)
+    async def create(request: Request) -> dict[str, Any]:
+        return seen(await submitted(request))
+
+    @app.post("/v1/videos/sync", openapi_extra=_BODY)
+    async def create_and_wait(request: Request) -> Response:
+        job = await submitted(request)
+        while not job.ended:
+            if await request.is_disconnected():
+                jobs.cancel(job.id)
+                return Response(status_code=499)
+            if app.state.closing:
+                raise HTTPException(503, "the server shuts down; the job goes on with the next one")
+            await asyncio.sleep(LOOK / 4)
+            job = known(job.id)
+        if job.status != COMPLETED:
+            return JSONResponse(error(str(job.error), type="server_error", code=job.error_code), 500)
+        headers = {"X-Request-Id": job.id, "X-Model": job.model, "X-Inference-Time-S": f"{job.seconds:.3f}"}
+        return FileResponse(files.made(job), media_type=job.media_type, headers=headers)
+
+    @app.get("/v1/videos")
+    def list_videos(after: str | None = None, limit: int = 20, order: str = "desc") -> dict[str, Any]:
+        if not 1 <= limit <= 100:
+            raise InputError("not a number of videos", field="limit", got=limit, expected="1 to 100")
+        if order not in ("asc", "desc"):
+            raise InputError("not an order", field="order", got=repr(order), expected="asc or desc")
+        try:
+            found, more = jobs.page(limit, after, newest_first=order == "desc")
+        except KeyError:
+            raise InputError("no such video", field="after", got=repr(after)) from None
+        data = [seen(job) for job in found]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": data, **ends, "has_more": more}
+
+    @app.get("/v1/videos/{id}")
+    def retrieve(id: str) -> dict[str, Any]:
+        return seen(known(id))
+
+    @app.get("/v1/videos/{id}/content")
+    def content(id: str) -> Response:
+        job = known(id)
+        if job.status != COMPLETED:
+            raise HTTPException(409, f"the video is {job.status}")
+        made = files.made(job)
+        if not made.is_file():
+            raise HTTPException(404, "the video's file is gone")
+        return FileResponse(made, media_type=job.media_type, filename=made.name)
+
+    @app.get("/v1/videos/{id}/input")
+    def given(id: str) -> Response:
+        job = known(id)
+        if not job.image or not files.given(job.id).is_file():
+            raise HTTPException(404, "the video has no first frame")
+        # Its bytes are a user's: never a page, whatever they are.
+        return FileResponse(files.given(job.id), media_type="application/octet-stream", filename="first-frame")
+
+    @app.post("/v1/videos/{id}/cancel")
+    def cancel(id: str) -> dict[str, Any]:
+        job = known(id)
+        if job.ended:
+            raise HTTPException(409, f"the video is {job.status}")
+        jobs.cancel(id)
+        job = known(id)
+        if job.ended:
+            files.given(id).unlink(missing_ok=True)
+        return seen(job)
+
+    @app.delete("/v1/videos/{id}")
+    def delete(id: str) -> dict[str, Any]:
+        job = known(id)
+        jobs.cancel(id, forget=True)
+        if jobs.remove(id):
+            files.remove(job)
+        return {"id": id, "object": "video.deleted", "deleted": True}
+
+    @app.get("/v1/videos/{id}/events")
+    async def events(id: str) -> StreamingResponse:
+        known(id)
+
+        async def stream() -> AsyncIterator[str]:
+            last, quiet = "", 0.0
+            while not app.state.closing:
+                job = jobs.get(id)
+                if job is None:
+                    return
+                told = json.dumps(seen(job))
+                if told != last or job.ended:
+                    yield f"event: {'done' if job.ended else 'progress'}\ndata: {told}\n\n"
+                    last, quiet = told, 0.0
+                if job.ended:
+                    return
+                await asyncio.sleep(LOOK)
+                quiet += LOOK
+                if quiet >= BEAT:
+                    yield ": still here\n\n"
+                    quiet = 0.0
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        data = [_model(catalog, one, dispatcher.linears.get(one.id)) for one in catalog.served.values()]
+        return {"object": "list", "data": data}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    def ready() -> dict[str, str]:
+        if app.state.closing or not dispatcher.ready.is_set():
+            raise HTTPException(503, "the server shuts down" if app.state.closing else "models are being loaded")
+        return {"status": "ready"}
+
+    registry = CollectorRegistry()
+    registry.register(_Figures(jobs, dispatcher))
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": VideoBody.model_json_schema()},
+            "multipart/form-data": {"schema": {"type": "object", "additionalProperties": True}},
+        },
+    }
+}
+
+
+async def _body(request: Request) -> tuple[VideoBody, bytes | None]:
+    """The fields of a JSON or multipart body, and its first frame. Raises InputError, HTTPException and ValidationError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    data = None
+    if kind == "application/json":
+        try:
+            fields = json.loads(await request.body())
+        except (ValueError, RecursionError):
+            raise HTTPException(400, "the body is no JSON") from None
+        if not isinstance(fields, dict):
+            raise HTTPException(400, "the body is no JSON object")
+    elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        fields = {}
+        async with request.form(max_files=1, max_fields=64, max_part_size=1 << 20) as form:
+            for name, value in form.multi_items():
+                if name in fields or (name == "input_reference" and data is not None):
+                    raise InputError("the field is there twice", field=name[:100])
+                if isinstance(value, str):
+                    fields[name] = value
+                elif name == "input_reference":
+                    data = await value.read()
+                else:
+                    raise InputError("no such file", field=name[:100], expected="input_reference")
+    else:
+        raise HTTPException(415, "the body is neither application/json nor multipart/form-data")
+    body = VideoBody.model_validate({name: value for name, value in fields.items() if value != ""})
+    if body.image_reference is not None:
+        if data is not None:
+            raise InputError("two first frames", field="image_reference", expected="this or input_reference")
+        data = data_of(body.image_reference.image_url)
+    return body, data
+
+
+def _accept(catalog: Catalog, jobs: Jobs, files: Files, body: VideoBody, data: bytes | None, key: str | None) -> Job:
+    served = catalog.find(body.model, data is not None)
+    model = catalog.model(served.id)
+    fields = body.fields(model.geometry.temporal, model.preset(served.task).fps)
+    if "seed" not in fields:
+        fields["seed"] = secrets.randbelow(1 << 31)
+    request = catalog.request(served, fields, None if data is None else stand_in(data))
+    # Of the bytes that were sent, so that a key with another request is found.
+    digest = hashlib.sha256(body.model_dump_json().encode() + (data or b"")).hexdigest()
+    id = f"video_{uuid.uuid4().hex}"
+    return jobs.add(
+        id,
+        served.id,
+        stored(request),
+        steps=request.steps,
+        media_type="image/png" if request.still else "video/mp4",
+        image=data is not None,
+        key=key,
+        digest=digest,
+        before=lambda: files.give(id, data) if data is not None else None,
+    )
+
+
+def _model(catalog: Catalog, served: Served, linears: Any) -> dict[str, Any]:
+    model = catalog.model(served.id)
+    preset = model.preset(served.task)
+    takes = [
+        "negative_prompt",
+        "size",
+        "num_frames",
+        "guidance_scale",
+        "guidance_scale_2",
+        "input_reference",
+        "boundary_ratio",
+    ]
+    ours = {theirs: name for name, theirs in FIELDS.items()} | {"size": "height"}
+    return {
+        "id": served.id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "mxdit",
+        "name": served.name,
+        "mode": served.mode,
+        "task": served.task,
+        "loaded": linears is not None,
+        "experts": linears,
+        "takes": [name for name in takes if model.takes(served.task, ours.get(name, name))],
+        "defaults": {
+            "prompt": preset.prompt,
+            "negative_prompt": preset.negative_prompt,
+            "size": f"{preset.size[1]}x{preset.size[0]}",
+            "num_frames": preset.frames,
+            "fps": preset.fps,
+            "num_inference_steps": preset.steps,
+            "guidance_scale": preset.guidance,
+            "guidance_scale_2": preset.guidance_2,
+            "flow_shift": preset.flow_shift,
+        },
+    }
+
+
+class _Figures:
+    """What Prometheus asks for."""
+
+    def __init__(self, jobs: Jobs, dispatcher: Dispatcher) -> None:
+        self._jobs, self._dispatcher = jobs, dispatcher
+
+    def collect(self) -> Any:
+        counts = GaugeMetricFamily("mxdit_jobs", "Jobs by state.", labels=["status"])
+        for status, count in self._jobs.counts().items():
+            counts.add_metric([status], count)
+        yield counts
+        seconds = GaugeMetricFamily("mxdit_step_seconds", "How long the last denoising step took.", labels=["model"])
+        for model, taken in dict(self._dispatcher.step_seconds).items():
+            seconds.add_metric([model], taken)
+        yield seconds
+        loaded = GaugeMetricFamily("mxdit_model_loaded", "Models that a worker has loaded.", labels=["model"])
+        for model in dict(self._dispatcher.linears):
+            loaded.add_metric([model], 1)
+        yield loaded
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape, with the field by the protocol's name."""
+
+    @app.exception_handler(InputError)
+    @app.exception_handler(ConfigError)
+    def of_input(_: Request, wrong: MXDiTError) -> Response:
+        param = FIELDS.get(wrong.field, wrong.field) if wrong.field else None
+        message = wrong.line(lambda field: FIELDS.get(field, field))
+        return JSONResponse(error(message, param=param, code="invalid_value"), 404 if param == "model" else 400)
+
+    @app.exception_handler(ValidationError)
+    @app.exception_handler(RequestValidationError)
+    def of_schema(_: Request, wrong: Any) -> Response:
+        first = wrong.errors()[0]
+        places = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+        name = ".".join(places)[:100]
+        return JSONResponse(error(f"{name}: {first['msg']}", param=name or None, code="invalid_value"), 400)
+
+    @app.exception_handler(HTTPException)
+    def of_http(_: Request, wrong: HTTPException) -> Response:
+        kind = "invalid_request_error" if wrong.status_code < 500 else "server_error"
+        codes = {404: "not_found", 409: "conflict", 503: "unavailable"}
+        body = error(str(wrong.detail), type=kind, code=codes.get(wrong.status_code))
+        return JSONResponse(body, wrong.status_code, dict(wrong.headers or {}))
+
+    @app.exception_handler(Full)
+    def of_queue(_: Request, __: Full) -> Response:
+        body = error("the queue is full", type="rate_limit_error", code="queue_full")
+        return JSONResponse(body, 429, {"Retry-After": RETRY})
+
+    @app.exception_handler(KeyReused)
+    def of_key(_: Request, __: KeyReused) -> Response:
+        return JSONResponse(
+            error("the Idempotency-Key came with another request", param="Idempotency-Key", code="conflict"), 409
+        )
+
+    @app.exception_handler(Exception)
+    def of_us(_: Request, wrong: Exception) -> Response:
+        log.error("a request failed", exc_info=wrong)
+        return JSONResponse(error("the server failed", type="server_error", code="internal_error"), 500)

@@ -1,0 +1,219 @@
+"""What clients send and get: OpenAI's videos, with the fields that vLLM-Omni added, and ours.
+
+The names are the protocol's; `FIELDS` says what they are called in a request of ours.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from mxdit.errors import InputError
+from mxdit.generation.request import Request
+from mxdit.serve.jobs import COMPLETED, Job
+
+# Field of a request of ours -> the protocol's.
+FIELDS = {
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "guidance_2": "guidance_scale_2",
+    "image": "input_reference",
+}
+PIXELS = 64 << 20  # most pixels of a first frame
+FORMATS = ("PNG", "JPEG", "WEBP")
+LONGEST = 20_000  # characters of a prompt
+
+
+class ImageReference(BaseModel):
+    """A first frame as a data URI; no address is ever fetched."""
+
+    model_config = ConfigDict(extra="forbid")
+    image_url: str
+
+
+class VideoBody(BaseModel):
+    """`POST /v1/videos`. What is left out is the model's own; `GET /v1/models` says what that is."""
+
+    model_config = ConfigDict(extra="forbid", str_max_length=1 << 26)
+    model: str | None = None
+    prompt: str | None = Field(None, max_length=LONGEST)
+    negative_prompt: str | None = Field(None, max_length=LONGEST)
+    size: str | None = Field(None, pattern=r"^[0-9]{1,5}x[0-9]{1,5}$", description="WIDTHxHEIGHT in pixels.")
+    width: int | None = Field(None, ge=1, le=99_999)
+    height: int | None = Field(None, ge=1, le=99_999)
+    seconds: float | None = Field(None, gt=0, le=3600, description="Taken to the nearest number of frames there is.")
+    num_frames: int | None = Field(None, ge=1, le=100_000)
+    fps: int | None = Field(None, ge=1, le=1000)
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    guidance_scale_2: float | None = Field(None, ge=0, le=100, description="Of the second (low-noise) transformer.")
+    boundary_ratio: float | None = Field(None, gt=0, lt=1)
+    flow_shift: float | None = Field(None, gt=0, le=1000)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    image_reference: ImageReference | None = None
+    extra_params: dict[str, Any] | None = Field(None, description="More keys of a request: activation_steps.")
+    extra_body: dict[str, Any] | None = None
+    user: str | None = Field(None, max_length=1000)
+
+    @field_validator("extra_params", "extra_body", "image_reference", mode="before")
+    @classmethod
+    def _of_a_form(cls, value: Any) -> Any:
+        """A form has them as JSON."""
+        if isinstance(value, str):
+            try:
+                return json.loads(value)
+            except ValueError:
+                raise ValueError("no JSON") from None
+        return value
+
+    def fields(self, temporal: int | None, fps: int) -> dict[str, Any]:
+        """The fields of `make_request` that are given. Raises InputError.
+
+        Args:
+            temporal: frames come in these, and one.
+            fps: where none is asked for.
+        """
+        size = tuple(int(n) for n in reversed(self.size.split("x"))) if self.size else None
+        if (self.width is None) != (self.height is None):
+            raise InputError("width and height go together", field="width" if self.height else "height")
+        if self.width and self.height:
+            size = (self.height, self.width)
+        frames = self.num_frames
+        if frames is None and self.seconds is not None:
+            frames = round(self.seconds * (self.fps or fps))
+            frames = frames if temporal is None else max(0, round((frames - 1) / temporal)) * temporal + 1
+        given = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "size": size,
+            "frames": frames,
+            "steps": self.num_inference_steps,
+            "guidance": self.guidance_scale,
+            "guidance_2": self.guidance_scale_2,
+            "seed": self.seed,
+            "fps": self.fps,
+            "flow_shift": self.flow_shift,
+            "boundary_ratio": self.boundary_ratio,
+        }
+        more = {**(self.extra_body or {}), **(self.extra_params or {})}
+        unknown = [key for key in more if key != "activation_steps"]
+        if unknown:
+            raise InputError(
+                "no such parameter", field="extra_params", got=repr(unknown[0]), expected="activation_steps"
+            )
+        return {name: value for name, value in {**given, **more}.items() if value is not None}
+
+
+def data_of(uri: str) -> bytes:
+    """What a data URI of an image holds. Raises InputError."""
+    head, comma, text = uri.partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise InputError(
+            "not an image in the request",
+            field="image_reference",
+            got=repr(uri[:40]),
+            expected="data:image/png;base64,...",
+            hint="Addresses are not fetched: send the image itself.",
+        )
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError("not base64", field="image_reference", got=str(error)) from None
+
+
+def stand_in(data: bytes) -> Any:
+    """A black image of the size that a first frame has, by its header alone. Raises InputError for what is no such image."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            (width, height), turned = image.size, image.getexif().get(0x0112, 1) >= 5
+    except (
+        *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, struct.error),
+        Image.DecompressionBombError,
+    ) as error:  # whatever a damaged header makes of the reader
+        raise InputError(
+            "not a readable image", field="image", got=type(error).__name__, expected=", ".join(FORMATS)
+        ) from None
+    if width * height > PIXELS:
+        raise InputError("too many pixels", field="image", got=f"{width}x{height}", expected=f"at most {PIXELS}")
+    return Image.new("L", (height, width) if turned else (width, height))
+
+
+def shown(job: Job, position: int | None) -> dict[str, Any]:
+    """A job as clients see it."""
+    fields = job.fields
+    done = job.status == COMPLETED
+    eta = None
+    if job.stepped_at is not None and job.started_at is not None and job.step and not job.ended:
+        eta = (job.stepped_at - job.started_at) / job.step * (job.steps - job.step)
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": job.model,
+        "status": job.status,
+        "progress": 100 if done else min(99, 100 * job.step // job.steps),
+        "created_at": int(job.created_at),
+        "started_at": _whole(job.started_at),
+        "completed_at": _whole(job.completed_at),
+        "expires_at": _whole(job.expires_at),
+        "prompt": fields["prompt"],
+        "size": f"{fields['size'][1]}x{fields['size'][0]}",
+        "seconds": f"{fields['frames'] / fields['fps']:g}",
+        "quality": "standard",
+        "remixed_from_video_id": None,
+        "error": {"code": job.error_code, "message": job.error} if job.error_code else None,
+        "step": job.steps if done else job.step,
+        "steps": job.steps,
+        "eta_seconds": eta,
+        "queue_position": position,
+        "attempts": job.attempts,
+        "inference_time_s": job.seconds,
+        "file_size": job.bytes,
+        "media_type": job.media_type,
+        "parameters": {
+            **{FIELDS.get(name, name): value for name, value in fields.items() if name != "size"},
+            "size": f"{fields['size'][1]}x{fields['size'][0]}",
+            "has_image": job.image,
+        },
+    }
+
+
+def stored(request: Request) -> dict[str, Any]:
+    """The fields of `make_request` that make this request again, JSON-serializable, every choice made."""
+    steps = request.activation_steps
+    fields = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "size": [request.height, request.width],
+        "frames": request.frames,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "guidance_2": request.guidance_2,
+        "seed": request.seed,
+        "fps": request.fps,
+        "flow_shift": request.flow_shift,
+        "boundary_ratio": request.boundary_ratio,
+        "activation_steps": None if steps is None else steps.to_dict(),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def again(fields: Mapping[str, Any], takes: Any) -> dict[str, Any]:
+    """Stored fields as `make_request` takes them, without those that the model does not take."""
+    given = {**fields, "size": tuple(fields["size"])}
+    always = {"prompt", "frames", "steps", "seed", "fps", "flow_shift", "activation_steps"}
+    return {k: v for k, v in given.items() if k in always or takes("height" if k == "size" else k)}
+
+
+def _whole(time: float | None) -> int | None:
+    return None if time is None else math.floor(time)

@@ -1,0 +1,193 @@
+"""The process that holds models on one device, and runs one job at a time.
+
+It is told jobs through a pipe, and tells steps and ends. When the pipe breaks, because the server is gone, it ends at once: what
+it was making belongs to nobody.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxdit.errors import Cancelled, MXDiTError
+from mxdit.generation.media import read_image
+from mxdit.generation.session import Session
+from mxdit.serve.schema import again
+from mxdit.serve.served import Served
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job for a worker.
+
+    image   file of the first frame, or None.
+    output  name to write to, whose ending says the kind.
+    """
+
+    id: str
+    model: str
+    fields: Mapping[str, Any]
+    image: Path | None
+    output: Path
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model is in memory: what its linears are, by transformer and method."""
+
+    model: str
+    linears: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """So many steps of a job are done."""
+
+    id: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job's file is written, to the disk. `seconds` are those of the run, loading not among them."""
+
+    id: str
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job has no file: it was stopped (`code` "cancelled"), or it failed."""
+
+    id: str
+    code: str
+    message: str
+
+
+def main(pipe: Connection, served: Mapping[str, Served], device: str, warm: str | None) -> None:
+    """Carry out what comes through the pipe, until it is closed.
+
+    Args:
+        warm: model to load before the first job, if any.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal's reaches all processes; the server decides about its workers
+    _Worker(pipe, served, device).work(warm)
+
+
+class _Worker:
+    def __init__(self, pipe: Connection, served: Mapping[str, Served], device: str) -> None:
+        self._pipe, self._served, self._device = pipe, served, device
+        self._sessions: dict[str, Session] = {}
+        self._stop = threading.Event()
+        self._tasks: list[Task] = []
+        self._told = threading.Condition()
+
+    def work(self, warm: str | None) -> None:
+        threading.Thread(target=self._listen, daemon=True).start()
+        if warm is not None:
+            try:
+                self._session(warm)
+            except MXDiTError as error:
+                log.warning("%s: %s", warm, error)  # its jobs say so again
+        while True:
+            with self._told:
+                self._told.wait_for(lambda: bool(self._tasks))
+                task = self._tasks.pop()
+            self._run(task)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                told = self._pipe.recv()
+            except (EOFError, OSError):
+                os._exit(1)
+            if told is None:
+                self._stop.set()
+                continue
+            with self._told:
+                self._stop.clear()
+                self._tasks.append(told)
+                self._told.notify()
+
+    def _session(self, name: str) -> Session:
+        if name in self._sessions:
+            self._sessions[name] = self._sessions.pop(name)  # the one that was used last stands last
+        else:
+            self._make_room(self._served[name])
+            session = self._served[name].open(self._device)
+            session.load()
+            self._sessions[name] = session
+            linears = {
+                of: dict(
+                    Counter(f"{row.method} {row.scheme}" if row.scheme else "unquantized" for row in report.layers)
+                )
+                for of, report in session.reports().items()
+            }
+            self._pipe.send(Loaded(name, linears))
+        return self._sessions[name]
+
+    def _make_room(self, served: Served) -> None:
+        """Let go of models that were not used for longest, until this one fits. Raises MemoryError where it never will."""
+        need = served.nbytes
+        while (free := _free(self._device)) is not None and free < need:
+            if not self._sessions:
+                raise MemoryError(f"{served.id} takes {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
+            dropped = next(iter(self._sessions))
+            log.info("%s makes room for %s", dropped, served.id)
+            del self._sessions[dropped]
+            gc.collect()
+
+    def _run(self, task: Task) -> None:
+        try:
+            image = None if task.image is None else read_image(task.image)
+            session = self._session(task.model)
+            request = session.request(**again(task.fields, partial(session.model.takes, session.task)), image=image)
+            result = session.run(request, lambda step, _: self._pipe.send(Stepped(task.id, step)), self._stop)
+            result.save(task.output)
+            with task.output.open("rb") as file:
+                os.fsync(file.fileno())
+            self._pipe.send(Done(task.id, result.seconds, result.peak_bytes))
+        except Cancelled:
+            self._pipe.send(Ended(task.id, "cancelled", "the job was cancelled"))
+        except MXDiTError as error:
+            self._pipe.send(Ended(task.id, "failed", str(error)))
+        except MemoryError as error:
+            self._pipe.send(Ended(task.id, "out_of_memory", str(error) or "there was not enough memory"))
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+        ) as error:  # torch's own; what else ends a run is a fault, and ends the process
+            log.exception("job %s failed", task.id)
+            self._pipe.send(Ended(task.id, "internal_error", f"{type(error).__name__}: {error}"))
+
+
+def _free(device: str) -> int | None:
+    """Bytes of memory that can be had on a device; None where nobody says."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    mem_get_info = getattr(torch.get_device_module(kind), "mem_get_info", None)
+    return None if mem_get_info is None else mem_get_info(device)[0]
