@@ -1,0 +1,115 @@
+"""A server of tiny models for tests: inside this process, or as a process of its own that can be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from starlette.testclient import TestClient
+
+from mxdit.serve.access import Access
+from mxdit.serve.app import make_app
+from mxdit.serve.dispatch import Dispatcher, Files
+from mxdit.serve.jobs import Jobs
+from mxdit.serve.served import Catalog, Served
+
+SMALL = {"prompt": "a red seven", "size": "16x16", "num_frames": 5, "num_inference_steps": 4}
+DEADLINE = 90.0  # seconds: a machine under load starts a process in 30
+KEY = "0123456789abcdef"
+
+
+def served(path: Path, task: str = "t2v", mode: str = "none") -> Served:
+    return Served(f"tiny-{task}", mode, path, task, {}, {}, torch.float32)
+
+
+@contextmanager
+def client(
+    data: Path, models: list[Served], *, keys: tuple[str, ...] = (), most: int = 1 << 20, waiting: int = 1000
+) -> Iterator[TestClient]:
+    """A client of a server in this process, its worker in another."""
+    catalog, table, files = Catalog(models), Jobs(data / "jobs.sqlite", most=waiting), Files(data)
+    app = make_app(catalog, table, files, Dispatcher(table, files, catalog.served, ["cpu"]))
+    app.add_middleware(Access, keys=keys, most=most)
+    with TestClient(app, raise_server_exceptions=False) as found:
+        yield found
+
+
+def ended(client: Any, id: str, deadline: float = DEADLINE) -> dict[str, Any]:
+    """The job, when it has ended."""
+    until = time.monotonic() + deadline
+    while time.monotonic() < until:
+        job = client.get(f"/v1/videos/{id}").json()
+        if job["status"] in ("completed", "failed"):
+            return job
+        time.sleep(0.02)
+    raise AssertionError(f"{id} did not end: {job}")
+
+
+def wait_for(condition: Any, deadline: float = DEADLINE) -> Any:
+    """What `condition` gives once it is true."""
+    until = time.monotonic() + deadline
+    while time.monotonic() < until:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not come true")
+
+
+class Process:
+    """`mxdit serve` as users start it."""
+
+    def __init__(self, data: Path, *models: Path, args: tuple[str, ...] = ()) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "mxdit.cli",
+            "serve",
+            *map(str, models),
+            "--data",
+            str(data),
+            "--port",
+            str(port),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, "--dtype", "fp32", *args], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+
+    def ready(self) -> Process:
+        wait_for(lambda: self.process.poll() is not None or self._is_ready())
+        assert self.process.poll() is None, self.process.stderr.read()
+        return self
+
+    def _is_ready(self) -> bool:
+        try:
+            return self.client.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def workers(self) -> list[int]:
+        """Process numbers of its workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        tasks = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/children")]
+        pids = {int(pid) for pid in " ".join([children, *tasks]).split()}
+        return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def kill(self, how: int = signal.SIGKILL) -> int:
+        self.process.send_signal(how)
+        code = self.process.wait(DEADLINE)
+        self.client.close()
+        self.process.stderr.close()
+        return code

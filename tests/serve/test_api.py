@@ -1,0 +1,378 @@
+"""The server's routes, with real tiny models in a real worker: what clients send, what they get, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import serving
+import tiny
+from mxdit.generation.session import Session
+from serving import KEY, SMALL, ended
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {task: tiny.save(root / task, task) for task in ("t2v", "i2v")}
+
+
+@pytest.fixture(scope="module")
+def client(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    offered = [
+        serving.served(models["t2v"]),
+        serving.served(models["t2v"], mode="mxfp4"),
+        serving.served(models["i2v"], "i2v"),
+    ]
+    with serving.client(tmp_path_factory.mktemp("data"), offered) as found:
+        yield found
+
+
+def png(width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.arange(width * height * 3, dtype=np.uint8).reshape(height, width, 3)).save(file, kind)
+    return file.getvalue()
+
+
+def frames_of(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean difference of pixels. FP32 products of two runs may differ in a last bit, and H.264 makes a level of it."""
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+def made(client: Any, **fields: Any) -> dict[str, Any]:
+    answer = client.post("/v1/videos", json={**SMALL, **fields})
+    assert answer.status_code == 200, answer.text
+    return ended(client, answer.json()["id"])
+
+
+def test_a_video_is_the_one_that_a_session_makes(client, models, tmp_path):
+    job = made(client, seed=7, guidance_scale=3.0)
+    assert (job["status"], job["progress"], job["step"], job["attempts"], job["error"]) == (
+        "completed",
+        100,
+        4,
+        1,
+        None,
+    )
+    assert job["model"] == "tiny-t2v" and job["seconds"] == "0.3125" and job["size"] == "16x16"
+    assert job["created_at"] <= job["started_at"] <= job["completed_at"]
+    answer = client.get(f"/v1/videos/{job['id']}/content")
+    assert answer.headers["content-type"] == "video/mp4" and len(answer.content) == job["file_size"]
+    session = Session.open(models["t2v"], dtype=serving.served(models["t2v"]).dtype)
+    request = session.request(prompt="a red seven", size=(16, 16), frames=5, steps=4, seed=7, guidance=3.0)
+    session.run(request).save(tmp_path / "own.mp4")
+    own = frames_of((tmp_path / "own.mp4").read_bytes())
+    assert apart(frames_of(answer.content), own) < 1
+    other = client.get(f"/v1/videos/{made(client, seed=8, guidance_scale=3.0)['id']}/content").content
+    assert apart(frames_of(other), own) > 2
+
+
+def test_what_is_left_out_is_the_models_own(client):
+    listed = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
+    assert list(listed) == ["tiny-t2v", "tiny-t2v:mxfp4", "tiny-i2v"]
+    # The tiny model has the big one's preset, and no room for its size.
+    job = client.post("/v1/videos", json={"prompt": "a", "size": "16x16", "num_frames": 5}).json()
+    client.post(f"/v1/videos/{job['id']}/cancel")
+    defaults = listed["tiny-t2v"]["defaults"]
+    asked = job["parameters"]
+    for name in ("fps", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "negative_prompt"):
+        assert asked.get(name) == defaults[name], name
+    assert 0 <= asked["seed"] < 2**31
+    ended(client, job["id"])
+
+
+def test_a_model_says_what_its_linears_really_run_as(client):
+    made(client, model="tiny-t2v:mxfp4")
+    listed = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
+    linears = 10 * tiny.BLOCKS
+    assert listed["tiny-t2v:mxfp4"]["experts"] == {
+        name: {"unquantized": 6, "mxfp4 w4a4": linears} for name in ("transformer", "transformer_2")
+    }
+    assert "input_reference" in listed["tiny-i2v"]["takes"] and "input_reference" not in listed["tiny-t2v"]["takes"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_first_frame_as_a_file_or_as_a_data_uri(client, kind):
+    data = png(kind=kind)
+    form = {name: str(value) for name, value in SMALL.items()} | {"seed": "1"}
+    answer = client.post("/v1/videos", data=form, files={"input_reference": ("../../x.png", data, "image/png")})
+    assert answer.status_code == 200, answer.text
+    first = ended(client, answer.json()["id"])
+    uri = f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    second = client.post("/v1/videos", json={**SMALL, "seed": 1, "image_reference": {"image_url": uri}}).json()
+    second = ended(client, second["id"])
+    assert first["status"] == second["status"] == "completed" and first["model"] == second["model"] == "tiny-i2v"
+    assert first["parameters"] == second["parameters"] and first["parameters"]["has_image"]
+    assert client.get(f"/v1/videos/{first['id']}/input").content == data
+    contents = [client.get(f"/v1/videos/{job['id']}/content").content for job in (first, second)]
+    assert apart(*map(frames_of, contents)) < 1
+
+
+def test_sync_gives_the_video_itself(client):
+    form = {name: str(value) for name, value in SMALL.items()}
+    answer = client.post("/v1/videos/sync", data=form)
+    assert answer.status_code == 200 and answer.headers["x-model"] == "tiny-t2v"
+    assert float(answer.headers["x-inference-time-s"]) > 0
+    job = client.get(f"/v1/videos/{answer.headers['x-request-id']}").json()
+    assert job["status"] == "completed" and len(answer.content) == job["file_size"]
+
+
+def test_events_tell_every_state_up_to_the_end(client):
+    id = client.post("/v1/videos", json={**SMALL, "num_inference_steps": 8}).json()["id"]
+    with client.stream("GET", f"/v1/videos/{id}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        told = "".join(answer.iter_text())
+    events = [dict(line.split(": ", 1) for line in event.splitlines()) for event in told.strip().split("\n\n")]
+    assert [event["event"] for event in events] == ["progress"] * (len(events) - 1) + ["done"]
+    last = json.loads(events[-1]["data"])
+    assert last["status"] == "completed" and last["progress"] == 100
+    steps = [json.loads(event["data"])["step"] for event in events]
+    assert steps == sorted(steps)
+
+
+def test_a_running_job_stops_within_a_step_and_leaves_no_file(client):
+    id = client.post("/v1/videos", json={**SMALL, "num_inference_steps": 1000}).json()["id"]
+    running = serving.wait_for(lambda: (job := client.get(f"/v1/videos/{id}").json())["step"] and job)
+    assert running["status"] == "in_progress" and running["eta_seconds"] > 0 and running["progress"] < 100
+    assert client.get(f"/v1/videos/{id}/content").status_code == 409
+    asked = client.post(f"/v1/videos/{id}/cancel").json()["step"]
+    job = ended(client, id)
+    assert (job["status"], job["error"]["code"]) == ("failed", "cancelled") and job["step"] - asked < 20
+    assert client.get(f"/v1/videos/{id}/content").status_code == 409
+    assert client.post(f"/v1/videos/{id}/cancel").status_code == 409
+    assert made(client)["status"] == "completed"  # the worker goes on
+
+
+def test_deleting_a_running_job_and_one_that_waits(client):
+    ids = [client.post("/v1/videos", json={**SMALL, "num_inference_steps": 1000}).json()["id"] for _ in range(2)]
+    serving.wait_for(lambda: client.get(f"/v1/videos/{ids[0]}").json()["step"])
+    assert client.get(f"/v1/videos/{ids[1]}").json()["queue_position"] == 0
+    for id in reversed(ids):
+        assert client.delete(f"/v1/videos/{id}").json() == {"id": id, "object": "video.deleted", "deleted": True}
+        assert client.get(f"/v1/videos/{id}").status_code == 404
+        assert client.delete(f"/v1/videos/{id}").status_code == 404
+    assert made(client)["status"] == "completed"
+
+
+def test_lists(client):
+    made(client), made(client)
+    first = client.get("/v1/videos", params={"limit": 1}).json()
+    assert first["has_more"] and first["first_id"] == first["last_id"] == first["data"][0]["id"]
+    second = client.get("/v1/videos", params={"limit": 1, "after": first["last_id"]}).json()
+    assert second["data"][0]["created_at"] <= first["data"][0]["created_at"] and second["data"] != first["data"]
+    oldest = client.get("/v1/videos", params={"limit": 1, "order": "asc"}).json()["data"][0]
+    assert oldest["created_at"] <= second["data"][0]["created_at"]
+
+
+def test_the_same_key_gives_the_same_job(client):
+    head = {"Idempotency-Key": "once"}
+    one, two = (client.post("/v1/videos", json=SMALL, headers=head).json() for _ in range(2))
+    assert one["id"] == two["id"]
+    other = client.post("/v1/videos", json={**SMALL, "seed": 5}, headers=head)
+    assert other.status_code == 409 and other.json()["error"]["param"] == "Idempotency-Key"
+    ended(client, one["id"])
+
+
+def test_figures(client):
+    made(client)
+    told = client.get("/metrics").text
+    assert 'mxdit_jobs{status="completed"}' in told and 'mxdit_model_loaded{model="tiny-t2v"} 1.0' in told
+    assert float(told.split('mxdit_step_seconds{model="tiny-t2v"} ')[1].split()[0]) > 0
+    assert client.get("/health").json() == {"status": "ok"} and client.get("/ready").status_code == 200
+
+
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "a size that does not fit": ({"size": "17x16"}, 400, "size"),
+    "no size": ({"size": "large"}, 400, "size"),
+    "frames that do not fit": ({"num_frames": 6}, 400, "num_frames"),
+    "no steps": ({"num_inference_steps": 0}, 400, "num_inference_steps"),
+    "steps that are no number": ({"num_inference_steps": "many"}, 400, "num_inference_steps"),
+    "guidance that is infinite": ({"guidance_scale": 1e300}, 400, "guidance_scale"),
+    "an empty prompt": ({"prompt": "  "}, 400, "prompt"),
+    "a prompt that is a list": ({"prompt": ["a"]}, 400, "prompt"),
+    "an unknown model": ({"model": "sora"}, 404, "model"),
+    "an unknown field": ({"n": 2}, 400, "n"),
+    "an unknown parameter": ({"extra_params": {"x": 1}}, 400, "extra_params"),
+    "steps that are none": ({"model": "tiny-t2v:mxfp4", "extra_params": {"activation_steps": {"mxfp8": [99]}}}, 400, "activation_steps"),
+    "a seed below zero": ({"seed": -1}, 400, "seed"),
+    "an image for text-to-video": ({"model": "tiny-t2v", "image_reference": {"image_url": "data:image/png;base64," + base64.b64encode(png()).decode()}}, 400, "input_reference"),
+    "no image for image-to-video": ({"model": "tiny-i2v"}, 400, "input_reference"),
+    "an address": ({"image_reference": {"image_url": "http://169.254.169.254/"}}, 400, "image_reference"),
+    "a file": ({"image_reference": {"image_url": "file:///etc/passwd"}}, 400, "image_reference"),
+    "an image that is none": ({"image_reference": {"image_url": "data:image/png;base64,AAAA"}}, 400, "input_reference"),
+    "half a width": ({"width": 16}, 400, "height"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, status, param", REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_wrong_is_said_by_the_fields_name(client, fields, status, param):
+    answer = client.post("/v1/videos", json={**SMALL, **fields})
+    wrong = answer.json()["error"]
+    assert (answer.status_code, wrong["param"]) == (status, param), wrong
+    assert wrong["message"] and wrong["type"] == "invalid_request_error"
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels in a few bytes."""
+    import struct
+    import zlib
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_thousand_hostile_requests_are_refused(client):
+    """None is an error of ours, and none becomes a job."""
+    random_ = random.Random(0)
+    values = [None, -1, 0, 2**63, 10**400, 1.5, "", "x" * 30_000, "\ud800", "\0", [], {}, True, "1e999", "NaN", "../../etc/passwd", "16x-16", {"a": {"b": []}}]  # fmt: skip
+    fields = [
+        *SMALL,
+        "seed",
+        "fps",
+        "guidance_scale",
+        "flow_shift",
+        "seconds",
+        "model",
+        "extra_params",
+        "image_reference",
+        "width",
+        "unknown",
+    ]
+    before = client.get("/v1/videos", params={"limit": 1}).json()["data"][0]["id"]
+
+    def hostile(kind: int) -> Any:
+        headers: dict[str, str] = {}
+        if kind == 0:
+            body = {**SMALL, **{random_.choice(fields): random_.choice(values) for _ in range(3)}, "num_frames": "many"}
+            return client.post(
+                "/v1/videos",
+                content=json.dumps(body).encode("utf-8", "surrogatepass"),
+                headers={"content-type": "application/json"},
+            )
+        if kind == 1:
+            text = json.dumps({**SMALL, "size": "x"})
+            cut = text[: random_.randrange(len(text))].encode() + bytes(random_.randbytes(random_.randrange(20)))
+            return client.post("/v1/videos", content=cut, headers={"content-type": "application/json"})
+        if kind == 2:
+            id = random_.choice(["..", "%2e%2e%2f", "video_" + "0" * 32, "x" * 5000, "%00", "video_';--", "%ff%fe"])
+            path = f"/v1/videos/{id}{random_.choice(['', '/content', '/events', '/input'])}"
+            return client.get(path) if random_.random() < 0.7 else client.delete(f"/v1/videos/{id}")
+        if kind == 3:
+            edge = "b" * random_.randrange(1, 80)
+            whole = (
+                f'--{edge}\r\nContent-Disposition: form-data; name="input_reference"; filename="../x"\r\n\r\n'.encode()
+                + random_.choice([bomb(), b"GIF89a", b"<svg/>", png()[:50], b""])
+                + f"\r\n--{edge}--\r\n".encode()
+            )
+            cut = whole if random_.random() < 0.5 else whole[: random_.randrange(len(whole))]
+            return client.post(
+                "/v1/videos", content=cut, headers={"content-type": f"multipart/form-data; boundary={edge}"}
+            )
+        if kind == 4:
+            query = {
+                random_.choice(["limit", "order", "after"]): random_.choice(
+                    ["-1", "101", "1e9", "x", "\ud7ff", "';DROP TABLE jobs"]
+                )
+            }
+            return client.get("/v1/videos", params=query)
+        headers = {
+            "content-type": random_.choice(
+                ["text/plain", "application/xml", "", "multipart/form-data", "multipart/form-data; boundary="]
+            )
+        }
+        return client.post(
+            random_.choice(["/v1/videos", "/v1/videos/sync"]), content=random_.randbytes(200), headers=headers
+        )
+
+    for number in range(1000):
+        answer = hostile(number % 6)
+        assert 400 <= answer.status_code < 500, (number, answer.status_code, answer.text[:300])
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, (number, answer.text[:300])
+    assert client.get("/v1/videos", params={"limit": 1}).json()["data"][0]["id"] == before
+
+
+def test_what_is_too_large_is_not_read(client):
+    answer = client.post("/v1/videos", content=b"x" * (2 << 20), headers={"content-type": "application/json"})
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b"x" * (64 << 10)
+
+    answer = client.post("/v1/videos", content=pieces(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413  # without a length, too
+
+
+def test_keys(models, tmp_path):
+    with serving.client(tmp_path, [serving.served(models["t2v"])], keys=("another-key-that-fits", KEY)) as client:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": f"Basic {KEY}"},
+            {"Authorization": KEY},
+        ):
+            answer = client.get("/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+            assert client.post("/v1/videos", json=SMALL, headers=headers).status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        assert client.get("/health").status_code == 200
+        answer = client.get("/v1/models")
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_a_full_queue_says_when_to_come_back(models, tmp_path):
+    with serving.client(tmp_path, [serving.served(models["t2v"])], waiting=1) as client:
+        slow = {**SMALL, "num_inference_steps": 1000}
+        running = client.post("/v1/videos", json=slow).json()["id"]
+        serving.wait_for(lambda: client.get(f"/v1/videos/{running}").json()["status"] == "in_progress")
+        assert client.post("/v1/videos", json=slow).status_code == 200
+        answer = client.post("/v1/videos", json=slow)
+        assert answer.status_code == 429 and answer.headers["retry-after"] == "10"
+        assert answer.json()["error"]["code"] == "queue_full"
+
+
+def test_the_openai_package_as_it_is(models, tmp_path):
+    """It is pinned: OpenAI closed its own service, and the package may drop it."""
+    import openai
+
+    with serving.client(tmp_path, [serving.served(models["t2v"])], keys=(KEY,)) as http:
+        client = openai.OpenAI(api_key=KEY, base_url=f"{http.base_url}/v1", http_client=http, max_retries=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            extra = {"num_frames": 5, "num_inference_steps": 4}
+            video = client.videos.create_and_poll(
+                prompt="a red seven", size="16x16", extra_body=extra, poll_interval_ms=50
+            )
+            assert (video.status, video.progress, video.error) == ("completed", 100, None)
+            assert len(client.videos.download_content(video.id).read()) > 1000
+            assert [one.id for one in client.videos.list(limit=5)] == [video.id]
+            with pytest.raises(openai.BadRequestError) as wrong:
+                client.videos.create(prompt="a", size="17x16", extra_body=extra)
+            assert wrong.value.param == "size"
+            assert client.videos.delete(video.id).deleted
+            with pytest.raises(openai.NotFoundError):
+                client.videos.retrieve(video.id)
