@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 import serving
 import tiny
 from mxdit.generation.session import Session
+from mxdit.serve.app import PAGE
 from serving import KEY, SMALL, ended
 
 pytestmark = pytest.mark.slow
@@ -342,6 +344,23 @@ def test_keys(models, tmp_path):
         assert client.get("/health").status_code == 200
         answer = client.get("/v1/models")
         assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_the_page_is_whole_and_asks_nobody_else(client):
+    """Every file that it names is there, and no other host is named in it."""
+    names, seen = ["/"], set()
+    while names:
+        name = names.pop()
+        answer = client.get(name)
+        assert answer.status_code == 200, name
+        seen.add(name)
+        found = re.findall(r'(?:src|href)="(/page/[^"]+)"', answer.text)
+        found += [f"/page/{file}" for file in re.findall(r'from "\./([^"]+)"', answer.text)]
+        assert not re.search(r"https?://", answer.text), name
+        assert "innerHTML" not in answer.text and "style=" not in answer.text, name
+        names += [file for file in found if file not in seen]
+    assert len(seen) == 1 + len(list(PAGE.iterdir())) - 1  # index.html is "/"
+    assert client.get("/page/../app.py").status_code == 404 and client.get("/page/%2e%2e/app.py").status_code == 404
 
 
 def test_a_full_queue_says_when_to_come_back(models, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,7 @@ def serve(
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Most jobs that may wait.", min=1)] = 1000,
 ) -> None:
-    """Make videos for clients of OpenAI's /v1/videos.
+    """Make videos for clients of OpenAI's /v1/videos, and on a page in the browser.
 
     Jobs are kept on the disk: after a crash or a restart the queue goes on.
 
@@ -106,7 +107,8 @@ def serve(
             path = Path(directory)
             served += modes_of(path, path.resolve().name, [], asked or [AS_STORED], **how)
     catalog = Catalog(unique(served))
-    api_keys = _keys(api_key_file)
+    api_keys, seconds = _keys(api_key_file), _seconds(keep)
+    most = None if max_bytes is None else bytes_of("max_bytes", max_bytes)
     if not (api_keys or no_auth or _is_loopback(host)):
         raise InputError(
             "others would reach the server without a key",
@@ -115,18 +117,15 @@ def serve(
             hint="Add --api-key-file FILE, or say --no-auth.",
         )
     tell_slow(how["dtype"], devices[0])
-    with only_one(data):
-        jobs = Jobs(data / "jobs.sqlite", _seconds(keep), max_queue)
-        files = Files(data)
-        most = None if max_bytes is None else bytes_of("max_bytes", max_bytes)
+    with only_one(data), _listening(host, port) as listening:
+        jobs, files = Jobs(data / "jobs.sqlite", seconds, max_queue), Files(data)
         dispatcher = Dispatcher(jobs, files, catalog.served, devices, most)
         answers = make_app(catalog, jobs, files, dispatcher)
         answers.add_middleware(Access, keys=api_keys, most=64 << 20)
+        port = listening.getsockname()[1]
         tell(f"{', '.join(catalog.served)} on {', '.join(devices)}; http://{host}:{port}, jobs in {data}")
-        uvicorn.run(
+        options = uvicorn.Config(
             answers,
-            host=host,
-            port=port,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -135,6 +134,16 @@ def serve(
             limit_concurrency=512,
             h11_max_incomplete_event_size=32 << 10,
         )
+        uvicorn.Server(options).run([listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(
+            "it cannot be listened there", field="port", got=f"{host}:{port}", hint=f"{error.strerror}."
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -10,9 +10,13 @@ from typing import Any
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
-OPEN = ("/health", "/ready")  # nothing of a user's is in them
+OPEN = ("/", "/health", "/ready")  # and the page's files: nothing of a user's is in them
 HEADERS = (
-    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+        b"connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    ),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
@@ -60,7 +64,7 @@ class Access:
             await answer({"type": "http.response.body", "body": data})
 
         path = scope["path"]
-        if not (path in OPEN or self._lets_in(headers.get(b"authorization", b""))):
+        if not (path in OPEN or path.startswith("/page/") or self._lets_in(headers.get(b"authorization", b""))):
             wrong = error("a valid API key is needed", type="authentication_error", code="invalid_api_key")
             await refuse(401, wrong, (b"www-authenticate", b"Bearer"))
             return

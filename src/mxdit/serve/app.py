@@ -1,4 +1,4 @@
-"""The server's routes: OpenAI's and vLLM-Omni's videos over `Jobs`."""
+"""The server's routes: OpenAI's and vLLM-Omni's videos over `Jobs`, and the page."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import hashlib
 import json
 import logging
 import secrets
+import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from pydantic import ValidationError
@@ -31,7 +35,8 @@ from mxdit.version import __version__
 
 log = logging.getLogger(__name__)
 
-LOOK = 0.2  # seconds between two looks of an event stream at its job
+PAGE = Path(__file__).with_name("page")
+LOOK = 1.0  # seconds between two looks at a job that one waits for, whatever is told meanwhile
 BEAT = 15.0  # seconds after which a stream without news says that it lives
 RETRY = "10"  # seconds after which to try a full queue again
 
@@ -39,8 +44,11 @@ RETRY = "10"  # seconds after which to try a full queue again
 def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher) -> FastAPI:
     """The server as an ASGI application; its lifetime is the dispatcher's."""
 
+    news = _News()
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        dispatcher.told = partial(asyncio.get_running_loop().call_soon_threadsafe, news.tell)
         dispatcher.start()
         yield
         app.state.closing = True
@@ -72,15 +80,15 @@ def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher)
 
     @app.post("/v1/videos/sync", openapi_extra=_BODY)
     async def create_and_wait(request: Request) -> Response:
-        job = await submitted(request)
+        heard, job = news.now(), await submitted(request)
         while not job.ended:
             if await request.is_disconnected():
                 jobs.cancel(job.id)
                 return Response(status_code=499)
             if app.state.closing:
                 raise HTTPException(503, "the server shuts down; the job goes on with the next one")
-            await asyncio.sleep(LOOK / 4)
-            job = known(job.id)
+            await news.after(heard)
+            heard, job = news.now(), known(job.id)
         if job.status != COMPLETED:
             return JSONResponse(error(str(job.error), type="server_error", code=job.error_code), 500)
         headers = {"X-Request-Id": job.id, "X-Model": job.model, "X-Inference-Time-S": f"{job.seconds:.3f}"}
@@ -146,22 +154,22 @@ def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher)
         known(id)
 
         async def stream() -> AsyncIterator[str]:
-            last, quiet = "", 0.0
+            last, spoke = "", time.monotonic()
             while not app.state.closing:
+                heard = news.now()
                 job = jobs.get(id)
                 if job is None:
                     return
                 told = json.dumps(seen(job))
                 if told != last or job.ended:
                     yield f"event: {'done' if job.ended else 'progress'}\ndata: {told}\n\n"
-                    last, quiet = told, 0.0
+                    last, spoke = told, time.monotonic()
                 if job.ended:
                     return
-                await asyncio.sleep(LOOK)
-                quiet += LOOK
-                if quiet >= BEAT:
+                await news.after(heard)
+                if time.monotonic() - spoke > BEAT:
                     yield ": still here\n\n"
-                    quiet = 0.0
+                    spoke = time.monotonic()
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
@@ -187,6 +195,11 @@ def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher)
     def metrics() -> Response:
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
 
 
@@ -293,6 +306,28 @@ def _model(catalog: Catalog, served: Served, linears: Any) -> dict[str, Any]:
             "flow_shift": preset.flow_shift,
         },
     }
+
+
+class _News:
+    """Wakes those who wait for a job to change."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def tell(self) -> None:
+        """In the loop's own thread."""
+        self._event.set()
+        self._event = asyncio.Event()  # those who wait from now on wait for the next
+
+    def now(self) -> asyncio.Event:
+        """To be asked for before the jobs are looked at, for `after`."""
+        return self._event
+
+    @staticmethod
+    async def after(heard: asyncio.Event) -> None:
+        """Until something was told since `heard`, or `LOOK` is over."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(heard.wait(), LOOK)
 
 
 class _Figures:
