@@ -42,13 +42,18 @@ def test_no_kill_loses_a_job(model, tmp_path):
     running(server, ids[0])
     (second,) = server.workers()
     assert second != worker
+    orphan = data / "given" / f"video_{'0' * 32}"  # of a server that was killed before it accepted the job
+    orphan.write_bytes(b"x")
     server.kill()
     wait_for(lambda: not Path(f"/proc/{second}").exists())  # a worker without a server is no worker
     server = Process(data, model).ready()
     job = server.client.get(f"/v1/videos/{ids[0]}").json()
     assert job["attempts"] in (2, 3) and job["status"] in ("queued", "in_progress")
     running(server, ids[0])
+    for pid in server.workers():
+        os.kill(pid, signal.SIGTERM)  # as systemd does it, to all at once
     assert server.kill(signal.SIGTERM) == -signal.SIGTERM  # as uvicorn ends, all done
+    assert not orphan.exists()
     server = Process(data, model).ready()
     jobs = [ended(server.client, id) for id in ids]
     # What the server itself ended does not count, so this was the third attempt all along.

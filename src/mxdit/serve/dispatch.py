@@ -19,7 +19,7 @@ from mxdit.serve.worker import Done, Ended, Loaded, Stepped, Task, main
 
 log = logging.getLogger(__name__)
 
-LOOK = 0.05  # seconds between two looks for a job, for a cancelled one, and for the end
+LOOK = 0.02  # seconds between two looks for a job, for a cancelled one, and for the end
 CLEAN = 60.0  # seconds between two looks for what has expired
 GRACE = 60.0  # seconds that a worker has to end its step when the server stops
 SUFFIX = {"video/mp4": ".mp4", "image/png": ".png"}
@@ -32,8 +32,9 @@ class Files:
         self._made, self._given = data / "made", data / "given"
         for folder in (self._made, self._given):
             folder.mkdir(parents=True, exist_ok=True)
-        for left in self._made.glob(".*"):  # by workers that did not come to an end
-            left.unlink()
+        for folder in (self._made, self._given):
+            for left in folder.glob(".*"):  # by what did not come to an end
+                left.unlink()
 
     def made(self, job: Job) -> Path:
         """The video or image."""
@@ -46,6 +47,12 @@ class Files:
     def unfinished(self, job: Job) -> Path:
         """Where a worker writes: a name for each attempt, so that a late one never writes into another's."""
         return self._made / f".{job.id}.{job.attempts}.{os.getpid()}{SUFFIX[job.media_type]}"
+
+    def sweep(self, wanted: Callable[[str], bool]) -> None:
+        """Remove first frames of ids that nobody wants."""
+        for path in self._given.iterdir():
+            if not wanted(path.name):
+                path.unlink()
 
     def give(self, id: str, data: bytes) -> None:
         """Keep a first frame, whole and on the disk."""
@@ -78,7 +85,9 @@ class Dispatcher:
         served: the models, by id.
         devices: names of torch devices; each gets a worker.
         most_bytes: that the files of completed jobs may take together, or None.
-        told: called, from any thread, with the id of a job that changed.
+
+    Attributes:
+        told: called, from any thread, when a job has changed.
     """
 
     def __init__(
@@ -88,9 +97,9 @@ class Dispatcher:
         served: Mapping[str, Served],
         devices: Sequence[str],
         most_bytes: int | None = None,
-        told: Callable[[str], None] = lambda id: None,
     ) -> None:
-        self._jobs, self._files, self._served, self._most_bytes, self._told = jobs, files, served, most_bytes, told
+        self._jobs, self._files, self._served, self._most_bytes = jobs, files, served, most_bytes
+        self.told: Callable[[], object] = lambda: None
         self.linears: dict[str, Mapping[str, Mapping[str, int]]] = {}  # of the models that were loaded so far
         self.step_seconds: dict[str, float] = {}  # model -> how long its last step took
         self.ready = threading.Event()  # once a worker has loaded its first model
@@ -106,6 +115,9 @@ class Dispatcher:
                 seconds = (job.stepped_at or time.time()) - (job.started_at or time.time())
                 self._jobs.complete(job.id, seconds, made.stat().st_size)
         self._jobs.put_back()
+        self._forget(self._jobs.left())
+        # A first frame is written before its job is accepted, and what a cancelled one had is for nothing.
+        self._files.sweep(lambda id: (job := self._jobs.get(id)) is not None and job.error_code != CANCELLED)
         for thread in self._threads:
             thread.start()
 
@@ -146,13 +158,13 @@ class Dispatcher:
                 return False
             if pipe.poll(LOOK):
                 self._note(pipe.recv())
-        self._told(job.id)
+        self.told()
         try:
             return self._see_through(job, pipe)
         except (EOFError, OSError):
             self._files.unfinished(job).unlink(missing_ok=True)
             self._jobs.put_back(job.id)
-            self._told(job.id)
+            self.told()
             raise
 
     def _see_through(self, job: Job, pipe: Connection) -> bool:
@@ -173,13 +185,13 @@ class Dispatcher:
                 now = time.monotonic()
                 self.step_seconds[job.model], last = now - last, now
                 self._jobs.stepped(job.id, told.step)
-                self._told(job.id)
+                self.told()
             elif isinstance(told, Done):
                 if self._cancelled(job.id):  # while it was encoded
                     self._end(job, CANCELLED, "the job was cancelled")
                 else:
                     self._jobs.complete(job.id, told.seconds, self._files.finish(job))
-                self._told(job.id)
+                self.told()
                 return True
             elif isinstance(told, Ended):
                 if told.code == CANCELLED and not self._cancelled(job.id):  # it was the server that stopped it
@@ -200,7 +212,7 @@ class Dispatcher:
             self._files.given(job.id).unlink(missing_ok=True)
         self._jobs.fail(job.id, code, message)
         self._forget(self._jobs.left())
-        self._told(job.id)
+        self.told()
 
     def _put_back(self, job: Job) -> None:
         self._files.unfinished(job).unlink(missing_ok=True)

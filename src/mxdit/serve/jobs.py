@@ -242,11 +242,12 @@ class Jobs:
     def take(self, models: Mapping[str, Any]) -> Job | None:
         """The first job of these models that waits; it runs from now on, and this attempt counts."""
         names = ",".join("?" * len(models))
+        first = f"SELECT id FROM jobs WHERE status = ? AND model IN ({names}) ORDER BY number LIMIT 1"
+        with self._lock:
+            if self._db.execute(first, (QUEUED, *models)).fetchone() is None:
+                return None  # and nobody was kept from writing
         with self._writing() as db:
-            row = db.execute(
-                f"SELECT id FROM jobs WHERE status = ? AND model IN ({names}) ORDER BY number LIMIT 1",
-                (QUEUED, *models),
-            ).fetchone()
+            row = db.execute(first, (QUEUED, *models)).fetchone()
             if row is None:
                 return None
             db.execute(

@@ -86,9 +86,8 @@ def main(pipe: Connection, served: Mapping[str, Served], device: str, warm: str 
         warm: model to load before the first job, if any.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal's reaches all processes; the server decides about its workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to all by a terminal and by systemd; the server decides here
     _Worker(pipe, served, device).work(warm)
 
 
