@@ -30,6 +30,8 @@ from typing import Any
 
 import av
 
+PATIENCE = 180.0  # seconds for a server and its worker to come up
+
 
 class Server:
     """`mxdit serve`, started again where it ended."""
@@ -75,8 +77,13 @@ class Server:
         except (OSError, urllib.error.URLError):
             return None
 
-    def ready(self) -> bool:
-        return self.ask("GET", "/ready") is not None
+    def wait_until_ready(self) -> None:
+        """Raises TimeoutError where it does not come up."""
+        until = time.monotonic() + PATIENCE
+        while self.ask("GET", "/ready") is None:
+            if time.monotonic() > until:
+                raise TimeoutError(f"no server within {PATIENCE:g} s")
+            time.sleep(0.1)  # between two looks at another process
 
 
 def main() -> None:
@@ -87,8 +94,7 @@ def main() -> None:
     chance, accepted, killed = random.Random(asked.seed), {}, Counter()
     with tempfile.TemporaryDirectory() as data:
         server = Server(Path(data))
-        while not server.ready():
-            time.sleep(0.2)
+        server.wait_until_ready()
 
         def submit(client: int) -> None:
             for number in range(client, asked.jobs, asked.clients):
@@ -100,16 +106,15 @@ def main() -> None:
                     "num_inference_steps": 3,
                 }
                 while (answer := server.ask("POST", "/v1/videos", body, **{"Idempotency-Key": str(number)})) is None:
-                    time.sleep(0.3)
+                    time.sleep(0.3)  # until somebody answers: the loop of kills has the deadline
                 accepted[number] = json.loads(answer)["id"]
 
         clients = [threading.Thread(target=submit, args=(n,)) for n in range(asked.clients)]
         for client in clients:
             client.start()
         for _ in range(asked.kills):
-            while not server.ready():
-                time.sleep(0.1)
-            time.sleep(chance.uniform(0, 3))
+            server.wait_until_ready()
+            time.sleep(chance.uniform(0, 3))  # the random moment
             what = chance.choice(["server", "worker", "both"])
             killed[what] += 1
             if what != "server":
@@ -122,13 +127,16 @@ def main() -> None:
         for client in clients:
             client.join()
         jobs: dict[str, Any] = {}
+        until = time.monotonic() + 10 * PATIENCE
         while len(jobs) < len(accepted):
             for id in accepted.values():
                 if id not in jobs and (answer := server.ask("GET", f"/v1/videos/{id}")) is not None:
                     job = json.loads(answer)
                     if job["status"] in ("completed", "failed"):
                         jobs[id] = job
-            time.sleep(0.2)
+            if time.monotonic() > until:
+                raise TimeoutError(f"{len(accepted) - len(jobs)} jobs did not end")
+            time.sleep(0.2)  # between two looks at another process
         decoded = 0
         for number, id in accepted.items():
             if jobs[id]["status"] == "completed":

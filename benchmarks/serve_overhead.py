@@ -30,8 +30,7 @@ def main() -> None:
     session, took = mxdit.Session.open(), {"session": [], "server": []}
     with tempfile.TemporaryDirectory() as data:
         server = Server(Path(data))
-        while not server.ready():
-            time.sleep(0.2)
+        server.wait_until_ready()
         with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=None) as client:
             for turn in range(asked.repeat + 1):
                 start = time.perf_counter()

@@ -125,7 +125,7 @@ def new_directory(destination: Path, plan: str) -> Iterator[Staging]:
         if not mark.is_file() or mark.read_text() != digest:
             for entry in partial.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            _write(mark, digest.encode())
+            write_synced(mark, digest.encode())
         try:
             yield Staging(partial)
         except MXDiTError:
@@ -133,10 +133,10 @@ def new_directory(destination: Path, plan: str) -> Iterator[Staging]:
             raise
         check_destination(destination)
         for folder, _, _ in os.walk(partial):
-            _sync(Path(folder))
+            sync(Path(folder))
         mark.unlink()
         os.rename(partial, destination)
-        _sync(destination.parent)
+        sync(destination.parent)
 
 
 @contextmanager
@@ -250,7 +250,7 @@ class Staging:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object."""
-        _write(self._path(name), (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+        write_synced(self._path(name), (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
     def carry(self, source: Path, name: str, *, copy: bool) -> None:
         """Take over a file: as a hard link, or as a copy where `copy` says so or the file system cannot link."""
@@ -266,7 +266,7 @@ class Staging:
                 copy = True
         if copy:
             shutil.copyfile(real, path)
-            _sync(path)
+            sync(path)
 
     def _path(self, name: str) -> Path:
         path = self.root / name
@@ -287,14 +287,16 @@ def _dtype(part: Part) -> torch.dtype:
     return part.info.dtype
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file, to the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """A file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

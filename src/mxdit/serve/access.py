@@ -7,6 +7,8 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from mxdit.serve.answers import error
+
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
@@ -21,13 +23,6 @@ HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )  # fmt: skip
-
-
-def error(
-    message: str, *, type: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> Any:
-    """An error in OpenAI's shape."""
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
 class Access:

@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from mxdit.errors import ConfigError, InputError, MXDiTError
-from mxdit.serve.access import error
+from mxdit.errors import InputError
+from mxdit.serve.answers import answer_errors, error
 from mxdit.serve.dispatch import Dispatcher, Files
-from mxdit.serve.jobs import COMPLETED, Full, Job, Jobs, KeyReused
+from mxdit.serve.jobs import COMPLETED, Job, Jobs
+from mxdit.serve.metrics import Figures
 from mxdit.serve.schema import FIELDS, VideoBody, data_of, shown, stand_in, stored
 from mxdit.serve.served import Catalog, Served
 from mxdit.version import __version__
@@ -38,7 +36,6 @@ log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page")
 LOOK = 1.0  # seconds between two looks at a job that one waits for, whatever is told meanwhile
 BEAT = 15.0  # seconds after which a stream without news says that it lives
-RETRY = "10"  # seconds after which to try a full queue again
 
 
 def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher) -> FastAPI:
@@ -57,7 +54,7 @@ def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher)
 
     app = FastAPI(title="mxdit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.closing = False
-    _answer_errors(app)
+    answer_errors(app)
 
     def known(id: str) -> Job:
         job = jobs.get(id)
@@ -189,7 +186,7 @@ def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher)
         return {"status": "ready"}
 
     registry = CollectorRegistry()
-    registry.register(_Figures(jobs, dispatcher))
+    registry.register(Figures(jobs, dispatcher))
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -328,66 +325,3 @@ class _News:
         """Until something was told since `heard`, or `LOOK` is over."""
         with suppress(TimeoutError):
             await asyncio.wait_for(heard.wait(), LOOK)
-
-
-class _Figures:
-    """What Prometheus asks for."""
-
-    def __init__(self, jobs: Jobs, dispatcher: Dispatcher) -> None:
-        self._jobs, self._dispatcher = jobs, dispatcher
-
-    def collect(self) -> Any:
-        counts = GaugeMetricFamily("mxdit_jobs", "Jobs by state.", labels=["status"])
-        for status, count in self._jobs.counts().items():
-            counts.add_metric([status], count)
-        yield counts
-        seconds = GaugeMetricFamily("mxdit_step_seconds", "How long the last denoising step took.", labels=["model"])
-        for model, taken in dict(self._dispatcher.step_seconds).items():
-            seconds.add_metric([model], taken)
-        yield seconds
-        loaded = GaugeMetricFamily("mxdit_model_loaded", "Models that a worker has loaded.", labels=["model"])
-        for model in dict(self._dispatcher.linears):
-            loaded.add_metric([model], 1)
-        yield loaded
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's shape, with the field by the protocol's name."""
-
-    @app.exception_handler(InputError)
-    @app.exception_handler(ConfigError)
-    def of_input(_: Request, wrong: MXDiTError) -> Response:
-        param = FIELDS.get(wrong.field, wrong.field) if wrong.field else None
-        message = wrong.line(lambda field: FIELDS.get(field, field))
-        return JSONResponse(error(message, param=param, code="invalid_value"), 404 if param == "model" else 400)
-
-    @app.exception_handler(ValidationError)
-    @app.exception_handler(RequestValidationError)
-    def of_schema(_: Request, wrong: Any) -> Response:
-        first = wrong.errors()[0]
-        places = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        name = ".".join(places)[:100]
-        return JSONResponse(error(f"{name}: {first['msg']}", param=name or None, code="invalid_value"), 400)
-
-    @app.exception_handler(HTTPException)
-    def of_http(_: Request, wrong: HTTPException) -> Response:
-        kind = "invalid_request_error" if wrong.status_code < 500 else "server_error"
-        codes = {404: "not_found", 409: "conflict", 503: "unavailable"}
-        body = error(str(wrong.detail), type=kind, code=codes.get(wrong.status_code))
-        return JSONResponse(body, wrong.status_code, dict(wrong.headers or {}))
-
-    @app.exception_handler(Full)
-    def of_queue(_: Request, __: Full) -> Response:
-        body = error("the queue is full", type="rate_limit_error", code="queue_full")
-        return JSONResponse(body, 429, {"Retry-After": RETRY})
-
-    @app.exception_handler(KeyReused)
-    def of_key(_: Request, __: KeyReused) -> Response:
-        return JSONResponse(
-            error("the Idempotency-Key came with another request", param="Idempotency-Key", code="conflict"), 409
-        )
-
-    @app.exception_handler(Exception)
-    def of_us(_: Request, wrong: Exception) -> Response:
-        log.error("a request failed", exc_info=wrong)
-        return JSONResponse(error("the server failed", type="server_error", code="internal_error"), 500)

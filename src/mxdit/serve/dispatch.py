@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from mxdit.checkpoint.writer import sync, write_synced
 from mxdit.serve.jobs import CANCELLED, Job, Jobs
 from mxdit.serve.served import Served
 from mxdit.serve.worker import Done, Ended, Loaded, Stepped, Task, main
@@ -57,18 +58,15 @@ class Files:
     def give(self, id: str, data: bytes) -> None:
         """Keep a first frame, whole and on the disk."""
         partial = self._given / f".{id}"
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(partial, data)
         os.replace(partial, self.given(id))
-        _sync(self._given)
+        sync(self._given)
 
     def finish(self, job: Job) -> int:
         """Take over what a worker has written and synced. Gives its bytes."""
         unfinished, made = self.unfinished(job), self.made(job)
         os.replace(unfinished, made)
-        _sync(self._made)
+        sync(self._made)
         return made.stat().st_size
 
     def remove(self, job: Job) -> None:
@@ -243,12 +241,3 @@ class Dispatcher:
 def _code(process: BaseProcess) -> int | None:
     process.join(1)
     return process.exitcode
-
-
-def _sync(folder: Path) -> None:
-    """Names in a folder, to the disk."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mxdit.checkpoint.writer import sync
 from mxdit.errors import Cancelled, MXDiTError
 from mxdit.generation.media import read_image
 from mxdit.generation.session import Session
@@ -161,8 +162,7 @@ class _Worker:
             request = session.request(**again(task.fields, partial(session.model.takes, session.task)), image=image)
             result = session.run(request, lambda step, _: self._pipe.send(Stepped(task.id, step)), self._stop)
             result.save(task.output)
-            with task.output.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(task.output)
             self._pipe.send(Done(task.id, result.seconds, result.peak_bytes))
         except Cancelled:
             self._pipe.send(Ended(task.id, "cancelled", "the job was cancelled"))
