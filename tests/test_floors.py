@@ -27,7 +27,7 @@ FLOORS = (
     {"quantize"},
     {"conformance", "checkpoint"},
     {"integrations"},
-    {"generation"},
+    {"generation", "client"},
     {"evals", "bench"},
     {"calibrate", "serve"},
     {"cli"},

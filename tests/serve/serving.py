@@ -87,7 +87,8 @@ class Process:
         self.process = subprocess.Popen(
             [*command, "--dtype", "fp32", *args], stderr=subprocess.PIPE, text=True, env=environment
         )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=30)
 
     def ready(self) -> Process:
         wait_for(lambda: self.process.poll() is not None or self._is_ready())

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from mxdit.cli import bench, calibrate, checkpoints, conformance, eval, generate, serve  # each registers its commands
+from mxdit.cli import (
+    bench,
+    calibrate,
+    checkpoints,
+    client,
+    conformance,
+    eval,
+    generate,
+    serve,
+)  # each registers its commands
 from mxdit.cli.console import app, option, tell
 from mxdit.errors import MXDiTError
 
-__all__ = ["app", "bench", "calibrate", "checkpoints", "conformance", "eval", "generate", "main", "serve"]
+__all__ = ["app", "bench", "calibrate", "checkpoints", "client", "conformance", "eval", "generate", "main", "serve"]
 
 
 def main() -> None:
