@@ -71,7 +71,9 @@ def in_turn(*answers: Any) -> tuple[list[httpx.Request], Answer]:
 
 def fresh(answer: httpx.Response) -> httpx.Response:
     """The same once more: each is read once."""
-    content = {"stream": answer.stream} if not hasattr(answer, "_content") else {"content": answer.content}
+    content: dict[str, Any] = (
+        {"stream": answer.stream} if not hasattr(answer, "_content") else {"content": answer.content}
+    )
     return httpx.Response(answer.status_code, headers=answer.headers, **content)
 
 

@@ -82,7 +82,8 @@ def test_all_that_ran_wait_again_when_a_server_begins(file):
     before.take(MODELS), before.take(MODELS)
     before.complete("1", 1, 1)
     after = Jobs(file)  # nobody closed the first
-    after.put_back()
+    for job in after.running():
+        after.put_back(job.id)
     assert [after.get(id).status for id in "123"] == [COMPLETED, QUEUED, QUEUED]
     assert after.take(MODELS).id == "2"
 

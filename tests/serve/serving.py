@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,15 @@ from typing import Any
 
 import httpx
 import torch
+import uvicorn
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from mxdit.serve.access import Access
 from mxdit.serve.app import make_app
-from mxdit.serve.dispatch import Dispatcher, Files
+from mxdit.serve.device import DeviceRunner
+from mxdit.serve.dispatch import Dispatcher
+from mxdit.serve.files import Files
 from mxdit.serve.jobs import Jobs
 from mxdit.serve.served import Catalog, Served
 
@@ -32,16 +37,44 @@ def served(path: Path, task: str = "t2v", mode: str = "none") -> Served:
     return Served(f"tiny-{task}", mode, path, task, {}, {}, torch.float32)
 
 
-@contextmanager
-def client(
+def app_of(
     data: Path, models: list[Served], *, keys: tuple[str, ...] = (), most: int = 1 << 20, waiting: int = 1000
-) -> Iterator[TestClient]:
-    """A client of a server in this process, its worker in another."""
-    catalog, table, files = Catalog(models), Jobs(data / "jobs.sqlite", most=waiting), Files(data)
-    app = make_app(catalog, table, files, Dispatcher(table, files, catalog.served, ["cpu"]))
+) -> FastAPI:
+    """A server in this process, its worker in another."""
+    catalog, table = Catalog(models), Jobs(data / "jobs.sqlite", most=waiting)
+    app = make_app(catalog, table, Dispatcher(table, Files(data), [DeviceRunner(catalog, "cpu")]))
     app.add_middleware(Access, keys=keys, most=most)
-    with TestClient(app, raise_server_exceptions=False) as found:
+    return app
+
+
+@contextmanager
+def client(data: Path, models: list[Served], **options: Any) -> Iterator[TestClient]:
+    """A client of such a server."""
+    with TestClient(app_of(data, models, **options), raise_server_exceptions=False) as found:
         yield found
+
+
+class Listener:
+    """An application that answers on a port, from a thread of this process, until it is killed."""
+
+    def __init__(self, app: Any, port: int) -> None:
+        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="critical")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        wait_for(lambda: self._server.started or not self._thread.is_alive())
+        assert self._thread.is_alive()
+
+    def kill(self) -> None:
+        """Open connections break."""
+        self._server.force_exit = self._server.should_exit = True
+        self._thread.join(DEADLINE)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def ended(client: Any, id: str, deadline: float = DEADLINE) -> dict[str, Any]:
@@ -69,9 +102,7 @@ class Process:
     """`mxdit serve` as users start it."""
 
     def __init__(self, data: Path, *models: Path, args: tuple[str, ...] = ()) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [
             sys.executable,
             "-m",

@@ -6,7 +6,7 @@ import ipaddress
 import re
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from mxdit.cli.console import (
 )
 from mxdit.errors import InputError
 from mxdit.numerics.formats import FORMATS
+
+if TYPE_CHECKING:
+    from mxdit.serve.served import Served
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SHORTEST = 16  # characters of an API key
@@ -52,6 +55,16 @@ def serve(
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep weights on the CPU, and on the device only what runs.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Servers that do the work instead of this machine, separated by commas: vLLM-Omni's, or other `mxdit serve`.",
+            metavar="URL,...",
+        ),
+    ] = None,
+    engine_key_file: Annotated[
+        Path | None, typer.Option(help="File whose first line is the API key that the engines ask for.", metavar="FILE")
+    ] = None,
     data: Annotated[Path, typer.Option(help="Where jobs and videos are kept.", metavar="DIR")] = Path("mxdit-data"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8091,
@@ -77,36 +90,47 @@ def serve(
         mxdit serve                                             # the bundled models, http://127.0.0.1:8091
         mxdit serve Wan2.2-T2V-A14B-mxfp4 --device cuda:0,cuda:1 --data /var/lib/mxdit
         mxdit serve bundled --host 0.0.0.0 --api-key-file keys.txt
+        mxdit serve --engine http://node1:8091,http://node2:8091   # in front of vLLM-Omni
     """
     need("diffusers", "av", "PIL")
-    need("fastapi", "uvicorn", "python_multipart", "prometheus_client", extra="serve")
+    need("fastapi", "uvicorn", "python_multipart", "prometheus_client", "httpx", "httpx_sse", extra="serve")
     import uvicorn
 
-    from mxdit.generation.directory import BUNDLED, bundled
+    from mxdit.client.protocol import root_of
     from mxdit.serve.access import Access
     from mxdit.serve.app import make_app
-    from mxdit.serve.dispatch import Dispatcher, Files
+    from mxdit.serve.device import DeviceRunner
+    from mxdit.serve.dispatch import Dispatcher, Runner
+    from mxdit.serve.engine import EngineRunner, Engines
+    from mxdit.serve.files import Files
     from mxdit.serve.jobs import Jobs
     from mxdit.serve.lock import only_one
-    from mxdit.serve.served import AS_STORED, Catalog, modes_of, unique
+    from mxdit.serve.served import Catalog
 
-    keys, own = read_keys(config, ignored_layers=ignored_layers, num_bf16_fallback_layers=num_bf16_fallback_layers)
-    asked = [part.strip() for part in (method or "").split(",") if part.strip()]
-    unknown = [mode for mode in asked if mode not in (AS_STORED, *FORMATS)]
-    if unknown:
-        raise InputError("no such mode", field="method", got=unknown[0], expected=", ".join((AS_STORED, *FORMATS)))
-    devices = [device_of(part.strip()) for part in device.split(",")]
-    how = {"keys": keys, "components": own, "dtype": dtype_of(dtype), "offload": offload}
-    served = []
-    for directory in directories or ["bundled"]:
-        if directory == "bundled":
-            modes = asked or [AS_STORED, *FORMATS]
-            for task in BUNDLED:
-                served += modes_of(bundled(task), f"mini-{task}", [task], modes, **how)
-        else:
-            path = Path(directory)
-            served += modes_of(path, path.resolve().name, [], asked or [AS_STORED], **how)
-    catalog = Catalog(unique(served))
+    devices = [] if engine else [device_of(part.strip()) for part in device.split(",")]
+    if engine is None:
+        keys, own = read_keys(config, ignored_layers=ignored_layers, num_bf16_fallback_layers=num_bf16_fallback_layers)
+        how = {"keys": keys, "components": own, "dtype": dtype_of(dtype), "offload": offload}
+        offer = Catalog(_served(directories, method, **how))
+        runners: list[Runner] = [DeviceRunner(offer, device) for device in devices]
+        what, where = ", ".join(offer.served), ", ".join(devices)
+        tell_slow(how["dtype"], devices[0])
+    else:
+        _check_engine(
+            directories=directories,
+            method=method,
+            config=config,
+            ignored_layers=ignored_layers,
+            num_bf16_fallback_layers=num_bf16_fallback_layers,
+            offload=offload or None,
+        )
+        addresses = [root_of(part.strip()) for part in engine.split(",") if part.strip()]
+        if len({*addresses}) < len(addresses):
+            raise InputError("an engine is there twice", field="engine", got=engine)
+        offer = Engines(addresses)
+        engine_key = next(iter(_keys(engine_key_file, "engine_key_file")), None)
+        runners = [EngineRunner(address, offer, engine_key) for address in addresses]
+        what, where = "what the engines offer", ", ".join(addresses)
     api_keys, seconds = _keys(api_key_file), _seconds(keep)
     most = None if max_bytes is None else bytes_of("max_bytes", max_bytes)
     if not (api_keys or no_auth or _is_loopback(host)):
@@ -116,14 +140,12 @@ def serve(
             got=host,
             hint="Add --api-key-file FILE, or say --no-auth.",
         )
-    tell_slow(how["dtype"], devices[0])
     with only_one(data), _listening(host, port) as listening:
-        jobs, files = Jobs(data / "jobs.sqlite", seconds, max_queue), Files(data)
-        dispatcher = Dispatcher(jobs, files, catalog.served, devices, most)
-        answers = make_app(catalog, jobs, files, dispatcher)
+        jobs = Jobs(data / "jobs.sqlite", seconds, max_queue)
+        answers = make_app(offer, jobs, Dispatcher(jobs, Files(data), runners, most))
         answers.add_middleware(Access, keys=api_keys, most=64 << 20)
         port = listening.getsockname()[1]
-        tell(f"{', '.join(catalog.served)} on {', '.join(devices)}; http://{host}:{port}, jobs in {data}")
+        tell(f"{what} on {where}; http://{host}:{port}, jobs in {data}")
         options = uvicorn.Config(
             answers,
             log_level="warning",
@@ -135,6 +157,36 @@ def serve(
             h11_max_incomplete_event_size=32 << 10,
         )
         uvicorn.Server(options).run([listening])
+
+
+def _served(directories: list[str] | None, method: str | None, **how: Any) -> list[Served]:
+    """Each directory in each mode."""
+    from mxdit.generation.directory import BUNDLED, bundled
+    from mxdit.serve.served import AS_STORED, modes_of, unique
+
+    asked = [part.strip() for part in (method or "").split(",") if part.strip()]
+    unknown = [mode for mode in asked if mode not in (AS_STORED, *FORMATS)]
+    if unknown:
+        raise InputError("no such mode", field="method", got=unknown[0], expected=", ".join((AS_STORED, *FORMATS)))
+    served = []
+    for directory in directories or ["bundled"]:
+        if directory == "bundled":
+            modes = asked or [AS_STORED, *FORMATS]
+            for task in BUNDLED:
+                served += modes_of(bundled(task), f"mini-{task}", [task], modes, **how)
+        else:
+            path = Path(directory)
+            served += modes_of(path, path.resolve().name, [], asked or [AS_STORED], **how)
+    return unique(served)
+
+
+def _check_engine(**given: Any) -> None:
+    """Raise InputError for what is said of models that run elsewhere."""
+    for field, value in given.items():
+        if value is not None:
+            raise InputError(
+                "the engines' models are their own", field=field, got=value, hint="Leave it out, or --engine."
+            )
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -153,17 +205,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _keys(file: Path | None) -> list[str]:
+def _keys(file: Path | None, field: str = "api_key_file") -> list[str]:
     if file is None:
         return []
     try:
         keys = [line.strip() for line in file.read_text().splitlines() if line.strip() and not line.startswith("#")]
     except (OSError, ValueError) as error:
-        raise InputError("the file cannot be read", field="api_key_file", where=str(file), got=str(error)) from None
+        raise InputError("the file cannot be read", field=field, where=str(file), got=str(error)) from None
     if not keys or any(len(key) < SHORTEST or not key.isascii() for key in keys):
         raise InputError(
             "no API keys" if not keys else "an API key is too short, or not ASCII",
-            field="api_key_file",
+            field=field,
             where=str(file),
             expected=f"{SHORTEST} characters or more, one key a line",
             hint="`openssl rand -hex 32` makes one.",

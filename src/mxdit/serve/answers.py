@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from mxdit.errors import ConfigError, InputError, MXDiTError
+from mxdit.serve.engine import NoEngine
 from mxdit.serve.jobs import Full, KeyReused
 from mxdit.serve.schema import FIELDS
 
@@ -56,6 +57,11 @@ def answer_errors(app: FastAPI) -> None:
     def of_queue(_: Request, __: Full) -> Response:
         body = error("the queue is full", type="rate_limit_error", code="queue_full")
         return JSONResponse(body, 429, {"Retry-After": RETRY})
+
+    @app.exception_handler(NoEngine)
+    def of_engines(_: Request, __: NoEngine) -> Response:
+        body = error("no engine has answered yet", type="server_error", code="unavailable")
+        return JSONResponse(body, 503, {"Retry-After": RETRY})
 
     @app.exception_handler(KeyReused)
     def of_key(_: Request, __: KeyReused) -> Response:

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -24,11 +23,13 @@ from starlette.exceptions import HTTPException
 
 from mxdit.errors import InputError
 from mxdit.serve.answers import answer_errors, error
-from mxdit.serve.dispatch import Dispatcher, Files
+from mxdit.serve.dispatch import Dispatcher
+from mxdit.serve.engine import Engines
+from mxdit.serve.files import Files
 from mxdit.serve.jobs import COMPLETED, Job, Jobs
 from mxdit.serve.metrics import Figures
-from mxdit.serve.schema import FIELDS, VideoBody, data_of, shown, stand_in, stored
-from mxdit.serve.served import Catalog, Served
+from mxdit.serve.schema import VideoBody, data_of, shown
+from mxdit.serve.served import Catalog
 from mxdit.version import __version__
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,13 @@ LOOK = 1.0  # seconds between two looks at a job that one waits for, whatever is
 BEAT = 15.0  # seconds after which a stream without news says that it lives
 
 
-def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher) -> FastAPI:
-    """The server as an ASGI application; its lifetime is the dispatcher's."""
+def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> FastAPI:
+    """The server as an ASGI application; its lifetime is the dispatcher's.
+
+    Args:
+        offer: the models, and what turns a request into a job.
+    """
+    files = dispatcher.files
 
     news = _News()
 
@@ -69,7 +75,7 @@ def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher)
         """The job of a request's body, accepted."""
         body, data = await _body(request)
         key = request.headers.get("idempotency-key")
-        return await run_in_threadpool(_accept, catalog, jobs, files, body, data, key)
+        return await run_in_threadpool(_accept, offer, jobs, files, body, data, key)
 
     @app.post("/v1/videos", openapi_extra=_BODY)
     async def create(request: Request) -> dict[str, Any]:
@@ -172,8 +178,7 @@ def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        data = [_model(catalog, one, dispatcher.linears.get(one.id)) for one in catalog.served.values()]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": offer.models()}
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -186,7 +191,7 @@ def make_app(catalog: Catalog, jobs: Jobs, files: Files, dispatcher: Dispatcher)
         return {"status": "ready"}
 
     registry = CollectorRegistry()
-    registry.register(Figures(jobs, dispatcher))
+    registry.register(Figures(jobs, dispatcher, offer))
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -244,65 +249,24 @@ async def _body(request: Request) -> tuple[VideoBody, bytes | None]:
     return body, data
 
 
-def _accept(catalog: Catalog, jobs: Jobs, files: Files, body: VideoBody, data: bytes | None, key: str | None) -> Job:
-    served = catalog.find(body.model, data is not None)
-    model = catalog.model(served.id)
-    fields = body.fields(model.geometry.temporal, model.preset(served.task).fps)
-    if "seed" not in fields:
-        fields["seed"] = secrets.randbelow(1 << 31)
-    request = catalog.request(served, fields, None if data is None else stand_in(data))
+def _accept(
+    offer: Catalog | Engines, jobs: Jobs, files: Files, body: VideoBody, data: bytes | None, key: str | None
+) -> Job:
+    order = offer.order(body, data)
     # Of the bytes that were sent, so that a key with another request is found.
     digest = hashlib.sha256(body.model_dump_json().encode() + (data or b"")).hexdigest()
     id = f"video_{uuid.uuid4().hex}"
     return jobs.add(
         id,
-        served.id,
-        stored(request),
-        steps=request.steps,
-        media_type="image/png" if request.still else "video/mp4",
+        order.model,
+        order.fields,
+        steps=order.steps,
+        media_type=order.media_type,
         image=data is not None,
         key=key,
         digest=digest,
         before=lambda: files.give(id, data) if data is not None else None,
     )
-
-
-def _model(catalog: Catalog, served: Served, linears: Any) -> dict[str, Any]:
-    model = catalog.model(served.id)
-    preset = model.preset(served.task)
-    takes = [
-        "negative_prompt",
-        "size",
-        "num_frames",
-        "guidance_scale",
-        "guidance_scale_2",
-        "input_reference",
-        "boundary_ratio",
-    ]
-    ours = {theirs: name for name, theirs in FIELDS.items()} | {"size": "height"}
-    return {
-        "id": served.id,
-        "object": "model",
-        "created": 0,
-        "owned_by": "mxdit",
-        "name": served.name,
-        "mode": served.mode,
-        "task": served.task,
-        "loaded": linears is not None,
-        "experts": linears,
-        "takes": [name for name in takes if model.takes(served.task, ours.get(name, name))],
-        "defaults": {
-            "prompt": preset.prompt,
-            "negative_prompt": preset.negative_prompt,
-            "size": f"{preset.size[1]}x{preset.size[0]}",
-            "num_frames": preset.frames,
-            "fps": preset.fps,
-            "num_inference_steps": preset.steps,
-            "guidance_scale": preset.guidance,
-            "guidance_scale_2": preset.guidance_2,
-            "flow_shift": preset.flow_shift,
-        },
-    }
 
 
 class _News:

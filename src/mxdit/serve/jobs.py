@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,10 @@ MIGRATIONS = (
     CREATE INDEX jobs_by_status ON jobs (status, number);
     CREATE INDEX jobs_by_expiry ON jobs (expires_at) WHERE expires_at IS NOT NULL;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN engine TEXT;
+    ALTER TABLE jobs ADD COLUMN remote TEXT;
+    """,
 )
 
 
@@ -63,10 +67,12 @@ class Job:
     number      in the order in which they were accepted.
     fields      of `make_request`, JSON-serializable; an image lies beside the database.
     image       whether there is one.
+    step, steps that are done, and that there are; where `steps` is 0 nobody knows, and `step` is in percent.
     stepped_at  when the last step ended.
     seconds     that the run took.
     bytes       of the file.
     cancel      whether it is to stop: STOP, or FORGET where nothing of it is to stay.
+    engine      address of the engine that it is at, if any, and `remote` what that one calls it.
     Times are in seconds since 1970.
     """
 
@@ -92,6 +98,8 @@ class Job:
     cancel: int
     idempotency_key: str | None
     digest: str | None
+    engine: str | None
+    remote: str | None
 
     @property
     def ended(self) -> bool:
@@ -239,28 +247,60 @@ class Jobs:
 
     # -- what workers do -----------------------------------------------------------------------------------------------
 
-    def take(self, models: Mapping[str, Any]) -> Job | None:
-        """The first job of these models that waits; it runs from now on, and this attempt counts."""
+    def take(self, models: Collection[str], engine: str | None = None) -> Job | None:
+        """The first job of these models that waits; it runs from now on, and this attempt counts.
+
+        Args:
+            engine: that asks: it gets what it has already first, and nothing that another one has.
+        """
         names = ",".join("?" * len(models))
-        first = f"SELECT id FROM jobs WHERE status = ? AND model IN ({names}) ORDER BY number LIMIT 1"
+        first = (
+            f"SELECT id FROM jobs WHERE status = ? AND model IN ({names}) AND (engine IS NULL OR engine IS ?)"
+            " ORDER BY engine IS NULL, number LIMIT 1"
+        )
+        values = (QUEUED, *models, engine)
         with self._lock:
-            if self._db.execute(first, (QUEUED, *models)).fetchone() is None:
+            if self._db.execute(first, values).fetchone() is None:
                 return None  # and nobody was kept from writing
         with self._writing() as db:
-            row = db.execute(first, (QUEUED, *models)).fetchone()
+            row = db.execute(first, values).fetchone()
             if row is None:
                 return None
             db.execute(
-                "UPDATE jobs SET status = ?, step = 0, attempts = attempts + 1, started_at = ?, stepped_at = NULL WHERE id = ?",
-                (RUNNING, time.time(), row["id"]),
+                "UPDATE jobs SET status = ?, step = 0, attempts = attempts + 1, started_at = ?, stepped_at = NULL, engine = ?"
+                " WHERE id = ?",
+                (RUNNING, time.time(), engine, row["id"]),
             )
             return _job(db.execute("SELECT * FROM jobs WHERE id = ?", (row["id"],)).fetchone())
 
-    def stepped(self, id: str, step: int) -> None:
-        """Note that so many steps are done."""
+    def sent(self, id: str, remote: str) -> None:
+        """Note what the engine calls the job."""
+        with self._writing() as db:
+            db.execute("UPDATE jobs SET remote = ? WHERE id = ? AND status = ?", (remote, id, RUNNING))
+
+    def release(self, engines: Collection[str]) -> None:
+        """Let waiting jobs go to other engines than these, which have them."""
+        names = ",".join("?" * len(engines))
         with self._writing() as db:
             db.execute(
-                "UPDATE jobs SET step = ?, stepped_at = ? WHERE id = ? AND status = ?", (step, time.time(), id, RUNNING)
+                f"UPDATE jobs SET engine = NULL, remote = NULL WHERE status = ? AND engine IN ({names})",
+                (QUEUED, *engines),
+            )
+
+    def engines(self) -> set[str]:
+        """Those that have jobs which wait."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT DISTINCT engine FROM jobs WHERE status = ? AND engine IS NOT NULL", (QUEUED,)
+            ).fetchall()
+        return {row["engine"] for row in rows}
+
+    def stepped(self, id: str, step: int, steps: int | None = None) -> None:
+        """Note that so many steps are done, and how many there are where that was unknown."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE jobs SET step = ?, steps = coalesce(?, steps), stepped_at = ? WHERE id = ? AND status = ?",
+                (step, steps, time.time(), id, RUNNING),
             )
 
     def complete(self, id: str, seconds: float, size: int) -> None:
@@ -273,21 +313,27 @@ class Jobs:
         with self._writing() as db:
             self._end(db, "status = ? AND id = ?", (RUNNING, id), FAILED, code, message)
 
-    def put_back(self, id: str | None = None, *, counts: bool = True) -> None:
-        """Let a job that ran wait again, or every one that did; one that had its last attempt has failed.
+    def put_back(
+        self, id: str, *, counts: bool = True, keep: bool = False, because: tuple[str, str] | None = None
+    ) -> None:
+        """Let a job that ran wait again; one that had its last attempt has failed.
 
         Args:
             counts: whether the attempt did: not where the server itself asked for the end.
+            keep: whether its engine still has it.
+            because: code and message of a job that had its last attempt.
         """
-        which, values = ("status = ?", (RUNNING,)) if id is None else ("status = ? AND id = ?", (RUNNING, id))
+        which, values = "status = ? AND id = ?", (RUNNING, id)
         with self._writing() as db:
             self._end(db, f"{which} AND cancel > 0", values, FAILED, CANCELLED, "the job was cancelled")
             if counts:
-                reason = f"the worker ended {ATTEMPTS} times before the job did"
-                self._end(db, f"{which} AND attempts >= {ATTEMPTS}", values, FAILED, "worker_died", reason)
+                code, reason = because or ("worker_died", "the worker ended before the job did")
+                reason = f"{reason}, {ATTEMPTS} times"
+                self._end(db, f"{which} AND attempts >= {ATTEMPTS}", values, FAILED, code, reason)
+            kept = "" if keep else ", engine = NULL, remote = NULL"
             db.execute(
                 "UPDATE jobs SET status = ?, step = 0, started_at = NULL, stepped_at = NULL, attempts = attempts - ?"
-                f" WHERE {which}",
+                f"{kept} WHERE {which}",
                 (QUEUED, 0 if counts else 1, *values),
             )
 

@@ -28,6 +28,11 @@ FIELDS = {
     "guidance_2": "guidance_scale_2",
     "image": "input_reference",
 }
+# Fields that not every model takes.
+TAKES = (
+    *("negative_prompt", "size", "num_frames", "guidance_scale", "guidance_scale_2", "input_reference"),
+    "boundary_ratio",
+)
 PIXELS = 64 << 20  # most pixels of a first frame
 FORMATS = ("PNG", "JPEG", "WEBP")
 LONGEST = 20_000  # characters of a prompt
@@ -75,12 +80,13 @@ class VideoBody(BaseModel):
                 raise ValueError("no JSON") from None
         return value
 
-    def fields(self, temporal: int | None, fps: int) -> dict[str, Any]:
+    def fields(self, temporal: int | None, fps: int, *, own_extras: bool = True) -> dict[str, Any]:
         """The fields of `make_request` that are given. Raises InputError.
 
         Args:
             temporal: frames come in these, and one.
             fps: where none is asked for.
+            own_extras: whether `extra_params` are ours, or an engine's, which are handed on as they are.
         """
         size = tuple(int(n) for n in reversed(self.size.split("x"))) if self.size else None
         if (self.width is None) != (self.height is None):
@@ -106,7 +112,9 @@ class VideoBody(BaseModel):
         }
         more = {**(self.extra_body or {}), **(self.extra_params or {})}
         unknown = [key for key in more if key != "activation_steps"]
-        if unknown:
+        if not own_extras:
+            more = {"extra_params": more} if more else {}
+        elif unknown:
             raise InputError(
                 "no such parameter", field="extra_params", got=repr(unknown[0]), expected="activation_steps"
             )
@@ -153,27 +161,28 @@ def shown(job: Job, position: int | None) -> dict[str, Any]:
     """A job as clients see it."""
     fields = job.fields
     done = job.status == COMPLETED
-    eta = None
+    eta, steps = None, job.steps or 100
     if job.stepped_at is not None and job.started_at is not None and job.step and not job.ended:
-        eta = (job.stepped_at - job.started_at) / job.step * (job.steps - job.step)
+        eta = (job.stepped_at - job.started_at) / job.step * (steps - job.step)
+    size = f"{fields['size'][1]}x{fields['size'][0]}" if "size" in fields else None
     return {
         "id": job.id,
         "object": "video",
         "model": job.model,
         "status": job.status,
-        "progress": 100 if done else min(99, 100 * job.step // job.steps),
+        "progress": 100 if done else min(99, 100 * job.step // steps),
         "created_at": int(job.created_at),
         "started_at": _whole(job.started_at),
         "completed_at": _whole(job.completed_at),
         "expires_at": _whole(job.expires_at),
         "prompt": fields["prompt"],
-        "size": f"{fields['size'][1]}x{fields['size'][0]}",
-        "seconds": f"{fields['frames'] / fields['fps']:g}",
+        "size": size,
+        "seconds": _seconds(fields),
         "quality": "standard",
         "remixed_from_video_id": None,
         "error": {"code": job.error_code, "message": job.error} if job.error_code else None,
-        "step": job.steps if done else job.step,
-        "steps": job.steps,
+        "step": (job.steps if done else job.step) if job.steps else None,
+        "steps": job.steps or None,
         "eta_seconds": eta,
         "queue_position": position,
         "attempts": job.attempts,
@@ -182,7 +191,7 @@ def shown(job: Job, position: int | None) -> dict[str, Any]:
         "media_type": job.media_type,
         "parameters": {
             **{FIELDS.get(name, name): value for name, value in fields.items() if name != "size"},
-            "size": f"{fields['size'][1]}x{fields['size'][0]}",
+            "size": size,
             "has_image": job.image,
         },
     }
@@ -213,6 +222,13 @@ def again(fields: Mapping[str, Any], takes: Any) -> dict[str, Any]:
     given = {**fields, "size": tuple(fields["size"])}
     always = {"prompt", "frames", "steps", "seed", "fps", "flow_shift", "activation_steps"}
     return {k: v for k, v in given.items() if k in always or takes("height" if k == "size" else k)}
+
+
+def _seconds(fields: Mapping[str, Any]) -> str | None:
+    """Of the video, as OpenAI's clients read it; None where the choice is an engine's."""
+    if "frames" in fields and "fps" in fields:
+        return f"{fields['frames'] / fields['fps']:g}"
+    return f"{fields['seconds']:g}" if "seconds" in fields else None
 
 
 def _whole(time: float | None) -> int | None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mxdit.errors import InputError
 from mxdit.generation.directory import ModelDirectory, open_model
-from mxdit.generation.request import Request
 from mxdit.generation.session import Session
 from mxdit.numerics.formats import block_format
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from mxdit.serve.schema import FIELDS, TAKES, VideoBody, stand_in, stored
 
 AS_STORED = "none"  # the mode without quantizing
 
@@ -73,8 +71,25 @@ class Served:
         )
 
 
+@dataclass(frozen=True)
+class Order:
+    """A request that was checked: what a job is made of.
+
+    fields  of `make_request`, JSON-serializable, every choice made that can be made here.
+    steps   of it; 0 where that is unknown.
+    """
+
+    model: str
+    fields: Mapping[str, Any]
+    steps: int
+    media_type: str
+
+
 class Catalog:
     """The models that a server offers, by the ids that clients use; the first is the default.
+
+    Attributes:
+        linears: model -> transformer -> method -> how many linears run so, of the models that were loaded so far.
 
     Raises InputError where two have one id, and what `Session.open` raises for a model that cannot be run so.
     """
@@ -86,11 +101,22 @@ class Catalog:
             twice = next(id for id in ids if ids.count(id) > 1)
             raise InputError("two models have one name", got=twice, hint="Rename a directory.")
         self._sessions = {id: one.open() for id, one in self.served.items()}
+        self.linears: dict[str, Mapping[str, Mapping[str, int]]] = {}
 
-    def model(self, id: str) -> ModelDirectory:
-        return self._sessions[id].model
+    def order(self, body: VideoBody, data: bytes | None) -> Order:
+        """What a request with this first frame asks for. Raises InputError and ConfigError."""
+        served = self._find(body.model, data is not None)
+        session = self._sessions[served.id]
+        fields = body.fields(session.model.geometry.temporal, session.model.preset(served.task).fps)
+        fields.setdefault("seed", secrets.randbelow(1 << 31))
+        request = session.request(**fields, image=None if data is None else stand_in(data))
+        return Order(served.id, stored(request), request.steps, "image/png" if request.still else "video/mp4")
 
-    def find(self, id: str | None, with_image: bool) -> Served:
+    def models(self) -> list[dict[str, Any]]:
+        """What clients read about each."""
+        return [self._shown(served, self._sessions[id].model) for id, served in self.served.items()]
+
+    def _find(self, id: str | None, with_image: bool) -> Served:
         """The model that a request means; without an id the first that takes what the request has. Raises InputError."""
         if id is None:
             wanted = [one for one in self.served.values() if (one.task == "i2v") == with_image]
@@ -102,9 +128,32 @@ class Catalog:
             raise InputError("no such model", field="model", got=repr(id), expected=" or ".join(self.served))
         return self.served[id]
 
-    def request(self, served: Served, fields: Mapping[str, Any], image: Image | None = None) -> Request:
-        """The request of these fields of `make_request`, checked. Raises InputError and ConfigError."""
-        return self._sessions[served.id].request(**fields, image=image)
+    def _shown(self, served: Served, model: ModelDirectory) -> dict[str, Any]:
+        preset, linears = model.preset(served.task), self.linears.get(served.id)
+        ours = {theirs: name for name, theirs in FIELDS.items()} | {"size": "height"}
+        return {
+            "id": served.id,
+            "object": "model",
+            "created": 0,
+            "owned_by": "mxdit",
+            "name": served.name,
+            "mode": served.mode,
+            "task": served.task,
+            "loaded": linears is not None,
+            "experts": linears,
+            "takes": [name for name in TAKES if model.takes(served.task, ours.get(name, name))],
+            "defaults": {
+                "prompt": preset.prompt,
+                "negative_prompt": preset.negative_prompt,
+                "size": f"{preset.size[1]}x{preset.size[0]}",
+                "num_frames": preset.frames,
+                "fps": preset.fps,
+                "num_inference_steps": preset.steps,
+                "guidance_scale": preset.guidance,
+                "guidance_scale_2": preset.guidance_2,
+                "flow_shift": preset.flow_shift,
+            },
+        }
 
 
 def modes_of(path: Path, name: str, tasks: Sequence[str], modes: Sequence[str], **how: Any) -> list[Served]:
