@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 import engine
 import quantized
 import server
+from mxdit.client import Client, ServerError, Unreachable
 
 # What is served: a task, its experts' config where they are packed, and arguments of the command line.
 SERVED: dict[str, tuple[str, dict[str, Any] | None, tuple[str, ...]]] = {
@@ -25,7 +29,9 @@ SERVED: dict[str, tuple[str, dict[str, Any] | None, tuple[str, ...]]] = {
     "i2v-online-tp2": ("i2v", None, ("--quantization", "mxfp4", "--tensor-parallel-size", "2")),
 }
 SIZE = f"{engine.SAMPLING['width']}x{engine.SAMPLING['height']}"
-FIELDS = {key: value for key, value in engine.SAMPLING.items() if key not in ("width", "height")} | {"seed": 42}
+FIELDS: dict[str, Any] = {key: value for key, value in engine.SAMPLING.items() if key not in ("width", "height")} | {
+    "seed": 42
+}
 
 
 @pytest.fixture(scope="module", params=SERVED)
@@ -73,6 +79,51 @@ def test_curl(served):
     assert json.loads(curl(one, "-X", "DELETE"))["deleted"]
     with pytest.raises(subprocess.CalledProcessError):
         curl(one)
+
+
+def test_a_durable_queue_in_front(served, tmp_path):
+    """`mxdit serve --engine`, killed while jobs wait and run."""
+    address, image = served
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("mxdit")
+    command = [program, "serve", "--engine", address, "--data", str(tmp_path / "data"), "--port", str(port)]
+    with Client(f"http://127.0.0.1:{port}", retries=8) as client:
+        ids = []
+        for killed in (True, False):
+            front = engine.start(command, tmp_path / f"{killed}.txt", {})
+            try:
+                (model,) = ready(client, front)
+                while len(ids) < 3:
+                    ids.append(client.submit(image=image, size=SIZE, **engine.PROMPT, **FIELDS).id)
+                if killed:
+                    deadline = time.monotonic() + engine.TIMEOUT
+                    while client.get(ids[0]).status == "queued":
+                        assert time.monotonic() < deadline
+                else:
+                    videos = [client.wait(id) for id in ids]
+                    for video in videos:
+                        path = client.download(video.id, tmp_path)
+                        assert_video(path.read_bytes())
+                        assert video.model == model["id"] and video.parameters["seed"] == FIELDS["seed"]
+                    assert [video.attempts for video in videos] == [1, 1, 1]
+                    with pytest.raises(ServerError, match="no such model"):
+                        client.submit("a", model="another")
+            finally:
+                front.kill()
+                engine.stop(front)
+
+
+def ready(client: Client, front: subprocess.Popen[bytes]) -> Sequence[dict[str, Any]]:
+    """What a server offers, once its engine has answered."""
+    deadline = time.monotonic() + engine.TIMEOUT
+    while True:
+        assert front.poll() is None and time.monotonic() < deadline
+        with suppress(Unreachable):
+            if models := client.models():
+                return models
+        time.sleep(0.2)
 
 
 def curl(address: str, *arguments: str) -> bytes:

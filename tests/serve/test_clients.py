@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import sys
 from collections.abc import Iterator
 
 import av
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 import tiny
-from mxdit.cli import main
+from command import mxdit_command
 from mxdit.client import AsyncClient, Client, ServerError, Video, VideoFailed
 from serving import KEY, Process
 
@@ -79,12 +78,9 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     def command(*arguments: str, code: int = 0, own: tuple[str, ...] | None = None) -> tuple[str, str]:
         """(stdout, stderr) of a call that ends so."""
         own = ("--api-key-file", str(key)) if own is None else own
-        monkeypatch.setattr(sys, "argv", ["mxdit", "client", *arguments, "--url", server.url, *own])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        assert (ended.value.code or 0) == code and "Traceback" not in shown.err, shown.err
-        return shown.out, shown.err
+        ended, printed, told = mxdit_command(monkeypatch, capsys, "client", *arguments, "--url", server.url, *own)
+        assert ended == code and "Traceback" not in told, told
+        return printed, told
 
     key = tmp_path / "key"
     key.write_text(f"# mine\n{KEY}\n")

@@ -22,6 +22,18 @@ REFUSED = {
     "no file of keys": (["--api-key-file", "nowhere"], "nowhere: the file cannot be read"),
     "a short key": (["--api-key-file", "short"], "an API key is too short"),
     "no key": (["--api-key-file", "none"], "no API keys"),
+    "a method for an engine": (
+        ["--engine", "http://a:1", "--method", "mxfp4"],
+        "--method: the engines' models are their own",
+    ),
+    "a directory for an engine": (["nowhere", "--engine", "http://a:1"], "the engines' models are their own"),
+    "no address of an engine": (["--engine", "a:8091"], "not a server's address; got 'a:8091'"),
+    "an engine twice": (["--engine", "http://a:1,http://a:1/v1"], "--engine: an engine is there twice"),
+    "no engine": (["--engine", " ,"], "--engine: no engine"),
+    "no file with an engine's key": (
+        ["--engine", "http://a:1", "--engine-key-file", "x"],
+        "--engine-key-file x: the file",
+    ),
     "a key that is not ASCII": (["--api-key-file", "foreign"], "not ASCII"),
 }
 

@@ -125,6 +125,8 @@ def serve(
             offload=offload or None,
         )
         addresses = [root_of(part.strip()) for part in engine.split(",") if part.strip()]
+        if not addresses:
+            raise InputError("no engine", field="engine", got=repr(engine), expected="http://HOST:PORT")
         if len({*addresses}) < len(addresses):
             raise InputError("an engine is there twice", field="engine", got=engine)
         offer = Engines(addresses)
