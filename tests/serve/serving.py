@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 from starlette.testclient import TestClient
 
 from mxdit.serve.access import Access
@@ -43,7 +46,7 @@ def app_of(
     """A server in this process, its worker in another."""
     catalog, table = Catalog(models), Jobs(data / "jobs.sqlite", most=waiting)
     app = make_app(catalog, table, Dispatcher(table, Files(data), [DeviceRunner(catalog, "cpu")]))
-    app.add_middleware(Access, keys=keys, most=most)
+    app.add_middleware(Access, keys=keys, most=most, limit=60)
     return app
 
 
@@ -88,6 +91,12 @@ def ended(client: Any, id: str, deadline: float = DEADLINE) -> dict[str, Any]:
     raise AssertionError(f"{id} did not end: {job}")
 
 
+def png(width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.arange(width * height * 3, dtype=np.uint8).reshape(height, width, 3)).save(file, kind)
+    return file.getvalue()
+
+
 def wait_for(condition: Any, deadline: float = DEADLINE) -> Any:
     """What `condition` gives once it is true."""
     until = time.monotonic() + deadline
@@ -102,6 +111,7 @@ class Process:
     """`mxdit serve` as users start it."""
 
     def __init__(self, data: Path, *models: Path, args: tuple[str, ...] = ()) -> None:
+        self.data = data
         port = free_port()
         command = [
             sys.executable,
@@ -118,7 +128,7 @@ class Process:
         self.process = subprocess.Popen(
             [*command, "--dtype", "fp32", *args], stderr=subprocess.PIPE, text=True, env=environment
         )
-        self.url = f"http://127.0.0.1:{port}"
+        self.address, self.url = ("127.0.0.1", port), f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
 
     def ready(self) -> Process:
@@ -138,6 +148,14 @@ class Process:
         tasks = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/children")]
         pids = {int(pid) for pid in " ".join([children, *tasks]).split()}
         return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def memory(self) -> int:
+        """Bytes of RSS of the process that answers."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    def descriptors(self) -> int:
+        """How many it has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def kill(self, how: int = signal.SIGKILL) -> int:
         self.process.send_signal(how)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -82,6 +83,9 @@ def serve(
         str | None, typer.Option(help="Most bytes of all videos, as in 100GiB; the oldest go first. Default: no limit.")
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Most jobs that may wait.", min=1)] = 1000,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds in which a client has to send a request, and to take what it is sent.", min=1)
+    ] = 60,
 ) -> None:
     """Make videos for clients of OpenAI's /v1/videos, and on a page in the browser.
 
@@ -105,6 +109,7 @@ def serve(
     from mxdit.serve.files import Files
     from mxdit.serve.jobs import Jobs
     from mxdit.serve.lock import only_one
+    from mxdit.serve.protocol import Timed
     from mxdit.serve.served import Catalog
 
     devices = [] if engine else [device_of(part.strip()) for part in device.split(",")]
@@ -145,11 +150,13 @@ def serve(
     with only_one(data), _listening(host, port) as listening:
         jobs = Jobs(data / "jobs.sqlite", seconds, max_queue)
         answers = make_app(offer, jobs, Dispatcher(jobs, Files(data), runners, most))
-        answers.add_middleware(Access, keys=api_keys, most=64 << 20)
+        answers.add_middleware(Access, keys=api_keys, most=64 << 20, limit=request_timeout)
         port = listening.getsockname()[1]
         tell(f"{what} on {where}; http://{host}:{port}, jobs in {data}")
         options = uvicorn.Config(
             answers,
+            http=cast(Any, partial(Timed, limit=request_timeout)),
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -1,7 +1,8 @@
-"""What every request passes before it is answered: its key, its size, and the headers that its answer gets."""
+"""What every request passes before it is answered: its key, its size and time, and the headers that its answer gets."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -32,10 +33,11 @@ class Access:
         app: what answers.
         keys: of which one must come as `Authorization: Bearer KEY`; none lets everyone in.
         most: bytes that a request may have.
+        limit: seconds in which its body has to be there.
     """
 
-    def __init__(self, app: App, keys: Sequence[str], most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: App, keys: Sequence[str], most: int, limit: float) -> None:
+        self._app, self._most, self._limit = app, most, limit
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -71,21 +73,28 @@ class Access:
         if int(length) > self._most:
             await refuse(413, large, (b"connection", b"close"))
             return
-        got = 0
+        got, whole, until = 0, False, asyncio.get_running_loop().time() + self._limit
 
         async def counted() -> Message:
-            nonlocal got
-            message = await receive()
+            nonlocal got, whole
+            try:
+                # Behind the body comes only the client's end, for which one waits for as long as an answer takes.
+                async with asyncio.timeout_at(None if whole else until):
+                    message = await receive()
+            except TimeoutError:
+                raise Refused(408) from None
             got += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if got > self._most:
-                raise TooLarge
+                raise Refused(413)
             return message
 
         try:
             await self._app(scope, counted, answer)
-        except TooLarge:
+        except Refused as refused:
+            slow = error(f"the request did not come within {self._limit:g} s", code="request_timeout")
             if not begun:
-                await refuse(413, large, (b"connection", b"close"))
+                await refuse(refused.status, slow if refused.status == 408 else large, (b"connection", b"close"))
 
     def _lets_in(self, authorization: bytes) -> bool:
         scheme, _, given = authorization.partition(b" ")
@@ -94,5 +103,9 @@ class Access:
         return not self._keys or (scheme.lower() == b"bearer" and any(fits))
 
 
-class TooLarge(Exception):
-    """A body without a length has more bytes than it may."""
+class Refused(Exception):
+    """A body has more bytes than it may, though its length did not say so (`status` 413), or it came too slowly (408)."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status

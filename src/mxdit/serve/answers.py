@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mxdit.errors import ConfigError, InputError, MXDiTError
 from mxdit.serve.engine import NoEngine
@@ -68,6 +69,10 @@ def answer_errors(app: FastAPI) -> None:
         return JSONResponse(
             error("the Idempotency-Key came with another request", param="Idempotency-Key", code="conflict"), 409
         )
+
+    @app.exception_handler(ClientDisconnect)
+    def of_nobody(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # to nobody: the client went before its request was whole
 
     @app.exception_handler(Exception)
     def of_us(_: Request, wrong: Exception) -> Response:

@@ -58,7 +58,9 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
         await run_in_threadpool(dispatcher.stop)
         jobs.close()
 
-    app = FastAPI(title="mxdit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A path that is wrong by a slash is wrong: where a redirect leads is what the client's Host says.
+    options: Any = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(title="mxdit", version=__version__, lifespan=lifespan, **options)
     app.state.closing = False
     answer_errors(app)
 
