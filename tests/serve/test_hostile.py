@@ -29,8 +29,9 @@ FILLING = 16 << 10  # bytes that a request with a body has at least: were they k
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    model = tiny.save(tmp_path_factory.mktemp("models") / "tiny")
-    found = Process(tmp_path_factory.mktemp("data"), model, args=("--request-timeout", str(LIMIT))).ready()
+    root = tmp_path_factory.mktemp("models")
+    models = [tiny.save(root / f"tiny-{task}", task) for task in ("t2v", "i2v")]
+    found = Process(tmp_path_factory.mktemp("data"), *models, args=("--request-timeout", str(LIMIT))).ready()
     yield found
     found.kill()
 
@@ -68,9 +69,10 @@ def hostile(chance: random.Random, kind: int) -> tuple[str, str, dict[str, str],
         return "GET", f"/v1/videos/{id}{chance.choice(['', '/content', '/events', '/input'])}", {}, b""
     if kind == 3:  # images that are none, in forms that are often not whole
         edge = "b" * chance.randrange(1, 80)
+        text = f'--{edge}\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n'.encode()
         part = f'--{edge}\r\nContent-Disposition: form-data; name="input_reference"; filename="../x"\r\n\r\n'.encode()
-        file = chance.choice([*BOMBS, b"GIF89a" + filling, b"<svg/>" + filling, png()[:50], filling])
-        whole = part + file + f"\r\n--{edge}--\r\n".encode()
+        file = chance.choice([*BOMBS, b"GIF89a" + filling, b"<svg/>" + filling, png()[:20], filling])
+        whole = text + part + file + f"\r\n--{edge}--\r\n".encode()
         cut = whole if chance.random() < 0.5 else whole[: chance.randrange(len(whole))]
         return "POST", "/v1/videos", {"content-type": f"multipart/form-data; boundary={edge}"}, cut
     if kind == 4:  # queries
