@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mxdit.errors import InputError
-from mxdit.serve.jobs import ATTEMPTS, COMPLETED, FAILED, QUEUED, RUNNING, Full, Job, Jobs, KeyReused
+from mxdit.serve.jobs import ATTEMPTS, COMPLETED, FAILED, MIGRATIONS, QUEUED, RUNNING, Full, Job, Jobs, KeyReused
 from mxdit.serve.lock import only_one
 
 MODELS = {"a": None, "b": None}
@@ -186,6 +186,39 @@ def test_each_job_is_taken_once_by_many(file):
     for thread in threads:
         thread.join()
     assert sorted(taken, key=int) == [str(number) for number in range(60)]
+
+
+def test_what_is_left_of_a_run_counts_from_the_end_of_its_first_step(file, monkeypatch):
+    """With which the model was loaded: 100 s here, and 2 s for each step after it."""
+    jobs, now = Jobs(file), [1000.0]
+    monkeypatch.setattr("mxdit.serve.jobs.time.time", lambda: now[0])
+    add(jobs, "x")
+    for _ in range(2):  # the second run knows nothing of the first one's times
+        jobs.take(MODELS)
+        assert jobs.get("x").eta is None
+        now[0] += 100
+        jobs.stepped("x", 1)
+        assert jobs.get("x").eta is None
+        now[0] += 2
+        jobs.stepped("x", 2)
+        assert jobs.get("x").eta == 4
+        jobs.put_back("x")
+    jobs.take(MODELS)
+    jobs.stepped("x", 2)
+    jobs.complete("x", 1.0, 1)
+    assert jobs.get("x").eta is None
+
+
+def test_a_file_of_an_earlier_version_is_brought_up_to_date(file):
+    with sqlite3.connect(file) as old:
+        old.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+        old.execute(
+            "INSERT INTO jobs (id, model, status, fields, image, steps, created_at, media_type)"
+            " VALUES ('x', 'a', 'queued', '{}', 0, 4, 1.0, 'video/mp4')"
+        )
+    old.close()
+    jobs = Jobs(file)
+    assert jobs.take(MODELS).id == "x" and jobs.get("x").eta is None
 
 
 def test_a_file_of_a_later_version_is_left_alone(file):

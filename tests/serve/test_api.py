@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import serving
 import tiny
@@ -31,13 +34,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def client(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def client(models: dict[str, Path], data: Path) -> Iterator[Any]:
     offered = [
         serving.served(models["t2v"]),
         serving.served(models["t2v"], mode="mxfp4"),
         serving.served(models["i2v"], "i2v"),
     ]
-    with serving.client(tmp_path_factory.mktemp("data"), offered) as found:
+    with serving.client(data, offered) as found:
         yield found
 
 
@@ -129,6 +137,34 @@ def test_sync_gives_the_video_itself(client):
     assert job["status"] == "completed" and len(answer.content) == job["file_size"]
 
 
+def test_sync_says_whose_fault_it_is_and_that_nobody_shall_try_again(client):
+    damaged = {"image_reference": {"image_url": f"data:image/png;base64,{base64.b64encode(png()[:100]).decode()}"}}
+    answer = client.post("/v1/videos/sync", json={**SMALL, **damaged})
+    wrong = answer.json()["error"]
+    assert (answer.status_code, wrong["code"], wrong["param"]) == (400, "invalid_image", "input_reference"), wrong
+    assert answer.headers["x-should-retry"] == "false"
+    assert client.get(f"/v1/videos/{answer.headers['x-request-id']}").json()["error"]["code"] == "invalid_image"
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(client.post, "/v1/videos/sync", json={**SMALL, "num_inference_steps": 1000})
+        newest = "/v1/videos?limit=1"
+        running = serving.wait_for(lambda: (job := client.get(newest).json()["data"][0])["steps"] == 1000 and job)
+        client.post(f"/v1/videos/{running['id']}/cancel")
+        answer = waiting.result(serving.DEADLINE)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
+    assert answer.headers["x-should-retry"] == "false" and answer.headers["x-request-id"] == running["id"]
+
+
+def test_what_cannot_be_written_is_said_without_the_servers_paths(client, data):
+    os.rename(data / "made", data / "away")
+    try:
+        answer = client.post("/v1/videos/sync", json=SMALL)
+    finally:
+        os.rename(data / "away", data / "made")
+    wrong = answer.json()["error"]
+    assert (answer.status_code, wrong["type"]) == (500, "server_error") and "could not be written" in wrong["message"]
+    assert str(data) not in answer.text and answer.headers["x-should-retry"] == "false"
+
+
 def test_events_tell_every_state_up_to_the_end(client):
     id = client.post("/v1/videos", json={**SMALL, "num_inference_steps": 8}).json()["id"]
     with client.stream("GET", f"/v1/videos/{id}/events") as answer:
@@ -144,7 +180,7 @@ def test_events_tell_every_state_up_to_the_end(client):
 
 def test_a_running_job_stops_within_a_step_and_leaves_no_file(client):
     id = client.post("/v1/videos", json={**SMALL, "num_inference_steps": 1000}).json()["id"]
-    running = serving.wait_for(lambda: (job := client.get(f"/v1/videos/{id}").json())["step"] and job)
+    running = serving.wait_for(lambda: (job := client.get(f"/v1/videos/{id}").json())["step"] > 1 and job)
     assert running["status"] == "in_progress" and running["eta_seconds"] > 0 and running["progress"] < 100
     assert client.get(f"/v1/videos/{id}/content").status_code == 409
     asked = client.post(f"/v1/videos/{id}/cancel").json()["step"]
@@ -189,7 +225,12 @@ def test_figures(client):
     made(client)
     told = client.get("/metrics").text
     assert 'mxdit_jobs{status="completed"}' in told and 'mxdit_model_loaded{model="tiny-t2v"} 1.0' in told
-    assert float(told.split('mxdit_step_seconds{model="tiny-t2v"} ')[1].split()[0]) > 0
+    figures = {sample.name: sample for family in text_string_to_metric_families(told) for sample in family.samples}
+    assert figures["mxdit_step_seconds_sum"].value > 0
+    assert figures["mxdit_step_seconds_count"].labels["model"] in ("tiny-t2v", "tiny-t2v:mxfp4", "tiny-i2v")
+    for name in ("mxdit_worker_memory_bytes", "mxdit_job_peak_bytes"):
+        assert figures[name].labels == {"device": "cpu"} and figures[name].value > 1 << 20
+    assert figures["process_resident_memory_bytes"].value > 1 << 20
     assert client.get("/health").json() == {"status": "ok"} and client.get("/ready").status_code == 200
 
 

@@ -90,7 +90,7 @@ def write_png(path: Path, frame: np.ndarray) -> None:
         with _whole(path) as partial:
             Image.fromarray(frame).save(partial, "PNG")
     except OSError as error:
-        raise InputError("the image could not be written", where=str(path), got=str(error)) from None
+        raise InputError("the image could not be written", where=str(path), got=error.strerror or error) from None
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -114,4 +114,4 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
                 container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
             container.mux(stream.encode())
     except (OSError, av.FFmpegError) as error:
-        raise InputError("the video could not be written", where=str(path), got=str(error)) from None
+        raise InputError("the video could not be written", where=str(path), got=error.strerror or error) from None

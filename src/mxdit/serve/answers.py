@@ -14,12 +14,14 @@ from starlette.requests import ClientDisconnect
 
 from mxdit.errors import ConfigError, InputError, MXDiTError
 from mxdit.serve.engine import NoEngine
-from mxdit.serve.jobs import Full, KeyReused
+from mxdit.serve.jobs import CANCELLED, INVALID_IMAGE, Full, Job, KeyReused
 from mxdit.serve.schema import FIELDS
 
 log = logging.getLogger(__name__)
 
 RETRY = "10"  # seconds after which to try a full queue again
+# OpenAI's clients send a request again after 408, 409, 429 and 5xx, unless this says that they shall not.
+NEVER_AGAIN = {"X-Should-Retry": "false"}
 
 
 def error(
@@ -27,6 +29,15 @@ def error(
 ) -> Any:
     """An error in OpenAI's shape."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def unmade(job: Job) -> Response:
+    """What one who waited for a job gets that failed: 409 where it was cancelled, 400 for what they sent, or else 500."""
+    status = {CANCELLED: 409, INVALID_IMAGE: 400}.get(job.error_code or "", 500)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    param = "input_reference" if job.error_code == INVALID_IMAGE else None
+    body = error(str(job.error), type=kind, param=param, code=job.error_code)
+    return JSONResponse(body, status, {"X-Request-Id": job.id, **NEVER_AGAIN})
 
 
 def answer_errors(app: FastAPI) -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from mxdit.errors import InputError
-from mxdit.serve.answers import answer_errors, error
+from mxdit.serve.answers import NEVER_AGAIN, answer_errors, unmade
 from mxdit.serve.dispatch import Dispatcher
 from mxdit.serve.engine import Engines
 from mxdit.serve.files import Files
@@ -91,11 +91,13 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
                 jobs.cancel(job.id)
                 return Response(status_code=499)
             if app.state.closing:
-                raise HTTPException(503, "the server shuts down; the job goes on with the next one")
+                # Under a key it is the same job that is asked for again, and without one another.
+                again = {} if "idempotency-key" in request.headers else NEVER_AGAIN
+                raise HTTPException(503, "the server shuts down; the job goes on with the next one", again)
             await news.after(heard)
             heard, job = news.now(), known(job.id)
         if job.status != COMPLETED:
-            return JSONResponse(error(str(job.error), type="server_error", code=job.error_code), 500)
+            return unmade(job)
         headers = {"X-Request-Id": job.id, "X-Model": job.model, "X-Inference-Time-S": f"{job.seconds:.3f}"}
         return FileResponse(files.made(job), media_type=job.media_type, headers=headers)
 
@@ -194,6 +196,7 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
 
     registry = CollectorRegistry()
     registry.register(Figures(jobs, dispatcher, offer))
+    ProcessCollector(registry=registry)  # memory, descriptors and CPU time of this process
 
     @app.get("/metrics")
     def metrics() -> Response:

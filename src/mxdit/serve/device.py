@@ -31,6 +31,7 @@ class DeviceRunner:
             warm = next(iter(served), None)
             process = context.Process(target=main, args=(theirs, served, self._device, warm), daemon=True)
             process.start()
+            desk.workers[self.name] = process.pid or 0
             theirs.close()  # so that its end is seen here
             try:
                 while self._one(desk, ours):
@@ -39,6 +40,7 @@ class DeviceRunner:
                 failures += 1
                 log.error("the worker of %s ended with exit code %s", self._device, _code(process))
             finally:
+                desk.workers.pop(self.name, None)
                 ours.close()
                 process.join(1)
                 if process.is_alive():
@@ -62,7 +64,7 @@ class DeviceRunner:
     def _see_through(self, desk: Desk, job: Job, pipe: Connection) -> bool:
         image = desk.files.given(job.id) if job.image else None
         pipe.send(Task(job.id, job.model, job.fields, image, desk.files.unfinished(job)))
-        asked, last = 0.0, time.monotonic()
+        asked, last = 0.0, 0.0
         while True:
             if not asked and (desk.stopping.is_set() or desk.cancelled(job)):
                 pipe.send(None)
@@ -75,9 +77,13 @@ class DeviceRunner:
             told = pipe.recv()
             if isinstance(told, Stepped):
                 now = time.monotonic()
-                desk.step_seconds[job.model], last = now - last, now
+                if last:
+                    desk.step_seconds.labels(job.model).observe(now - last)
+                last = now
                 desk.stepped(job, told.step)
             elif isinstance(told, Done):
+                if told.peak_bytes is not None:
+                    desk.peak_bytes[self.name] = told.peak_bytes
                 if desk.cancelled(job):  # while it was encoded
                     desk.end(job, CANCELLED, "the job was cancelled")
                 else:

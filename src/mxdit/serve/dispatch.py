@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
+from prometheus_client import Histogram
+
 from mxdit.serve.files import Files
 from mxdit.serve.jobs import CANCELLED, Job, Jobs
 
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 LOOK = 0.02  # seconds between two looks for a job, for a cancelled one, and for the end
 CLEAN = 60.0  # seconds between two looks for what has expired
 GRACE = 60.0  # seconds that a worker has to end its step when the server stops
+STEP = "How long a denoising step took, of those behind a job's first."
+STEPS = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 7, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)  # seconds
 
 
 class Desk:
@@ -31,14 +35,18 @@ class Desk:
         stopping: set when runners are to end.
         ready: set once a runner can run a job.
         told: called, from any thread, when a job has changed.
-        step_seconds: model -> how long its last step took.
+        step_seconds: for Prometheus.
+        workers: device -> process number.
+        peak_bytes: device -> the most memory that its last job held.
     """
 
     def __init__(self, jobs: Jobs, files: Files) -> None:
         self._jobs, self.files = jobs, files
         self.stopping, self.ready = threading.Event(), threading.Event()
         self.told: Callable[[], object] = lambda: None
-        self.step_seconds: dict[str, float] = {}
+        self.step_seconds = Histogram("mxdit_step_seconds", STEP, ["model"], registry=None, buckets=STEPS)
+        self.workers: dict[str, int] = {}
+        self.peak_bytes: dict[str, int] = {}
 
     def take(self, models: Collection[str], engine: str | None = None) -> Job | None:
         """The next job of these models, which runs from now on; see `Jobs.take`."""

@@ -20,7 +20,7 @@ from mxdit.errors import InputError
 
 ATTEMPTS = 3  # a job that ended so many workers is not given to another one
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
-CANCELLED = "cancelled"  # code of a failed job
+CANCELLED, INVALID_IMAGE = "cancelled", "invalid_image"  # codes of a failed job
 STOP, FORGET = 1, 2
 
 # One entry a version of the file; entries are never changed, new ones are added.
@@ -53,6 +53,7 @@ MIGRATIONS = (
     CREATE INDEX jobs_by_status ON jobs (status, number);
     CREATE INDEX jobs_by_expiry ON jobs (expires_at) WHERE expires_at IS NOT NULL;
     """,
+    "ALTER TABLE jobs ADD COLUMN first_stepped_at REAL;",
     """
     ALTER TABLE jobs ADD COLUMN engine TEXT;
     ALTER TABLE jobs ADD COLUMN remote TEXT;
@@ -68,7 +69,7 @@ class Job:
     fields      of `make_request`, JSON-serializable; an image lies beside the database.
     image       whether there is one.
     step, steps that are done, and that there are; where `steps` is 0 nobody knows, and `step` is in percent.
-    stepped_at  when the last step ended.
+    stepped_at, first_stepped_at  when the last step ended, and the first that this run told of.
     seconds     that the run took.
     bytes       of the file.
     cancel      whether it is to stop: STOP, or FORGET where nothing of it is to stay.
@@ -98,6 +99,7 @@ class Job:
     cancel: int
     idempotency_key: str | None
     digest: str | None
+    first_stepped_at: float | None
     engine: str | None
     remote: str | None
 
@@ -105,6 +107,14 @@ class Job:
     def ended(self) -> bool:
         """Whether nothing more will become of it."""
         return self.status in (COMPLETED, FAILED)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds that its steps will still take, as long as those took that lie behind the first, with which a model is loaded
+        and the prompt is encoded. None before the second, and once it has ended."""
+        if self.ended or self.step < 2 or self.stepped_at is None or self.first_stepped_at is None:
+            return None
+        return (self.stepped_at - self.first_stepped_at) / (self.step - 1) * ((self.steps or 100) - self.step)
 
 
 class Full(Exception):
@@ -267,8 +277,8 @@ class Jobs:
             if row is None:
                 return None
             db.execute(
-                "UPDATE jobs SET status = ?, step = 0, attempts = attempts + 1, started_at = ?, stepped_at = NULL, engine = ?"
-                " WHERE id = ?",
+                "UPDATE jobs SET status = ?, step = 0, attempts = attempts + 1, started_at = ?, stepped_at = NULL,"
+                " first_stepped_at = NULL, engine = ? WHERE id = ?",
                 (RUNNING, time.time(), engine, row["id"]),
             )
             return _job(db.execute("SELECT * FROM jobs WHERE id = ?", (row["id"],)).fetchone())
@@ -299,7 +309,8 @@ class Jobs:
         """Note that so many steps are done, and how many there are where that was unknown."""
         with self._writing() as db:
             db.execute(
-                "UPDATE jobs SET step = ?, steps = coalesce(?, steps), stepped_at = ? WHERE id = ? AND status = ?",
+                "UPDATE jobs SET step = ?1, steps = coalesce(?2, steps), stepped_at = ?3,"
+                " first_stepped_at = coalesce(first_stepped_at, ?3) WHERE id = ?4 AND status = ?5",
                 (step, steps, time.time(), id, RUNNING),
             )
 
@@ -332,8 +343,8 @@ class Jobs:
                 self._end(db, f"{which} AND attempts >= {ATTEMPTS}", values, FAILED, code, reason)
             kept = "" if keep else ", engine = NULL, remote = NULL"
             db.execute(
-                "UPDATE jobs SET status = ?, step = 0, started_at = NULL, stepped_at = NULL, attempts = attempts - ?"
-                f"{kept} WHERE {which}",
+                "UPDATE jobs SET status = ?, step = 0, started_at = NULL, stepped_at = NULL, first_stepped_at = NULL,"
+                f" attempts = attempts - ?{kept} WHERE {which}",
                 (QUEUED, 0 if counts else 1, *values),
             )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily
@@ -11,9 +14,11 @@ from mxdit.serve.engine import Engines
 from mxdit.serve.jobs import Jobs
 from mxdit.serve.served import Catalog
 
+PEAK = "The most memory of a device that its last job held; on a CPU, of its process beside mapped files."
+
 
 class Figures:
-    """A collector: jobs by state, seconds per step, the models that are loaded, or the engines that answer."""
+    """A collector: jobs by state, seconds per step, the models that are loaded and each worker's memory, or engines."""
 
     def __init__(self, jobs: Jobs, dispatcher: Dispatcher, offer: Catalog | Engines) -> None:
         self._jobs, self._dispatcher, self._offer = jobs, dispatcher, offer
@@ -23,10 +28,7 @@ class Figures:
         for status, count in self._jobs.counts().items():
             counts.add_metric([status], count)
         yield counts
-        seconds = GaugeMetricFamily("mxdit_step_seconds", "How long the last denoising step took.", labels=["model"])
-        for model, taken in dict(self._dispatcher.step_seconds).items():
-            seconds.add_metric([model], taken)
-        yield seconds
+        yield from self._dispatcher.step_seconds.collect()
         if isinstance(self._offer, Engines):
             up = GaugeMetricFamily("mxdit_engine_up", "Whether an engine answered the last time.", labels=["engine"])
             for address, answers in self._offer.up().items():
@@ -37,3 +39,13 @@ class Figures:
         for model in dict(self._offer.linears):
             loaded.add_metric([model], 1)
         yield loaded
+        held = GaugeMetricFamily("mxdit_worker_memory_bytes", "RSS of the process of a device.", labels=["device"])
+        for device, pid in dict(self._dispatcher.workers).items():
+            with suppress(OSError):  # it has ended, or this system has no /proc
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                held.add_metric([device], pages * os.sysconf("SC_PAGESIZE"))
+        yield held
+        peaks = GaugeMetricFamily("mxdit_job_peak_bytes", PEAK, labels=["device"])
+        for device, peak in dict(self._dispatcher.peak_bytes).items():
+            peaks.add_metric([device], peak)
+        yield peaks

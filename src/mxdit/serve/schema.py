@@ -161,9 +161,7 @@ def shown(job: Job, position: int | None) -> dict[str, Any]:
     """A job as clients see it."""
     fields = job.fields
     done = job.status == COMPLETED
-    eta, steps = None, job.steps or 100
-    if job.stepped_at is not None and job.started_at is not None and job.step and not job.ended:
-        eta = (job.stepped_at - job.started_at) / job.step * (steps - job.step)
+    steps = job.steps or 100
     size = f"{fields['size'][1]}x{fields['size'][0]}" if "size" in fields else None
     return {
         "id": job.id,
@@ -183,7 +181,7 @@ def shown(job: Job, position: int | None) -> dict[str, Any]:
         "error": {"code": job.error_code, "message": job.error} if job.error_code else None,
         "step": (job.steps if done else job.step) if job.steps else None,
         "steps": job.steps or None,
-        "eta_seconds": eta,
+        "eta_seconds": job.eta,
         "queue_position": position,
         "attempts": job.attempts,
         "inference_time_s": job.seconds,

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from mxdit.checkpoint.writer import sync
-from mxdit.errors import Cancelled, MXDiTError
+from mxdit.errors import Cancelled, InputError, MXDiTError
 from mxdit.generation.media import read_image
 from mxdit.generation.session import Session
+from mxdit.serve.jobs import CANCELLED, INVALID_IMAGE
 from mxdit.serve.schema import again
 from mxdit.serve.served import Served
 
@@ -73,7 +74,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job has no file: it was stopped (`code` "cancelled"), or it failed."""
+    """A job has no file: it was stopped (`code` CANCELLED), or it failed. The message is for the client, and names no path."""
 
     id: str
     code: str
@@ -158,6 +159,11 @@ class _Worker:
     def _run(self, task: Task) -> None:
         try:
             image = None if task.image is None else read_image(task.image)
+        except InputError as error:
+            log.warning("job %s: %s", task.id, error)
+            self._pipe.send(Ended(task.id, INVALID_IMAGE, "the first frame is no readable image"))
+            return
+        try:
             session = self._session(task.model)
             request = session.request(**again(task.fields, partial(session.model.takes, session.task)), image=image)
             result = session.run(request, lambda step, _: self._pipe.send(Stepped(task.id, step)), self._stop)
@@ -165,9 +171,13 @@ class _Worker:
             sync(task.output)
             self._pipe.send(Done(task.id, result.seconds, result.peak_bytes))
         except Cancelled:
-            self._pipe.send(Ended(task.id, "cancelled", "the job was cancelled"))
+            self._pipe.send(Ended(task.id, CANCELLED, "the job was cancelled"))
         except MXDiTError as error:
-            self._pipe.send(Ended(task.id, "failed", str(error)))
+            log.warning("job %s: %s", task.id, error)
+            placeless = MXDiTError(
+                error.what, field=error.field, got=error.got, expected=error.expected, hint=error.hint
+            )
+            self._pipe.send(Ended(task.id, "failed", str(placeless)))
         except MemoryError as error:
             self._pipe.send(Ended(task.id, "out_of_memory", str(error) or "there was not enough memory"))
         except (
@@ -176,7 +186,8 @@ class _Worker:
             OSError,
         ) as error:  # torch's own; what else ends a run is a fault, and ends the process
             log.exception("job %s failed", task.id)
-            self._pipe.send(Ended(task.id, "internal_error", f"{type(error).__name__}: {error}"))
+            said = error.strerror if isinstance(error, OSError) else error  # an OSError's own text names the file
+            self._pipe.send(Ended(task.id, "internal_error", f"{type(error).__name__}: {said}"))
 
 
 def _free(device: str) -> int | None:
