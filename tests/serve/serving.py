@@ -153,6 +153,13 @@ class Process:
         """Bytes of RSS of the process that answers."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
+    def most_memory(self, *, from_now: bool = False) -> int:
+        """The most bytes of RSS that it had, since it was asked for `from_now`."""
+        if from_now:
+            Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+
     def descriptors(self) -> int:
         """How many it has open."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))

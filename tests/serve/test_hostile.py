@@ -37,18 +37,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 def bomb(kind: str) -> bytes:
-    """An image of 60,000 x 60,000 pixels in a few bytes, or a small one with text of 64 MiB in 64 KiB."""
-    side = 60_000 if kind == "pixels" else 16
+    """A PNG: 60,000 x 60,000 pixels in a few bytes, or 8,500 x 8,500 that are all there, or few beside text of 64 MiB."""
+    side = {"size": 60_000, "pixels": 8_500, "text": 16}[kind]
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    text = b"" if kind == "pixels" else chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * (64 << 20)))
-    head, pixels = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), zlib.compress(b"\0" * 1000)
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * (64 << 20))) if kind == "text" else b""
+    pixels = zlib.compress(b"\0" * (side * (3 * side + 1) if kind == "pixels" else 1000))
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + text + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-BOMBS = (bomb("pixels"), bomb("text"))
+BOMBS = tuple(bomb(kind) for kind in ("size", "pixels", "text"))
 
 
 def hostile(chance: random.Random, kind: int) -> tuple[str, str, dict[str, str], bytes]:
@@ -86,7 +87,8 @@ def hostile(chance: random.Random, kind: int) -> tuple[str, str, dict[str, str],
 def test_a_thousand_hostile_requests_are_refused_and_leave_nothing(server):
     """None is an error of ours, none becomes a job, and the second thousand finds the server as the first one left it.
 
-    The bound on memory is half of what was sent, so that keeping the bodies alone would break it.
+    The bound on memory is half of what was sent, so that keeping the bodies alone would break it; and no request may take 64 MiB
+    meanwhile, as each of the bombs would if it were opened.
     """
 
     def thousand() -> int:
@@ -101,8 +103,10 @@ def test_a_thousand_hostile_requests_are_refused_and_leave_nothing(server):
 
     thousand()
     memory, descriptors = server.memory(), server.descriptors()
+    server.most_memory(from_now=True)
     sent = thousand()
     assert sent > 8 << 20
+    assert server.most_memory() - memory < 64 << 20
     assert server.memory() - memory < sent // 2
     assert server.descriptors() <= descriptors
     assert server.client.get("/v1/videos").json()["data"] == []

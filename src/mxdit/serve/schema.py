@@ -144,7 +144,9 @@ def stand_in(data: bytes) -> Any:
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            (width, height), turned = image.size, image.getexif().get(0x0112, 1) >= 5
+            exif, (width, height) = Image.Exif(), image.size
+            exif.load(image.info.get("exif", b""))  # `getexif` would decode a whole PNG to look behind its pixels
+            turned = exif.get(0x0112, 1) >= 5
     except (
         *(OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, struct.error),
         Image.DecompressionBombError,
