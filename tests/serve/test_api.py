@@ -16,10 +16,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import serving
 import tiny
+import tiny_families
 from mxdit.generation.session import Session
 from mxdit.serve.app import PAGE
 from serving import KEY, SMALL, ended, png
@@ -30,7 +32,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {task: tiny.save(root / task, task) for task in ("t2v", "i2v")}
+    tiny_families.flux_pipeline("t2i").save_pretrained(root / "t2i")
+    return {"t2i": root / "t2i"} | {task: tiny.save(root / task, task) for task in ("t2v", "i2v")}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,7 @@ def client(models: dict[str, Path], data: Path) -> Iterator[Any]:
         serving.served(models["t2v"]),
         serving.served(models["t2v"], mode="mxfp4"),
         serving.served(models["i2v"], "i2v"),
+        serving.served(models["t2i"], "t2i"),
     ]
     with serving.client(data, offered) as found:
         yield found
@@ -52,6 +56,10 @@ def client(models: dict[str, Path], data: Path) -> Iterator[Any]:
 def frames_of(data: bytes) -> np.ndarray:
     with av.open(io.BytesIO(data)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -89,7 +97,7 @@ def test_a_video_is_the_one_that_a_session_makes(client, models, tmp_path):
 
 def test_what_is_left_out_is_the_models_own(client):
     listed = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
-    assert list(listed) == ["tiny-t2v", "tiny-t2v:mxfp4", "tiny-i2v"]
+    assert list(listed) == ["tiny-t2v", "tiny-t2v:mxfp4", "tiny-i2v", "tiny-t2i"]
     # The tiny model has the big one's preset, and no room for its size.
     job = client.post("/v1/videos", json={"prompt": "a", "size": "16x16", "num_frames": 5}).json()
     client.post(f"/v1/videos/{job['id']}/cancel")
@@ -165,6 +173,67 @@ def test_what_cannot_be_written_is_said_without_the_servers_paths(client, data):
     assert str(data) not in answer.text and answer.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.parametrize("model", ["tiny-t2i", "tiny-t2v"])
+def test_images(client, model):
+    """Of a model that makes them, and of a video's one frame; each is a job, and the same seed makes the same."""
+    body = {"model": model, "prompt": "a red seven", "size": "32x16", "num_inference_steps": 2, "seed": 3}
+    answer = client.post("/v1/images/generations", json={**body, "n": 2, "response_format": "b64_json"})
+    assert answer.status_code == 200 and answer.headers["x-model"] == model, answer.text
+    told = answer.json()
+    assert told["created"] > 1_600_000_000 and told["size"] == "32x16" and len(told["data"]) == 2
+    first, second = (pixels_of(base64.b64decode(one["b64_json"])) for one in told["data"])
+    assert first.shape == (16, 32, 3) and (first != second).any()
+    jobs = [client.get(f"/v1/videos/{one['id']}").json() for one in told["data"]]
+    assert [(job["parameters"]["seed"], job["media_type"]) for job in jobs] == [(3, "image/png"), (4, "image/png")]
+    again = client.post("/v1/images/generations", json={**body, "seed": 4}).json()["data"][0]
+    assert apart(pixels_of(base64.b64decode(again["b64_json"])), second) < 1
+
+
+def test_a_key_makes_the_same_images(client):
+    body = {"prompt": "a red seven", "size": "16x16", "num_inference_steps": 1, "n": 2}
+    one, two = (client.post("/v1/images/generations", json=body, headers={"Idempotency-Key": "i"}).json() for _ in "12")
+    assert one["data"] == two["data"] and one["data"][0] != one["data"][1]
+    other = client.post("/v1/images/generations", json={**body, "seed": 1}, headers={"Idempotency-Key": "i"})
+    assert other.status_code == 409
+
+
+NO_IMAGES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "an unknown model": ({"model": "dall-e-3"}, 404, "model"),
+    "a model of images to video": ({"model": "tiny-i2v"}, 400, "model"),
+    "no prompt": ({"prompt": None}, 400, "prompt"),
+    "too many": ({"n": 11}, 400, "n"),
+    "an address": ({"response_format": "url"}, 400, "response_format"),
+    "a size that does not fit": ({"size": "17x16"}, 400, "size"),
+    "a seed that leads too far": ({"seed": 2**63 - 1, "n": 2}, 400, "seed"),
+    "what the model does not take": ({"model": "tiny-t2i", "negative_prompt": "blue"}, 400, "negative_prompt"),
+    "an unknown field": ({"mask": "x"}, 400, "mask"),
+}
+
+
+@pytest.mark.parametrize("fields, status, param", NO_IMAGES.values(), ids=NO_IMAGES.keys())
+def test_what_is_wrong_with_a_request_for_images(client, fields, status, param):
+    before = client.get("/v1/videos?limit=1").json()["first_id"]
+    answer = client.post("/v1/images/generations", json={"prompt": "a", "size": "16x16", **fields})
+    wrong = answer.json()["error"]
+    assert (answer.status_code, wrong["param"], wrong["type"]) == (status, param, "invalid_request_error"), wrong
+    assert client.get("/v1/videos?limit=1").json()["first_id"] == before
+
+
+def test_where_nothing_makes_images(models, tmp_path):
+    with serving.client(tmp_path, [serving.served(models["i2v"], "i2v")]) as client:
+        answer = client.post("/v1/images/generations", json={"prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+
+
+def test_images_that_the_queue_has_no_room_for_are_none(models, tmp_path):
+    with serving.client(tmp_path, [serving.served(models["t2v"])], waiting=3) as client:
+        answer = client.post("/v1/images/generations", json={"prompt": "a", "size": "16x16", "n": 10})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        jobs = client.get("/v1/videos").json()["data"]
+        assert 3 <= len(jobs) < 10
+        assert {job["error"]["code"] for job in (ended(client, job["id"]) for job in jobs)} == {"cancelled"}
+
+
 def test_events_tell_every_state_up_to_the_end(client):
     id = client.post("/v1/videos", json={**SMALL, "num_inference_steps": 8}).json()["id"]
     with client.stream("GET", f"/v1/videos/{id}/events") as answer:
@@ -225,9 +294,10 @@ def test_figures(client):
     made(client)
     told = client.get("/metrics").text
     assert 'mxdit_jobs{status="completed"}' in told and 'mxdit_model_loaded{model="tiny-t2v"} 1.0' in told
+    listed = [model["id"] for model in client.get("/v1/models").json()["data"]]
     figures = {sample.name: sample for family in text_string_to_metric_families(told) for sample in family.samples}
     assert figures["mxdit_step_seconds_sum"].value > 0
-    assert figures["mxdit_step_seconds_count"].labels["model"] in ("tiny-t2v", "tiny-t2v:mxfp4", "tiny-i2v")
+    assert figures["mxdit_step_seconds_count"].labels["model"] in listed
     for name in ("mxdit_worker_memory_bytes", "mxdit_job_peak_bytes"):
         assert figures[name].labels == {"device": "cpu"} and figures[name].value > 1 << 20
     assert figures["process_resident_memory_bytes"].value > 1 << 20
@@ -341,5 +411,7 @@ def test_the_openai_package_as_it_is(models, tmp_path):
                 client.videos.create(prompt="a", size="17x16", extra_body=extra)
             assert wrong.value.param == "size"
             assert client.videos.delete(video.id).deleted
+            image = client.images.generate(prompt="a red seven", size="16x16", extra_body={"num_inference_steps": 2})
+            assert pixels_of(base64.b64decode(image.data[0].b64_json)).shape == (16, 16, 3)
             with pytest.raises(openai.NotFoundError):
                 client.videos.retrieve(video.id)

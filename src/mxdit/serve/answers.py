@@ -16,6 +16,7 @@ from mxdit.errors import ConfigError, InputError, MXDiTError
 from mxdit.serve.engine import NoEngine
 from mxdit.serve.jobs import CANCELLED, INVALID_IMAGE, Full, Job, KeyReused
 from mxdit.serve.schema import FIELDS
+from mxdit.serve.served import NoSuchModel
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ def answer_errors(app: FastAPI) -> None:
     def of_input(_: Request, wrong: MXDiTError) -> Response:
         param = FIELDS.get(wrong.field, wrong.field) if wrong.field else None
         message = wrong.line(lambda field: FIELDS.get(field, field))
-        return JSONResponse(error(message, param=param, code="invalid_value"), 404 if param == "model" else 400)
+        return JSONResponse(
+            error(message, param=param, code="invalid_value"), 404 if isinstance(wrong, NoSuchModel) else 400
+        )
 
     @app.exception_handler(ValidationError)
     @app.exception_handler(RequestValidationError)

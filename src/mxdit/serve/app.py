@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mxdit.errors import InputError
+from mxdit.serve import images
 from mxdit.serve.answers import NEVER_AGAIN, answer_errors, unmade
 from mxdit.serve.dispatch import Dispatcher
 from mxdit.serve.engine import Engines
 from mxdit.serve.files import Files
-from mxdit.serve.jobs import COMPLETED, Job, Jobs
+from mxdit.serve.images import ImageBody
+from mxdit.serve.jobs import COMPLETED, FAILED, Full, Job, Jobs
 from mxdit.serve.metrics import Figures
 from mxdit.serve.schema import VideoBody, data_of, shown
 from mxdit.serve.served import Catalog
@@ -79,27 +82,55 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
         key = request.headers.get("idempotency-key")
         return await run_in_threadpool(_accept, offer, jobs, files, body, data, key)
 
+    async def ended(request: Request, made: list[Job]) -> list[Job]:
+        """They, when all are completed or one has failed. Raises HTTPException, and ClientDisconnect where the client went."""
+        while True:
+            heard, made = news.now(), [known(job.id) for job in made]
+            if all(job.ended for job in made) or any(job.status == FAILED for job in made):
+                return made
+            if await request.is_disconnected():
+                _cancel_all(jobs, made)
+                raise ClientDisconnect
+            if app.state.closing:
+                # Under a key it is the same job that is asked for again, and without one another.
+                again = {} if "idempotency-key" in request.headers else NEVER_AGAIN
+                raise HTTPException(503, "the server shuts down; the job goes on with the next one", again)
+            await news.after(heard)
+
     @app.post("/v1/videos", openapi_extra=_BODY)
     async def create(request: Request) -> dict[str, Any]:
         return seen(await submitted(request))
 
     @app.post("/v1/videos/sync", openapi_extra=_BODY)
     async def create_and_wait(request: Request) -> Response:
-        heard, job = news.now(), await submitted(request)
-        while not job.ended:
-            if await request.is_disconnected():
-                jobs.cancel(job.id)
-                return Response(status_code=499)
-            if app.state.closing:
-                # Under a key it is the same job that is asked for again, and without one another.
-                again = {} if "idempotency-key" in request.headers else NEVER_AGAIN
-                raise HTTPException(503, "the server shuts down; the job goes on with the next one", again)
-            await news.after(heard)
-            heard, job = news.now(), known(job.id)
+        (job,) = await ended(request, [await submitted(request)])
         if job.status != COMPLETED:
             return unmade(job)
         headers = {"X-Request-Id": job.id, "X-Model": job.model, "X-Inference-Time-S": f"{job.seconds:.3f}"}
         return FileResponse(files.made(job), media_type=job.media_type, headers=headers)
+
+    @app.post("/v1/images/generations")
+    async def create_images(request: Request) -> Response:
+        body = ImageBody.model_validate(await _json(request))
+        model, key, made = (
+            images.maker(offer.models(), offer.image_tasks, body.model),
+            request.headers.get("idempotency-key"),
+            [],
+        )
+        try:
+            for number, each in enumerate(body.each(model)):
+                own = None if key is None else f"image {number} of {key}"
+                made.append(await run_in_threadpool(_accept, offer, jobs, files, each, None, own, still=True))
+        except Full:
+            _cancel_all(jobs, made)
+            raise
+        made = await ended(request, made)
+        failed = next((job for job in made if job.status == FAILED), None)
+        if failed is not None:
+            _cancel_all(jobs, made)
+            return unmade(failed)
+        answer = await run_in_threadpool(images.answer, [(job, files.made(job)) for job in made])
+        return JSONResponse(answer, headers={"X-Model": model["id"]})
 
     @app.get("/v1/videos")
     def list_videos(after: str | None = None, limit: int = 20, order: str = "desc") -> dict[str, Any]:
@@ -226,12 +257,7 @@ async def _body(request: Request) -> tuple[VideoBody, bytes | None]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     data = None
     if kind == "application/json":
-        try:
-            fields = json.loads(await request.body())
-        except (ValueError, RecursionError):
-            raise HTTPException(400, "the body is no JSON") from None
-        if not isinstance(fields, dict):
-            raise HTTPException(400, "the body is no JSON object")
+        fields = await _json(request)
     elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         fields = {}
         async with request.form(max_files=1, max_fields=64, max_part_size=1 << 20) as form:
@@ -254,9 +280,35 @@ async def _body(request: Request) -> tuple[VideoBody, bytes | None]:
     return body, data
 
 
+async def _json(request: Request) -> dict[str, Any]:
+    """The fields of a JSON body. Raises HTTPException."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "the body is not application/json")
+    try:
+        fields = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "the body is no JSON") from None
+    if not isinstance(fields, dict):
+        raise HTTPException(400, "the body is no JSON object")
+    return fields
+
+
+def _cancel_all(jobs: Jobs, some: list[Job]) -> None:
+    for job in some:
+        jobs.cancel(job.id)
+
+
 def _accept(
-    offer: Catalog | Engines, jobs: Jobs, files: Files, body: VideoBody, data: bytes | None, key: str | None
+    offer: Catalog | Engines,
+    jobs: Jobs,
+    files: Files,
+    body: VideoBody,
+    data: bytes | None,
+    key: str | None,
+    *,
+    still: bool = False,
 ) -> Job:
+    """A job of a checked body and its first frame, or the one that was accepted under this key; `still` makes a PNG of it."""
     order = offer.order(body, data)
     # Of the bytes that were sent, so that a key with another request is found.
     digest = hashlib.sha256(body.model_dump_json().encode() + (data or b"")).hexdigest()
@@ -266,7 +318,7 @@ def _accept(
         order.model,
         order.fields,
         steps=order.steps,
-        media_type=order.media_type,
+        media_type="image/png" if still else order.media_type,
         image=data is not None,
         key=key,
         digest=digest,

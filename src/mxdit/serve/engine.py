@@ -20,7 +20,7 @@ from mxdit.errors import InputError
 from mxdit.serve.dispatch import LOOK, Desk
 from mxdit.serve.jobs import CANCELLED, Job
 from mxdit.serve.schema import FIELDS, TAKES, VideoBody, stand_in
-from mxdit.serve.served import Order
+from mxdit.serve.served import NoSuchModel, Order
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class NoEngine(Exception):
 
 class Engines:
     """What the engines offer, together: models by the ids that they use. May be called from any thread."""
+
+    image_tasks = ("t2i",)  # over `/v1/videos` a video of one frame stays one
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self.addresses = tuple(addresses)
@@ -73,7 +75,7 @@ class Engines:
             raise NoEngine
         name = next(iter(models)) if body.model is None else body.model
         if name not in models:
-            raise InputError("no such model", field="model", got=repr(name), expected=" or ".join(models))
+            raise NoSuchModel("no such model", field="model", got=repr(name), expected=" or ".join(models))
         defaults = models[name]["defaults"]
         fields = body.fields(None, 1, own_extras=False)
         fields.setdefault("prompt", defaults.get("prompt"))
@@ -87,8 +89,7 @@ class Engines:
         fields.setdefault("seed", secrets.randbelow(1 << 31))
         if data is not None:
             stand_in(data)
-        ours = models[name]["owned_by"] == "mxdit"  # vLLM-Omni makes a video of one frame, too
-        still = ours and fields.get("frames", defaults.get("num_frames")) == 1
+        still = (models[name]["task"] or "").endswith("2i")
         return Order(name, fields, 0, "image/png" if still else "video/mp4")
 
 

@@ -220,7 +220,7 @@ def stored(request: Request) -> dict[str, Any]:
 def again(fields: Mapping[str, Any], takes: Any) -> dict[str, Any]:
     """Stored fields as `make_request` takes them, without those that the model does not take."""
     given = {**fields, "size": tuple(fields["size"])}
-    always = {"prompt", "frames", "steps", "seed", "fps", "flow_shift", "activation_steps"}
+    always = {"prompt", "steps", "seed", "fps", "flow_shift", "activation_steps"}
     return {k: v for k, v in given.items() if k in always or takes("height" if k == "size" else k)}
 
 

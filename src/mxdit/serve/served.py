@@ -85,6 +85,10 @@ class Order:
     media_type: str
 
 
+class NoSuchModel(InputError):
+    """A request names a model that is not offered."""
+
+
 class Catalog:
     """The models that a server offers, by the ids that clients use; the first is the default.
 
@@ -93,6 +97,8 @@ class Catalog:
 
     Raises InputError where two have one id, and what `Session.open` raises for a model that cannot be run so.
     """
+
+    image_tasks = ("t2i", "t2v")  # of a video model one frame
 
     def __init__(self, served: Sequence[Served]) -> None:
         self.served = {one.id: one for one in served}
@@ -117,7 +123,10 @@ class Catalog:
         return [self._shown(served, self._sessions[id].model) for id, served in self.served.items()]
 
     def _find(self, id: str | None, with_image: bool) -> Served:
-        """The model that a request means; without an id the first that takes what the request has. Raises InputError."""
+        """The model that a request means; without an id the first that takes what the request has.
+
+        Raises NoSuchModel, and InputError where none takes it.
+        """
         if id is None:
             wanted = [one for one in self.served.values() if (one.task == "i2v") == with_image]
             if not wanted:
@@ -125,7 +134,7 @@ class Catalog:
                 raise InputError(f"no model here {what}", field="model", expected=" or ".join(self.served))
             return wanted[0]
         if id not in self.served:
-            raise InputError("no such model", field="model", got=repr(id), expected=" or ".join(self.served))
+            raise NoSuchModel("no such model", field="model", got=repr(id), expected=" or ".join(self.served))
         return self.served[id]
 
     def _shown(self, served: Served, model: ModelDirectory) -> dict[str, Any]:
