@@ -31,6 +31,7 @@ from mxdit.serve.files import Files
 from mxdit.serve.images import ImageBody
 from mxdit.serve.jobs import COMPLETED, FAILED, Full, Job, Jobs
 from mxdit.serve.metrics import Figures
+from mxdit.serve.openapi import document
 from mxdit.serve.schema import VideoBody, data_of, shown
 from mxdit.serve.served import Catalog
 from mxdit.version import __version__
@@ -64,6 +65,7 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
     # A path that is wrong by a slash is wrong: where a redirect leads is what the client's Host says.
     options: Any = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
     app = FastAPI(title="mxdit", version=__version__, lifespan=lifespan, **options)
+    app.openapi = partial(document, app)
     app.state.closing = False
     answer_errors(app)
 
@@ -97,11 +99,11 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
                 raise HTTPException(503, "the server shuts down; the job goes on with the next one", again)
             await news.after(heard)
 
-    @app.post("/v1/videos", openapi_extra=_BODY)
+    @app.post("/v1/videos")
     async def create(request: Request) -> dict[str, Any]:
         return seen(await submitted(request))
 
-    @app.post("/v1/videos/sync", openapi_extra=_BODY)
+    @app.post("/v1/videos/sync")
     async def create_and_wait(request: Request) -> Response:
         (job,) = await ended(request, [await submitted(request)])
         if job.status != COMPLETED:
@@ -239,17 +241,6 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
-
-
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": VideoBody.model_json_schema()},
-            "multipart/form-data": {"schema": {"type": "object", "additionalProperties": True}},
-        },
-    }
-}
 
 
 async def _body(request: Request) -> tuple[VideoBody, bytes | None]:
