@@ -103,8 +103,11 @@ def test_what_is_left_out_is_the_models_own(client):
     client.post(f"/v1/videos/{job['id']}/cancel")
     defaults = listed["tiny-t2v"]["defaults"]
     asked = job["parameters"]
-    for name in ("fps", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "negative_prompt"):
+    for name in ("fps", "num_inference_steps", "guidance_scale", "guidance_scale_2", "negative_prompt"):
         assert asked.get(name) == defaults[name], name
+    # Those two stay with the pipeline's files, which say them.
+    assert (defaults["flow_shift"], defaults["boundary_ratio"]) == (3.0, 0.875)
+    assert "flow_shift" not in asked and "boundary_ratio" not in asked
     assert 0 <= asked["seed"] < 2**31
     ended(client, job["id"])
 

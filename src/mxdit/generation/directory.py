@@ -60,6 +60,13 @@ class ModelDirectory:
             if config.get("quantization_config")
         }
 
+    @property
+    def flow_shift(self) -> float | None:
+        """The scheduler's own; None where it has none, or one that follows the size."""
+        file = self.path / "scheduler" / "scheduler_config.json"
+        config = read_json(file) if file.is_file() else {}
+        return None if config.get("use_dynamic_shifting") else config.get("flow_shift", config.get("shift"))
+
     def preset(self, task: str) -> Preset:
         """Defaults for this model and `task`."""
         return self.spec.preset(task, next(iter(self.components.values())), len(self.components))

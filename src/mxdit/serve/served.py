@@ -160,7 +160,8 @@ class Catalog:
                 "num_inference_steps": preset.steps,
                 "guidance_scale": preset.guidance,
                 "guidance_scale_2": preset.guidance_2,
-                "flow_shift": preset.flow_shift,
+                "flow_shift": model.flow_shift if preset.flow_shift is None else preset.flow_shift,
+                "boundary_ratio": model.settings.get("boundary_ratio"),
             },
         }
 
