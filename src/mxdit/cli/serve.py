@@ -97,7 +97,8 @@ def serve(
         mxdit serve --engine http://node1:8091,http://node2:8091   # in front of vLLM-Omni
     """
     need("diffusers", "av", "PIL")
-    need("fastapi", "uvicorn", "python_multipart", "prometheus_client", "httpx", "httpx_sse", extra="serve")
+    serving = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client", "httpx", "httpx_sse")
+    need(*serving, extra="serve")
     import uvicorn
 
     from mxdit.client.protocol import root_of

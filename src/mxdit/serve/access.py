@@ -13,7 +13,7 @@ from mxdit.serve.answers import error
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
-OPEN = ("/", "/health", "/ready")  # and the page's files: nothing of a user's is in them
+OPEN = ("/", "/docs", "/openapi.json", "/health", "/ready")  # and the page's files: nothing of a user's is in them
 HEADERS = (
     (
         b"content-security-policy",

@@ -26,6 +26,7 @@ from mxdit.errors import InputError
 from mxdit.serve import images
 from mxdit.serve.answers import NEVER_AGAIN, answer_errors, unmade
 from mxdit.serve.dispatch import Dispatcher
+from mxdit.serve.docs import mount_docs
 from mxdit.serve.engine import Engines
 from mxdit.serve.files import Files
 from mxdit.serve.images import ImageBody
@@ -239,6 +240,7 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
     def page() -> Response:
         return FileResponse(PAGE / "index.html")
 
+    mount_docs(app)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     return app
 

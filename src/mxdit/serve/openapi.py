@@ -177,6 +177,8 @@ def document(app: FastAPI) -> dict[str, Any]:
         for method, operation in operations.items():
             route = ROUTES[f"{method.upper()} {path}"]
             operation["summary"] = route.summary
+            operation["tags"] = [path.split("/")[2] if path.startswith("/v1/") else "server"]
+            operation.pop("description", None)
             if isinstance(route.answer, tuple):
                 content = {kind: {"schema": {}} for kind in route.answer}
             else:
@@ -196,6 +198,9 @@ def document(app: FastAPI) -> dict[str, Any]:
     _, schemas = models_json_schema(
         [(model, "validation") for model in unique], ref_template="#/components/schemas/{model}"
     )
+    for name, field in schemas["$defs"]["VideoForm"]["properties"].items():
+        if name != "input_reference":
+            field["example"] = ""  # which counts as left out, where a page fills in examples
     key = {"type": "http", "scheme": "bearer", "description": "Where the server was given --api-key-file."}
     made["components"] = {"schemas": schemas["$defs"], "securitySchemes": {"key": key}}
     return made
