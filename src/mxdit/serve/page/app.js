@@ -5,7 +5,7 @@ import { openCompare } from "./compare.js";
 import { announce, byId, confirmed, showText } from "./dom.js";
 import { RequestForm } from "./form.js";
 import { Gallery } from "./gallery.js";
-import { makeAgain, titleOf } from "./models.js";
+import { makeAgain, offerOf, titleOf } from "./models.js";
 import { Queue } from "./queue.js";
 import { Store, ended } from "./store.js";
 
@@ -37,7 +37,7 @@ async function look() {
   timer = null;
   if (document.hidden) return;
   try {
-    if (!models.length) await loadModels();
+    await loadModels(); // more are loaded meanwhile, and a server that was restarted may have others
     await store.refresh();
     if (failing) showText(byId("trouble"), null);
     failing = false;
@@ -52,8 +52,10 @@ async function look() {
 }
 
 async function loadModels() {
+  const before = models;
   models = await api.models();
   form.models = models;
+  if (offerOf(models) !== offerOf(before)) gallery.renew();
 }
 
 function follow(video) {

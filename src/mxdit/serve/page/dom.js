@@ -66,6 +66,17 @@ export function confirmed(question) {
   });
 }
 
+/** Run what a button does, once at a time. It is not disabled meanwhile, for that would lose the focus. */
+export async function whileBusy(button, action) {
+  if (button.getAttribute("aria-disabled")) return;
+  button.setAttribute("aria-disabled", "true");
+  try {
+    await action();
+  } finally {
+    button.removeAttribute("aria-disabled");
+  }
+}
+
 export function duration(seconds) {
   const whole = Math.round(seconds);
   if (seconds < 10) return `${seconds.toFixed(1)}\u00a0s`;

@@ -1,15 +1,13 @@
 // The form for a new video.
 
 import * as api from "./api.js";
-import { byId, el, showText } from "./dom.js";
+import { byId, el, showText, whileBusy } from "./dom.js";
 import { FirstFrame } from "./firstframe.js";
-import { TAKEN, byName, titleOf } from "./models.js";
+import { FIELDS, byName, linearsOf, offerOf, offers, titleOf } from "./models.js";
 
-const FIELDS = [
-  "model", "prompt", "negative_prompt", "size", "num_frames", "num_inference_steps",
-  "guidance_scale", "guidance_scale_2", "seed", "input_reference",
-];
-const NUMBERS = ["num_frames", "num_inference_steps", "guidance_scale", "guidance_scale_2"];
+const SHOWN = ["model", "input_reference", ...FIELDS];
+const TEXTS = ["model", "prompt", "negative_prompt", "size", "seed"]; // others are numbers
+const ADVANCED = ["fps", "flow_shift", "boundary_ratio"];
 const OTHER_NAMES = {
   width: "size", height: "size", seconds: "num_frames",
   image: "input_reference", image_reference: "input_reference",
@@ -32,14 +30,18 @@ export class RequestForm {
     this.#frame = new FirstFrame((text) => this.#showError("input_reference", text));
     this.#form.onsubmit = (event) => {
       event.preventDefault();
-      this.#submit();
+      if (this.#model) whileBusy(byId("submit"), () => this.#submit());
     };
     this.#form.onkeydown = (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.#form.requestSubmit();
     };
     this.#form.oninput = (event) => this.#showError(event.target.name, null);
-    byId("model").onchange = () => this.#showModel();
-    byId("num_frames").addEventListener("input", () => this.#showLength());
+    // The browser says nothing of a field that it cannot show.
+    this.#form.addEventListener("invalid", ({ target }) => this.#reveal(target.name), true);
+    byId("model").onchange = () => this.#choose();
+    for (const name of ["num_frames", "fps"]) {
+      byId(name).addEventListener("input", () => this.#showLength());
+    }
     byId("size").onchange = ({ target }) => {
       target.value = target.value.trim().replace(/\s*[xX×*]\s*/, "x");
     };
@@ -50,43 +52,56 @@ export class RequestForm {
   }
 
   set models(models) {
+    const before = this.#model?.id;
+    const same = offerOf(models) === offerOf(this.#models);
     this.#models = models;
+    if (!same) this.#list(before); // one that is open would close
+    byId("submit").disabled = models.length === 0;
+    if (this.#model?.id === before) this.#showModel();
+    else this.#choose();
+  }
+
+  /** Fill the select; the model `id` stays chosen, if it is still there. */
+  #list(id) {
     // The name once more: a closed select shows only the option.
     const options = (group) => group.map((model) =>
-      el("option", { value: model.id }, titleOf(models, model.id)));
-    const groups = [...byName(models)].map(([name, group]) =>
+      el("option", { value: model.id }, titleOf(this.#models, model.id)));
+    const groups = [...byName(this.#models)].map(([name, group]) =>
       el("optgroup", { label: name }, ...options(group)));
     byId("model").replaceChildren(...groups);
-    byId("submit").disabled = models.length === 0;
-    this.#showModel();
+    if (this.#models.some((model) => model.id === id)) byId("model").value = id;
   }
 
   get #model() {
     return this.#models.find((model) => model.id === byId("model").value);
   }
 
+  #choose() {
+    for (const name of SHOWN) this.#showError(name, null);
+    showText(byId("request-error"), null);
+    this.#showModel();
+  }
+
   /** Show the fields that the model takes, with its defaults. */
   #showModel() {
     const model = this.#model;
     if (!model) return;
-    for (const name of TAKEN) {
-      if (FIELDS.includes(name)) this.#enable(name, model.takes.includes(name));
-    }
-    this.#frame.wanted = model.task === "i2v";
     for (const name of FIELDS) {
-      const value = model.defaults[name];
-      if (name in model.defaults) byId(name).placeholder = value ?? "";
-      this.#showError(name, null);
+      this.#enable(name, offers(model, name));
+      if (name in model.defaults) byId(name).placeholder = model.defaults[name] ?? "";
     }
+    byId("advanced").hidden = !ADVANCED.some((name) => offers(model, name));
+    this.#frame.wanted = model.task === "i2v";
     byId("prompt").required = model.defaults.prompt === null;
+    byId("linears").textContent = linearsOf(model);
     this.#showLength();
-    showText(byId("request-error"), null);
   }
 
   #showLength() {
-    const { num_frames: frames, fps } = this.#model?.defaults ?? {};
-    const asked = byId("num_frames").valueAsNumber || frames;
-    byId("length").textContent = fps ? `${(asked / fps).toFixed(1)} s at ${fps} a second` : "";
+    const { num_frames, fps } = this.#model?.defaults ?? {};
+    const frames = byId("num_frames").valueAsNumber || num_frames;
+    const rate = byId("fps").valueAsNumber || fps;
+    byId("length").textContent = rate ? `${(frames / rate).toFixed(1)} s at ${rate} a second` : "";
   }
 
   // A disabled field is neither sent nor checked.
@@ -96,46 +111,48 @@ export class RequestForm {
   }
 
   async #submit() {
-    const button = byId("submit");
-    if (button.disabled) return;
-    for (const name of FIELDS) this.#showError(name, null);
+    for (const name of SHOWN) this.#showError(name, null);
     showText(byId("request-error"), null);
     if (this.#frame.wanted && !this.#frame.file) {
       this.#showError("input_reference", "This model needs a first frame.");
       byId("input_reference").focus();
       return;
     }
-    button.disabled = true;
     try {
       this.#created(await api.create(this.#fields(), this.#frame.file));
     } catch (error) {
       if (!this.#failed(error)) this.#refused(error);
-    } finally {
-      button.disabled = false;
     }
   }
 
   #fields() {
     const given = [...new FormData(this.#form)].map(([name, value]) => [name, value.trim()]);
     const fields = Object.fromEntries(given.filter(([, value]) => value !== ""));
-    for (const name of NUMBERS) if (name in fields) fields[name] = Number(fields[name]);
+    for (const name of Object.keys(fields)) {
+      if (!TEXTS.includes(name)) fields[name] = Number(fields[name]);
+    }
     return fields; // the seed stays text: a number here would lose digits of a long one
   }
 
   #refused(error) {
     const name = OTHER_NAMES[error.param] ?? error.param;
-    const shown = FIELDS.includes(name) && !byId(name).closest(".field").hidden;
+    const shown = SHOWN.includes(name) && !byId(name).closest(".field").hidden;
     if (!shown) {
       showText(byId("request-error"), error.message);
       byId("request-error").scrollIntoView({ block: "nearest" });
       return;
     }
     this.#showError(name, error.message);
+    this.#reveal(name);
     byId(name).focus();
   }
 
+  #reveal(name) {
+    if (ADVANCED.includes(name)) byId("advanced").open = true;
+  }
+
   #showError(name, text) {
-    if (!FIELDS.includes(name)) return;
+    if (!SHOWN.includes(name)) return;
     showText(byId(`${name}-error`), text);
     if (text) byId(name).setAttribute("aria-invalid", "true");
     else byId(name).removeAttribute("aria-invalid");

@@ -1,7 +1,9 @@
 // Videos that are made, and jobs that failed.
 
 import { fileName, isStill, release, urlOf } from "./contents.js";
-import { byId, bytes, duration, el, moment, prefersStill, renderKeyed, showText } from "./dom.js";
+import {
+  byId, bytes, duration, el, moment, prefersStill, renderKeyed, showText, whileBusy,
+} from "./dom.js";
 import { choicesFor, modeName, titleOf } from "./models.js";
 
 const SHOWN = 20;
@@ -32,8 +34,11 @@ export class Gallery {
     this.#store = store;
     this.#models = models;
     this.#actions = actions;
-    byId("more").onclick = () => this.#more();
-    byId("clear-chosen").onclick = () => this.#choose([]);
+    byId("more").onclick = () => whileBusy(byId("more"), () => this.#more());
+    byId("clear-chosen").onclick = () => {
+      this.#choose([]);
+      byId("gallery-title").focus(); // the button is gone
+    };
     byId("compare-chosen").onclick = () => {
       const [first, second] = this.#chosen.map((id) => this.#store.get(id));
       this.#actions.compare(first, second);
@@ -50,15 +55,17 @@ export class Gallery {
     if (still.length < this.#chosen.length) this.#choose(still);
   }
 
+  /** Make every card anew: the models have changed, and what a card offers with them. */
+  renew() {
+    const chosen = this.#chosen;
+    renderKeyed(byId("gallery"), [], this.#cards);
+    this.render();
+    this.#choose(chosen.filter((id) => this.#cards.has(id)));
+  }
+
   async #more() {
     this.#shown += SHOWN;
-    const button = byId("more");
-    button.disabled = true;
-    try {
-      if (this.#store.ended.length < this.#shown && this.#store.hasMore) await this.#actions.more();
-    } finally {
-      button.disabled = false;
-    }
+    if (this.#store.ended.length < this.#shown && this.#store.hasMore) await this.#actions.more();
     this.render();
   }
 
@@ -190,13 +197,8 @@ function makeDownload(video, trouble) {
   });
 }
 
-/** A button that waits for what it does. */
 function makeButton(text, action) {
   const button = el("button", { type: "button" }, text);
-  button.onclick = async () => {
-    button.disabled = true;
-    await action();
-    button.disabled = false;
-  };
+  button.onclick = () => whileBusy(button, action);
   return button;
 }

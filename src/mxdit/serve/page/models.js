@@ -3,19 +3,42 @@
 import * as api from "./api.js";
 
 const MODES = {
-  none: "BF16",
+  none: "as stored",
   mxfp4: "MXFP4",
   mxfp4_dualscale: "MXFP4 dual scale",
   mxfp8: "MXFP8",
 };
 
-// Fields of a request; those of the second list only where the model's `takes` has them.
-const ALWAYS = ["prompt", "num_inference_steps", "seed", "fps", "flow_shift"];
-export const TAKEN = [
-  "negative_prompt", "size", "num_frames", "guidance_scale", "guidance_scale_2", "boundary_ratio",
+/** Fields of a request but for its model and first frame. */
+export const FIELDS = [
+  "prompt", "negative_prompt", "size", "num_frames", "num_inference_steps", "guidance_scale",
+  "guidance_scale_2", "seed", "fps", "flow_shift", "boundary_ratio",
 ];
 
+/** Whether a request for a model may have this field. */
+export function offers(model, name) {
+  if (["prompt", "num_inference_steps", "seed"].includes(name)) return true;
+  if (name === "fps") return model.takes.includes("num_frames"); // an image has none
+  if (name === "flow_shift") return model.defaults.flow_shift !== null;
+  return model.takes.includes(name);
+}
+
 export const modeName = (mode) => MODES[mode] ?? mode;
+
+/** What the linears of a model run as, in words. */
+export function linearsOf({ loaded, experts }) {
+  if (!loaded) return "Loaded with its first job.";
+  const kinds = Object.entries(experts).map(([name, counts]) => [name,
+    Object.entries(counts).map(([kind, count]) => `${count} ${kind}`).join(", ")]);
+  const same = kinds.every(([, text]) => text === kinds[0][1]);
+  if (!same) return kinds.map(([name, text]) => `Linears of ${name}: ${text}.`).join(" ");
+  return `Linears${kinds.length > 1 ? " of each transformer" : ""}: ${kinds[0][1]}.`;
+}
+
+/** Equal for two lists that offer the same; what is loaded does not count. */
+export function offerOf(models) {
+  return JSON.stringify(models.map(({ id, name, mode, task }) => [id, name, mode, task]));
+}
 
 /** Models by name, in the order in which the server has them. */
 export function byName(models) {
@@ -43,9 +66,8 @@ export function choicesFor(models, video) {
 /** Ask for a video with the parameters of another one, its seed too. */
 export async function makeAgain(video, model) {
   const given = video.parameters;
-  const names = [...ALWAYS, ...TAKEN.filter((name) => model.takes.includes(name))];
   const fields = { model: model.id };
-  for (const name of names) {
+  for (const name of FIELDS.filter((one) => offers(model, one))) {
     if (given[name] !== null && given[name] !== undefined && given[name] !== "") {
       fields[name] = given[name];
     }

@@ -1,6 +1,6 @@
 // Jobs that wait or run.
 
-import { announce, byId, duration, el, renderKeyed } from "./dom.js";
+import { announce, byId, duration, el, renderKeyed, whileBusy } from "./dom.js";
 import { titleOf } from "./models.js";
 
 export class Queue {
@@ -22,8 +22,11 @@ export class Queue {
     const place = (video) => (video.status === "in_progress" ? -1 : video.queue_position ?? 0);
     const sorted = [...videos].sort((a, b) => place(a) - place(b));
     byId("queue-empty").hidden = sorted.length > 0;
-    renderKeyed(byId("queue"), sorted, this.#rows, (video) =>
+    const list = byId("queue");
+    const focused = list.contains(document.activeElement);
+    renderKeyed(list, sorted, this.#rows, (video) =>
       makeRow(video, titleOf(this.#models(), video.model), this.#cancel));
+    if (focused && !list.contains(document.activeElement)) byId("queue-title").focus();
   }
 
   #tick() {
@@ -37,9 +40,11 @@ function makeRow(video, title, cancel) {
   const bar = el("progress", { max: video.steps, value: 0, "aria-label": `Progress of ${title}` });
   const button = el("button", { type: "button", "aria-label": `Cancel ${title}` }, "Cancel");
   button.onclick = async () => {
-    button.disabled = true;
-    // It is let go of where the job goes on; one that runs ends only with its step.
-    if (!(await cancel(video))) button.disabled = false;
+    let told = false;
+    await whileBusy(button, async () => (told = await cancel(video)));
+    if (!told) return;
+    button.setAttribute("aria-disabled", "true"); // a job that runs ends only with its step
+    button.textContent = "Cancelling";
   };
   const element = el("li", { className: "job" },
     el("div", { className: "job-text" },
@@ -50,7 +55,7 @@ function makeRow(video, title, cancel) {
     button);
   let step = null;
   let end = null; // when it ends, by the clock here
-  let told = 0; // quarters of the steps that were announced
+  let announced = 0; // quarters of the steps
 
   function tick() {
     left.textContent = end === null ? "" : `about ${roughly(end - Date.now())} left`;
@@ -68,8 +73,8 @@ function makeRow(video, title, cancel) {
     step = now.step;
     tick();
     const quarter = runs ? Math.floor((4 * now.step) / now.steps) : 0;
-    if (quarter > told) announce(`${title}: step ${now.step} of ${now.steps}`);
-    told = quarter;
+    if (quarter > announced) announce(`${title}: step ${now.step} of ${now.steps}`);
+    announced = quarter;
   }
 
   return { element, update, tick };
