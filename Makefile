@@ -1,8 +1,8 @@
 # Two commands: `make demo` and `make test`. Both make the environment they need. `make quick` runs the tests that a change
 # needs most, in under a minute. `make test-native` checks the CPU kernels without Python, under sanitizers and for Arm;
-# `make test-serve` runs servers, and kills some; `make test-interop` fetches other tools, and holds mxdit against them;
-# `make test-omni` runs vLLM-Omni with mxdit as its guest; `make wheel` builds both packages into dist/, and uses each in
-# environments of its own.
+# `make test-serve` runs servers, and kills some; `make test-web` uses their page in Chromium; `make test-interop` fetches
+# other tools, and holds mxdit against them; `make test-omni` runs vLLM-Omni with mxdit as its guest; `make wheel` builds both
+# packages into dist/, and uses each in environments of its own.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ OMNI := .omni
 OMNI_STAMP := $(OMNI)/.installed
 OMNI_GUESTS := $(OMNI)/.guests
 
-.PHONY: demo quick test test-native test-serve test-interop test-omni lint wheel clean
+.PHONY: demo quick test test-native test-serve test-web test-interop test-omni lint wheel clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml models/pyproject.toml constraints.txt $(wildcard csrc/cpu/*.*)
@@ -48,6 +48,10 @@ $(PEERS_STAMP): tests/interop/requirements.txt | $(STAMP)
 # Real servers with workers of their own, some of which are killed.
 test-serve: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/serve
+
+# The page, in the system's Chromium or that of $CHROMIUM.
+test-web: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/web
 
 test-interop: $(PEERS_STAMP)
 	$(BIN)/pytest tests/interop

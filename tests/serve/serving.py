@@ -110,9 +110,9 @@ def wait_for(condition: Any, deadline: float = DEADLINE) -> Any:
 class Process:
     """`mxdit serve` as users start it."""
 
-    def __init__(self, data: Path, *models: Path, args: tuple[str, ...] = ()) -> None:
+    def __init__(self, data: Path, *models: Path, args: tuple[str, ...] = (), port: int = 0) -> None:
         self.data = data
-        port = free_port()
+        port = port or free_port()
         command = [
             sys.executable,
             "-m",
