@@ -47,7 +47,7 @@ $(PEERS_STAMP): tests/interop/requirements.txt | $(STAMP)
 
 # Real servers with workers of their own, some of which are killed.
 test-serve: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/serve
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/serve  # a file shares its server
 
 # The page, in the system's Chromium or that of $CHROMIUM.
 test-web: $(STAMP)
