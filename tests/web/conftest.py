@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import tiny
 from desk import PATIENCE, Watched, opened
-from serving import Process
+from serving import KEY, Process
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    found = Process(tmp_path_factory.mktemp("server"), *models.values(), args=("--method", "none,mxfp4")).ready()
-    yield found
+    root = tmp_path_factory.mktemp("server")
+    (root / "keys").write_text(KEY)
+    args = ("--method", "none,mxfp4", "--api-key-file", str(root / "keys"))
+    found = Process(root / "data", *models.values(), args=args)
+    found.client.headers["authorization"] = f"Bearer {KEY}"
+    yield found.ready()
     found.kill()
 
 

@@ -9,12 +9,17 @@ from typing import Any
 
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from serving import Process
+from serving import KEY, Process
 
 FIELDS = {"size": "16x16", "num_frames": 5, "num_inference_steps": 4}  # the tiny models have no room for their defaults
-LONG = 1000  # steps that do not end before a test is through with them
+LONG = {
+    "size": "256x256",
+    "num_frames": 17,
+    "num_inference_steps": 1000,
+}  # does not end before a test is through with it
 PATIENCE = 60_000  # milliseconds that a machine under load may take for what a page waits for
 TOLD = "addEventListener('securitypolicyviolation', (e) => console.error(`policy: ${e.violatedDirective} ${e.blockedURI}`))"
+GIVEN = f"if (location.protocol === 'http:') sessionStorage.setItem('mxdit-key', '{KEY}')"
 
 
 @dataclass
@@ -32,11 +37,15 @@ class Watched:
 
 
 @contextmanager
-def opened(browser: Browser, server: Process, path: str = "/", **options: Any) -> Iterator[Watched]:
-    """A page of a server in a browser that has seen nothing yet, watched to its end."""
+def opened(
+    browser: Browser, server: Process, path: str = "/", *, key: bool = True, **options: Any
+) -> Iterator[Watched]:
+    """A page of a server in a browser that has seen nothing yet, but for the `key`; watched to its end."""
     context = browser.new_context(base_url=str(server.client.base_url), **options)
     context.set_default_timeout(PATIENCE)
     context.add_init_script(TOLD)
+    if key:
+        context.add_init_script(GIVEN)
     watched = Watched(context.new_page())
     page, wrong, own = watched.page, watched.wrong, str(server.client.base_url)
     page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)

@@ -1,28 +1,14 @@
-"""A server with keys, a server that is started again, and the documentation of the API."""
+"""A key is asked for and used, and the API is documented without one."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from playwright.sync_api import Browser, expect
 
-from desk import ask, card, made, opened, row
+from desk import card, made, opened
 from serving import KEY, Process, ended
-
-
-@pytest.fixture(scope="module")
-def keyed(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    root = tmp_path_factory.mktemp("keyed")
-    (root / "keys").write_text(KEY)
-    found = Process(root / "data", models["t2v"], args=("--api-key-file", str(root / "keys"))).ready()
-    found.client.headers["authorization"] = f"Bearer {KEY}"
-    yield found
-    if found.process.poll() is None:
-        found.kill()
 
 
 def enter(page, key: str = KEY) -> None:
@@ -30,8 +16,8 @@ def enter(page, key: str = KEY) -> None:
     page.get_by_role("button", name="Use this key").click()
 
 
-def test_a_key_is_asked_for_and_used(browser: Browser, keyed: Process):
-    with opened(browser, keyed) as watched:
+def test_a_key_is_asked_for_and_used(browser: Browser, server: Process):
+    with opened(browser, server, key=False) as watched:
         page = watched.page
         expect(page.locator("#key-value")).to_be_focused()
         expect(page.locator("#content")).to_be_hidden()
@@ -49,17 +35,17 @@ def test_a_key_is_asked_for_and_used(browser: Browser, keyed: Process):
         page.reload()  # the tab knows it still
         expect(card(page, "with a key")).to_have_count(1)
         expect(page.locator("#key")).to_be_hidden()
-        with opened(browser, keyed) as other:  # and no other does
+        with opened(browser, server, key=False) as other:  # and no other does
             expect(other.page.locator("#key")).to_be_visible()
             expect(card(other.page, "with a key")).to_have_count(0)
             other.forgive("status of 401")
 
 
-def test_the_api_is_documented_and_can_be_tried(browser: Browser, keyed: Process):
+def test_the_api_is_documented_and_can_be_tried(browser: Browser, server: Process):
     """Swagger UI runs under the page's own policy, needs no key, and takes one."""
-    with opened(browser, keyed, "/docs") as watched:
+    with opened(browser, server, "/docs", key=False) as watched:
         page = watched.page
-        described = keyed.client.get("/openapi.json", headers={"authorization": ""}).json()
+        described = server.client.get("/openapi.json", headers={"authorization": ""}).json()
         operations = sum(len(methods) for methods in described["paths"].values())
         expect(page.locator(".opblock")).to_have_count(operations)
         expect(page.locator(".errors-wrapper")).to_have_count(0)
@@ -89,15 +75,15 @@ def test_the_api_is_documented_and_can_be_tried(browser: Browser, keyed: Process
             create.get_by_role("button", name="Execute").click()
         assert answer.value.status == 200, answer.value.text()
         expect(page.locator(".errors-wrapper")).to_have_count(0)
-    jobs = keyed.client.get("/v1/videos?limit=2").json()["data"]
+    jobs = server.client.get("/v1/videos?limit=2").json()["data"]
     assert [job["prompt"] for job in jobs] == ["as a form", "as JSON"]
     for job in jobs:
-        keyed.client.post(f"/v1/videos/{job['id']}/cancel")
-        ended(keyed.client, job["id"])
+        server.client.post(f"/v1/videos/{job['id']}/cancel")
+        ended(server.client, job["id"])
 
 
-def test_the_page_brings_its_key_to_the_documentation(browser: Browser, keyed: Process):
-    with opened(browser, keyed) as watched:
+def test_the_page_brings_its_key_to_the_documentation(browser: Browser, server: Process):
+    with opened(browser, server, key=False) as watched:
         page = watched.page
         enter(page)
         watched.forgive("status of 401")
@@ -107,33 +93,3 @@ def test_the_page_brings_its_key_to_the_documentation(browser: Browser, keyed: P
         models.get_by_role("button", name="Try it out").click()
         models.get_by_role("button", name="Execute").click()
         expect(models.locator(".live-responses-table tbody .response-col_status")).to_contain_text("200")
-
-
-def test_the_page_finds_a_server_that_was_started_again(browser: Browser, keyed: Process, models, tmp_path):
-    """With another model, and without keys; the last one here, for it ends the server of the others."""
-    other = shutil.copytree(models["t2v"], tmp_path / "other")
-    data, port = Path(keyed.process.args[keyed.process.args.index("--data") + 1]), keyed.client.base_url.port
-    with opened(browser, keyed) as watched:
-        page = watched.page
-        enter(page)
-        watched.forgive("status of 401")
-        done = made(page, "before it")
-        expect(done.get_by_label("Mode to make it again with")).to_have_count(0)  # there is one mode
-        ask(page, "goes on", num_inference_steps=300)
-        expect(row(page, "goes on")).to_contain_text("step")
-        page.locator("#prompt").fill("half a thought")
-        keyed.kill()
-        expect(page.locator("#trouble")).to_have_text("The server does not answer. Trying again.")
-        again = Process(data, models["t2v"], other, args=("--method", "none,mxfp4"), port=port).ready()
-        try:
-            expect(page.locator("#trouble")).to_be_hidden()
-            expect(page.locator("#model option")).to_have_count(4)
-            expect(page.locator("#model")).to_have_value("tiny-t2v")
-            expect(page.locator("#prompt")).to_have_value("half a thought")
-            expect(done.get_by_label("Mode to make it again with").locator("option")).to_have_text(["MXFP4"])
-            expect(card(page, "goes on").get_by_role("button", name="Download")).to_be_visible()
-            made(page, "after it", "other:mxfp4")
-        finally:
-            again.kill()
-        for text in ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET"):
-            watched.wrong[:] = [one for one in watched.wrong if text not in one]  # while it was away

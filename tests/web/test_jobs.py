@@ -7,7 +7,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from desk import FIELDS, LONG, ask, card, made, row
+from desk import LONG, ask, card, made, row
 from serving import ended
 
 SIZES = {"size": ("17x16", "multiple"), "num_frames": ("6", "Nearest: 5")}
@@ -94,34 +94,14 @@ def test_fields_that_a_model_does_not_have_are_not_there(page: Page):
     expect(page.get_by_text("Advanced")).to_be_visible()
 
 
-def test_a_model_shows_its_linears_once_it_is_loaded(watched):
-    page = watched.page
-    page.locator("#model").select_option("tiny-i2v:mxfp4")
-    linears = page.locator("#linears")
-    expect(linears).to_have_text("Loaded with its first job.")
-    page.locator("#input_reference").set_input_files(
-        {"name": "first.png", "mimeType": "image/png", "buffer": page.screenshot()}
-    )
-    ask(page, "loads a model", "tiny-i2v:mxfp4", num_inference_steps=50)
-    page.locator("#size").fill("17x16")
-    page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#size-error")).to_be_visible()
-    watched.forgive("status of 400")
-    expect(linears).to_have_text("Linears of each transformer: 6 unquantized, 20 mxfp4 w4a4.")
-    # A form that is being filled stays as it is.
-    expect(page.locator("#size")).to_have_value("17x16")
-    expect(page.locator("#size-error")).to_be_visible()
-    expect(page.locator("#model")).to_have_value("tiny-i2v:mxfp4")
-
-
 def test_a_running_job_is_cancelled(page: Page, server):
-    ask(page, "for nothing", num_inference_steps=LONG)
+    ask(page, "for nothing", **LONG)
     expect(row(page, "for nothing")).to_contain_text(re.compile(r"step \d+ of"))
     row(page, "for nothing").get_by_role("button", name="Cancel").click()
     expect(card(page, "for nothing")).to_contain_text("Cancelled")
     expect(row(page, "for nothing")).to_have_count(0)
     (job,) = (one for one in server.client.get("/v1/videos").json()["data"] if one["prompt"] == "for nothing")
-    assert job["error"]["code"] == "cancelled" and 0 < job["step"] < LONG
+    assert job["error"]["code"] == "cancelled" and 0 < job["step"] < job["steps"]
 
 
 def test_again_with_another_mode(page: Page, server):
@@ -188,7 +168,7 @@ def test_by_keyboard_alone(page: Page, server):
     expect(page.locator("#model")).to_have_value("tiny-t2v:mxfp4")
     reach("prompt")
     page.keyboard.type("by keyboard")
-    for name, value in (FIELDS | {"num_inference_steps": LONG}).items():
+    for name, value in LONG.items():
         reach(name)
         page.keyboard.type(str(value))
     reach("submit")
