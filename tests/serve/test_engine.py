@@ -85,6 +85,7 @@ def test_what_an_engine_is_asked(tmp_path):
         first = http.post("/v1/videos", data=fields, files=files).json()
         done = ended(http, first["id"])
         assert (done["status"], done["progress"], done["attempts"], done["steps"]) == ("completed", 100, 1, None)
+        assert done["size"] == "16x16"  # the fake makes no other
         assert done["inference_time_s"] == 0.1 and done["parameters"]["seed"] == 7
         (form,) = engine.forms
         assert form.pop("input_reference") == image.getvalue()
@@ -93,9 +94,10 @@ def test_what_an_engine_is_asked(tmp_path):
         assert abs(shade(http.get(f"/v1/videos/{first['id']}/content").content) - 7) < 6
         assert engine.deleted == [("a red seven", "completed")]  # and keeps nothing
         second = http.post("/v1/videos", json={"prompt": "a", "seconds": 2}).json()
-        assert (
-            second["seconds"] == "2" and second["size"] is None and ended(http, second["id"])["status"] == "completed"
-        )
+        assert second["seconds"] == "2" and second["size"] is None
+        done = ended(http, second["id"])
+        assert (done["status"], done["size"], done["seconds"]) == ("completed", "16x16", "0.3125")  # what the file is
+        assert done["parameters"]["num_frames"] == FRAMES and done["parameters"]["fps"] == 16
         assert engine.forms[1].keys() == {"prompt", "seconds", "seed", "model"}  # the rest is the engine's choice
         for wrong, param in (
             ({}, "prompt"),

@@ -10,8 +10,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 from prometheus_client import Histogram
 
@@ -68,9 +69,9 @@ class Desk:
         self._jobs.stepped(job.id, step, steps)
         self.told()
 
-    def complete(self, job: Job, seconds: float) -> None:
-        """The file is written and synced."""
-        self._jobs.complete(job.id, seconds, self.files.finish(job))
+    def complete(self, job: Job, seconds: float, found: Mapping[str, Any] | None = None) -> None:
+        """The file is written and synced; `found` are fields that it tells of."""
+        self._jobs.complete(job.id, seconds, self.files.finish(job), {**job.fields, **(found or {})})
         self.told()
 
     def end(self, job: Job, code: str, message: str) -> None:
@@ -121,8 +122,8 @@ class Dispatcher(Desk):
     def __init__(self, jobs: Jobs, files: Files, runners: Sequence[Runner], most_bytes: int | None = None) -> None:
         super().__init__(jobs, files)
         self._runners, self._most_bytes = runners, most_bytes
-        self._threads = [threading.Thread(target=self._serve, args=(one,), name=one.name) for one in runners]
-        self._threads.append(threading.Thread(target=self._clean, name="cleaner"))
+        work = {one.name: partial(one.serve, self) for one in runners} | {"cleaner": self._clean}
+        self._threads = [threading.Thread(target=self._guard, args=(do,), name=name) for name, do in work.items()]
 
     def start(self) -> None:
         """Begin. What ran when the server before this one ended runs again, unless its file is there already."""
@@ -149,12 +150,12 @@ class Dispatcher(Desk):
         for thread in self._threads:
             thread.join()
 
-    def _serve(self, runner: Runner) -> None:
+    def _guard(self, work: Callable[[], None]) -> None:
         try:
-            runner.serve(self)
+            work()
         finally:
             if not self.stopping.is_set():  # a fault: a server that takes jobs which nobody runs had better end
-                log.critical("%s ended; the server ends, too", runner.name, exc_info=True)
+                log.critical("%s ended; the server ends, too", threading.current_thread().name, exc_info=True)
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _clean(self) -> None:

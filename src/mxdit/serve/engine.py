@@ -12,7 +12,10 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+import av
 
 from mxdit.checkpoint.writer import sync
 from mxdit.client import Client, ServerError, Unreachable, Video
@@ -198,8 +201,13 @@ class EngineRunner:
                         continue
                     sync(path)
                     seconds = video.inference_time_s
-                    desk.complete(job, time.monotonic() - begun if seconds is None else seconds)
+                    found = {} if job.media_type == "image/png" else _found_in(path)
+                    desk.complete(job, time.monotonic() - begun if seconds is None else seconds, found)
                     return self._forget(remote)
+            except av.FFmpegError as error:
+                log.error("%s: %s", job.id, error)
+                desk.put_back(job, because=("engine_failed", "the engine's file is no video"))
+                return False
             except (InputError, OSError) as error:
                 log.error("%s: %s", job.id, error)
                 desk.put_back(job, because=("internal_error", "the server could not keep the video"))
@@ -242,3 +250,13 @@ class EngineRunner:
         except Unreachable:
             return False
         return True
+
+
+def _found_in(path: Path) -> dict[str, Any]:
+    """What a video is: the engine's choice where the request left it open. Raises FFmpegError for what is none."""
+    with av.open(str(path)) as container:
+        (stream,) = container.streams.video
+        rate, frames = stream.average_rate or stream.base_rate, stream.frames
+        fps = float(rate) if rate else 0.0
+        found = {"size": [stream.height, stream.width], "frames": frames, "fps": int(fps) if fps.is_integer() else fps}
+        return {name: value for name, value in found.items() if value}

@@ -314,9 +314,11 @@ class Jobs:
                 (step, steps, time.time(), id, RUNNING),
             )
 
-    def complete(self, id: str, seconds: float, size: int) -> None:
-        """A run ended well; its file is where it belongs."""
+    def complete(self, id: str, seconds: float, size: int, fields: Mapping[str, Any] | None = None) -> None:
+        """A run ended well; its file is where it belongs. `fields` are those of the job as they are now known."""
         with self._writing() as db:
+            if fields is not None:
+                db.execute("UPDATE jobs SET fields = ? WHERE id = ? AND status = ?", (json.dumps(fields), id, RUNNING))
             self._end(db, "status = ? AND id = ?", (RUNNING, id), COMPLETED, None, None, seconds, size)
 
     def fail(self, id: str, code: str, message: str) -> None:

@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { byId, el, showText, whileBusy } from "./dom.js";
 import { FirstFrame } from "./firstframe.js";
-import { FIELDS, byName, linearsOf, offerOf, offers, titleOf } from "./models.js";
+import { FIELDS, byName, linearsOf, offerOf, offers, takesFrame, titleOf } from "./models.js";
 
 const SHOWN = ["model", "input_reference", ...FIELDS];
 const TEXTS = ["model", "prompt", "negative_prompt", "size", "seed"]; // others are numbers
@@ -88,11 +88,11 @@ export class RequestForm {
     if (!model) return;
     for (const name of FIELDS) {
       this.#enable(name, offers(model, name));
-      if (name in model.defaults) byId(name).placeholder = model.defaults[name] ?? "";
+      byId(name).placeholder = model.defaults[name] ?? "";
     }
     byId("advanced").hidden = !ADVANCED.some((name) => offers(model, name));
-    this.#frame.wanted = model.task === "i2v";
-    byId("prompt").required = model.defaults.prompt === null;
+    this.#frame.wanted = takesFrame(model);
+    byId("prompt").required = !model.defaults.prompt;
     byId("linears").textContent = linearsOf(model);
     this.#showLength();
   }
@@ -101,7 +101,7 @@ export class RequestForm {
     const { num_frames, fps } = this.#model?.defaults ?? {};
     const frames = byId("num_frames").valueAsNumber || num_frames;
     const rate = byId("fps").valueAsNumber || fps;
-    byId("length").textContent = rate ? `${(frames / rate).toFixed(1)} s at ${rate} a second` : "";
+    byId("length").textContent = rate && frames ? `${(frames / rate).toFixed(1)} s at ${rate} a second` : "";
   }
 
   // A disabled field is neither sent nor checked.
@@ -113,7 +113,7 @@ export class RequestForm {
   async #submit() {
     for (const name of SHOWN) this.#showError(name, null);
     showText(byId("request-error"), null);
-    if (this.#frame.wanted && !this.#frame.file) {
+    if (this.#model.task === "i2v" && !this.#frame.file) {
       this.#showError("input_reference", "This model needs a first frame.");
       byId("input_reference").focus();
       return;

@@ -23,11 +23,16 @@ export function offers(model, name) {
   return model.takes.includes(name);
 }
 
+/** Whether a first frame is asked for: an engine may not say what its model makes, and then may have one. */
+export const takesFrame = (model) =>
+  model.task === "i2v" || (model.task === null && model.takes.includes("input_reference"));
+
 export const modeName = (mode) => MODES[mode] ?? mode;
 
 /** What the linears of a model run as, in words. */
 export function linearsOf({ loaded, experts }) {
   if (!loaded) return "Loaded with its first job.";
+  if (!experts) return "On an engine, which does not say what its linears run as.";
   const kinds = Object.entries(experts).map(([name, counts]) => [name,
     Object.entries(counts).map(([kind, count]) => `${count} ${kind}`).join(", ")]);
   const same = kinds.every(([, text]) => text === kinds[0][1]);

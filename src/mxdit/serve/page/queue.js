@@ -37,7 +37,7 @@ export class Queue {
 function makeRow(video, title, cancel) {
   const state = el("span");
   const left = el("span", { className: "left" });
-  const bar = el("progress", { max: video.steps, value: 0, "aria-label": `Progress of ${title}` });
+  const bar = el("progress", { "aria-label": `Progress of ${title}` });
   const button = el("button", { type: "button", "aria-label": `Cancel ${title}` }, "Cancel");
   button.onclick = async () => {
     let told = false;
@@ -49,7 +49,7 @@ function makeRow(video, title, cancel) {
   const element = el("li", { className: "job" },
     el("div", { className: "job-text" },
       el("p", { className: "prompt" }, video.prompt || "(no prompt)"),
-      el("p", { className: "hint" }, title, " · ", video.size),
+      el("p", { className: "hint" }, [title, video.size].filter(Boolean).join(" · ")),
       bar,
       el("p", { className: "job-state" }, state, left)),
     button);
@@ -64,16 +64,19 @@ function makeRow(video, title, cancel) {
   function update(now) {
     const runs = now.status === "in_progress";
     bar.hidden = !runs;
-    bar.value = now.step;
+    const [done, all] = now.steps ? [now.step, now.steps] : [now.progress, 100];
+    bar.max = all;
+    if (now.steps || done) bar.value = done;
+    else bar.removeAttribute("value"); // an engine that does not say how far it is
     state.textContent = runs ? stepText(now) : positionText(now);
     if (!runs) end = null;
-    else if (step !== now.step && now.eta_seconds !== null) {
+    else if (step !== done && now.eta_seconds !== null) {
       end = Date.now() + now.eta_seconds * 1000;
     }
-    step = now.step;
+    step = done;
     tick();
-    const quarter = runs ? Math.floor((4 * now.step) / now.steps) : 0;
-    if (quarter > announced) announce(`${title}: step ${now.step} of ${now.steps}`);
+    const quarter = runs ? Math.floor((4 * done) / all) : 0;
+    if (quarter > announced) announce(`${title}: ${stepText(now)}`);
     announced = quarter;
   }
 
@@ -82,8 +85,9 @@ function makeRow(video, title, cancel) {
 
 const roughly = (ms) => duration(Math.max(1, Math.round(ms / 1000))).replace(".0", "");
 
-function stepText({ step, steps, attempts }) {
+function stepText({ step, steps, progress, attempts }) {
   const again = attempts > 1 ? `, attempt ${attempts}` : "";
+  if (!steps) return progress ? `${progress} %${again}` : `runs${again}`;
   if (step === 0) return `starts${again}`;
   return step < steps ? `step ${step} of ${steps}${again}` : `all ${steps} steps, decoding`;
 }

@@ -151,5 +151,5 @@ export class Store extends EventTarget {
 function isBehind(video, known) {
   if (ended(video) || video.attempts > known.attempts) return false;
   return video.attempts === known.attempts && video.status === known.status
-    && video.step < known.step;
+    && (video.step ?? video.progress) < (known.step ?? known.progress);
 }
