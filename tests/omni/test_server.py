@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,46 +85,67 @@ def test_curl(served):
 def test_a_durable_queue_in_front(served, tmp_path):
     """`mxdit serve --engine`, killed while jobs wait and run."""
     address, image = served
+    with in_front(address, tmp_path) as client:
+        ids = [client.submit(image=image, size=SIZE, **engine.PROMPT, **FIELDS).id for _ in range(3)]
+        deadline = time.monotonic() + engine.TIMEOUT
+        while client.get(ids[0]).status == "queued":
+            assert time.monotonic() < deadline
+    with in_front(address, tmp_path) as client:
+        (model,) = client.models()
+        videos = [client.wait(id) for id in ids]
+        for video in videos:
+            assert_video(client.download(video.id, tmp_path).read_bytes())
+            assert video.model == model["id"] and video.parameters["seed"] == FIELDS["seed"]
+            assert video.raw["size"] == SIZE and video.raw["num_frames"] == engine.SAMPLING["num_frames"]
+        assert [video.attempts for video in videos] == [1, 1, 1]
+        with pytest.raises(ServerError, match="no such model"):
+            client.submit("a", model="another")
+
+
+def test_the_engines_own_benchmark(served, tmp_path):
+    """`vllm-omni bench serve --omni`, unmodified, asks `mxdit serve --engine`."""
+    address, image = served
+    if image is not None:
+        pytest.skip("its prompts from a file have no images")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red seven"}\n' * 2)
+    with in_front(address, tmp_path) as client:
+        (model,) = client.models()
+        asked = {"size": SIZE, "poll_interval_s": 0.2, **FIELDS}
+        program = Path(sys.executable).with_name("vllm-omni")
+        command = [
+            program, "bench", "serve", "--omni", "--base-url", client.url, "--endpoint", "/v1/videos", "--model", model["id"],
+            "--skip-tokenizer-init", "--dataset-name", "custom", "--dataset-path", prompts, "--custom-output-len", "1",
+            "--num-prompts", "2", "--extra-body", json.dumps(asked),
+        ]  # fmt: skip
+        told = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=engine.TIMEOUT).stdout
+    figures = dict(re.findall(r"^([^:\n]+):\s+([\d.]+)$", told, re.MULTILINE))
+    assert (figures["Successful requests"], figures["Failed requests"]) == ("2", "0"), told
+    assert int(figures["Total video frames generated"]) == 2 * engine.SAMPLING["num_frames"]
+
+
+@contextmanager
+def in_front(address: str, folder: Path) -> Iterator[Client]:
+    """A client of `mxdit serve --engine`, which is killed at the end and finds its jobs again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = Path(sys.executable).with_name("mxdit")
-    command = [program, "serve", "--engine", address, "--data", str(tmp_path / "data"), "--port", str(port)]
-    with Client(f"http://127.0.0.1:{port}", retries=8) as client:
-        ids = []
-        for killed in (True, False):
-            front = engine.start(command, tmp_path / f"{killed}.txt", {})
-            try:
-                (model,) = ready(client, front)
-                while len(ids) < 3:
-                    ids.append(client.submit(image=image, size=SIZE, **engine.PROMPT, **FIELDS).id)
-                if killed:
-                    deadline = time.monotonic() + engine.TIMEOUT
-                    while client.get(ids[0]).status == "queued":
-                        assert time.monotonic() < deadline
-                else:
-                    videos = [client.wait(id) for id in ids]
-                    for video in videos:
-                        path = client.download(video.id, tmp_path)
-                        assert_video(path.read_bytes())
-                        assert video.model == model["id"] and video.parameters["seed"] == FIELDS["seed"]
-                    assert [video.attempts for video in videos] == [1, 1, 1]
-                    with pytest.raises(ServerError, match="no such model"):
-                        client.submit("a", model="another")
-            finally:
-                front.kill()
-                engine.stop(front)
-
-
-def ready(client: Client, front: subprocess.Popen[bytes]) -> Sequence[dict[str, Any]]:
-    """What a server offers, once its engine has answered."""
-    deadline = time.monotonic() + engine.TIMEOUT
-    while True:
-        assert front.poll() is None and time.monotonic() < deadline
-        with suppress(Unreachable):
-            if models := client.models():
-                return models
-        time.sleep(0.2)
+    command = [program, "serve", "--engine", address, "--data", str(folder / "data"), "--port", str(port)]
+    front = engine.start(command, folder / f"{port}.txt", {})
+    try:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            deadline = time.monotonic() + engine.TIMEOUT
+            while True:
+                assert front.poll() is None and time.monotonic() < deadline, (folder / f"{port}.txt").read_text()
+                with suppress(Unreachable):
+                    if client.models():
+                        break
+                time.sleep(0.2)
+            yield client
+    finally:
+        front.kill()
+        engine.stop(front)
 
 
 def curl(address: str, *arguments: str) -> bytes:

@@ -42,9 +42,9 @@ class AsyncClient:
         retries: int = 3,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._retries = retries
+        self.url, self._retries = root_of(url), retries
         self._http = httpx.AsyncClient(
-            base_url=root_of(url), headers=headers_of(api_key), timeout=timeout, transport=transport
+            base_url=self.url, headers=headers_of(api_key), timeout=timeout, transport=transport
         )
 
     async def __aenter__(self) -> AsyncClient:

@@ -41,6 +41,9 @@ class Client:
             `mxdit serve` makes one of a job that was sent twice; vLLM-Omni knows no such keys: give 0 there.
         transport: of httpx, for tests and proxies.
 
+    Attributes:
+        url: of the server, without a slash at the end.
+
     All methods raise ServerError for what the server refuses, and Unreachable.
     """
 
@@ -53,10 +56,8 @@ class Client:
         retries: int = 3,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._retries = retries
-        self._http = httpx.Client(
-            base_url=root_of(url), headers=headers_of(api_key), timeout=timeout, transport=transport
-        )
+        self.url, self._retries = root_of(url), retries
+        self._http = httpx.Client(base_url=self.url, headers=headers_of(api_key), timeout=timeout, transport=transport)
 
     def __enter__(self) -> Client:
         return self

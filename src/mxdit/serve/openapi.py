@@ -70,6 +70,9 @@ class Video(_Answer):
     inference_time_s: float | None
     file_size: int | None
     media_type: Literal["video/mp4", "image/png"]
+    fps: float | None
+    num_frames: int | None
+    duration_s: float | None
     parameters: dict[str, Any]
 
 

@@ -164,6 +164,7 @@ def shown(job: Job, position: int | None) -> dict[str, Any]:
     fields = job.fields
     done = job.status == COMPLETED
     steps = job.steps or 100
+    length = fields["frames"] / fields["fps"] if {"frames", "fps"} <= fields.keys() else fields.get("seconds")
     size = f"{fields['size'][1]}x{fields['size'][0]}" if "size" in fields else None
     return {
         "id": job.id,
@@ -177,7 +178,7 @@ def shown(job: Job, position: int | None) -> dict[str, Any]:
         "expires_at": _whole(job.expires_at),
         "prompt": fields["prompt"],
         "size": size,
-        "seconds": _seconds(fields),
+        "seconds": None if length is None else f"{length:g}",
         "quality": "standard",
         "remixed_from_video_id": None,
         "error": {"code": job.error_code, "message": job.error} if job.error_code else None,
@@ -189,6 +190,9 @@ def shown(job: Job, position: int | None) -> dict[str, Any]:
         "inference_time_s": job.seconds,
         "file_size": job.bytes,
         "media_type": job.media_type,
+        "fps": fields.get("fps"),
+        "num_frames": fields.get("frames"),
+        "duration_s": length,
         "parameters": {
             **{FIELDS.get(name, name): value for name, value in fields.items() if name != "size"},
             "size": size,
@@ -222,13 +226,6 @@ def again(fields: Mapping[str, Any], takes: Any) -> dict[str, Any]:
     given = {**fields, "size": tuple(fields["size"])}
     always = {"prompt", "steps", "seed", "fps", "flow_shift", "activation_steps"}
     return {k: v for k, v in given.items() if k in always or takes("height" if k == "size" else k)}
-
-
-def _seconds(fields: Mapping[str, Any]) -> str | None:
-    """Of the video, as OpenAI's clients read it; None where the choice is an engine's."""
-    if "frames" in fields and "fps" in fields:
-        return f"{fields['frames'] / fields['fps']:g}"
-    return f"{fields['seconds']:g}" if "seconds" in fields else None
 
 
 def _whole(time: float | None) -> int | None:
