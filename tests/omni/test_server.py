@@ -118,8 +118,11 @@ def test_the_engines_own_benchmark(served, tmp_path):
             "--skip-tokenizer-init", "--dataset-name", "custom", "--dataset-path", prompts, "--custom-output-len", "1",
             "--num-prompts", "2", "--extra-body", json.dumps(asked),
         ]  # fmt: skip
-        told = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=engine.TIMEOUT).stdout
-    figures = dict(re.findall(r"^([^:\n]+):\s+([\d.]+)$", told, re.MULTILINE))
+        log = tmp_path / "bench.txt"
+        with log.open("w") as output:
+            subprocess.run([*map(str, command)], stdout=output, stderr=output, timeout=engine.TIMEOUT)
+        told = log.read_text()
+    figures = dict(re.findall(r"^([^:\n]+):\s+([\d.]+) *$", told, re.MULTILINE))
     assert (figures["Successful requests"], figures["Failed requests"]) == ("2", "0"), told
     assert int(figures["Total video frames generated"]) == 2 * engine.SAMPLING["num_frames"]
 
