@@ -67,8 +67,8 @@ def test_an_image_a_cancelled_job_and_a_wrong_one(server):
                 await client.wait(long.id)
             assert failed.value.video.error_code == "cancelled" and failed.value.video.step < 900
             assert (await client.wait(done.id)).model == "tiny-i2v"
-            with pytest.raises(ServerError, match=r"num_frames: .*expected") as refused:
-                await client.submit("a", **{**SMALL, "num_frames": 6})
+            with pytest.raises(ServerError, match=r"size: .*expected") as refused:
+                await client.submit("a", **{**SMALL, "size": "17x16"})
             assert refused.value.status == 400
 
     asyncio.run(of())
@@ -95,7 +95,7 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     id = command("submit", "long", *small[:5], "900", "--model", "tiny")[0].strip()
     assert id in command("cancel", id)[0]
     assert "the job was cancelled" in command("wait", id, code=2)[1]
-    assert "num_frames" in command("submit", "a", "--frames", "6", "--model", "tiny", code=2)[1]
+    assert "multiple" in command("submit", "a", "--size", "17x16", "--model", "tiny", code=2)[1]
     assert "a valid API key is needed" in command("list", code=2, own=())[1]
     assert "--output" in command("wait", id, "-o", str(tmp_path / "no" / "a.mp4"), code=2)[1]
     assert "--extra" in command("submit", "a", "--extra", "[1]", code=2)[1]

@@ -56,7 +56,7 @@ class VideoBody(BaseModel):
     width: int | None = Field(None, ge=1, le=99_999)
     height: int | None = Field(None, ge=1, le=99_999)
     seconds: float | None = Field(None, gt=0, le=3600, description="Taken to the nearest number of frames there is.")
-    num_frames: int | None = Field(None, ge=1, le=100_000)
+    num_frames: int | None = Field(None, ge=1, le=100_000, description="Taken to the nearest number there is.")
     fps: int | None = Field(None, ge=1, le=1000)
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     guidance_scale: float | None = Field(None, ge=0, le=100)
@@ -96,6 +96,8 @@ class VideoBody(BaseModel):
         frames = self.num_frames
         if frames is None and self.seconds is not None:
             frames = round(self.seconds * (self.fps or fps))
+        if frames is not None:
+            # As vLLM-Omni does it, whose documents ask for 80 frames; the answer says how many there are.
             frames = frames if temporal is None else max(0, round((frames - 1) / temporal)) * temporal + 1
         given = {
             "prompt": self.prompt,
