@@ -287,7 +287,12 @@ CURL = {
             "flow_shift=12.0",
         ),
     ),
-    "i2v by a data URI": ("--form-string", 'image_reference={"image_url": "data:image/png;base64,PNG"}', "-F", "size=16x16"),
+    "i2v by a data URI": (
+        "--form-string",
+        'image_reference={"image_url": "data:image/png;base64,PNG"}',
+        "-F",
+        "size=16x16",
+    ),
 }
 
 

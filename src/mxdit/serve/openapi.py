@@ -201,9 +201,12 @@ def document(app: FastAPI) -> dict[str, Any]:
     _, schemas = models_json_schema(
         [(model, "validation") for model in unique], ref_template="#/components/schemas/{model}"
     )
-    for name, field in schemas["$defs"]["VideoForm"]["properties"].items():
+    form = schemas["$defs"]["VideoForm"]["properties"]
+    for name, field in form.items():
         if name != "input_reference":
-            field["example"] = ""  # which counts as left out, where a page fills in examples
+            # All of a form is text, and an empty one counts as left out: a page that fills in what it may be sends these.
+            told = {"description": field["description"]} if "description" in field else {}
+            form[name] = {"type": "string", "default": "", **told}
     key = {"type": "http", "scheme": "bearer", "description": "Where the server was given --api-key-file."}
     made["components"] = {"schemas": schemas["$defs"], "securitySchemes": {"key": key}}
     return made
