@@ -50,9 +50,7 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
     Args:
         offer: the models, and what turns a request into a job.
     """
-    files = dispatcher.files
-
-    news = _News()
+    files, news = dispatcher.files, _News()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -115,11 +113,8 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
     @app.post("/v1/images/generations")
     async def create_images(request: Request) -> Response:
         body = ImageBody.model_validate(await _json(request))
-        model, key, made = (
-            images.maker(offer.models(), offer.image_tasks, body.model),
-            request.headers.get("idempotency-key"),
-            [],
-        )
+        model = images.maker(offer.models(), offer.image_tasks, body.model)
+        key, made = request.headers.get("idempotency-key"), []
         try:
             for number, each in enumerate(body.each(model)):
                 own = None if key is None else f"image {number} of {key}"
