@@ -226,10 +226,8 @@ def refusal(answer: httpx.Response) -> ServerError:
 
 
 def unreachable(request: httpx.Request, error: httpx.TransportError) -> Unreachable:
-    url = request.url
-    return Unreachable(
-        "no answer", where=f"{url.scheme}://{url.netloc.decode()}", got=str(error) or type(error).__name__
-    )
+    where, got = f"{request.url.scheme}://{request.url.netloc.decode()}", str(error) or type(error).__name__
+    return Unreachable("no answer", where=where, got=got, hint="Does a server run there, and is it reached from here?")
 
 
 def place_of(path: str | Path, id: str, kind: str) -> Path:
