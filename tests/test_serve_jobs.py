@@ -48,9 +48,11 @@ def test_the_first_that_was_accepted_runs_first_of_the_models_that_a_worker_has(
     jobs = Jobs(file)
     for id, model in (("1", "b"), ("2", "a"), ("3", "b")):
         add(jobs, id, model)
-    assert [jobs.position(jobs.get(id)) for id in "123"] == [0, 1, 2]
-    assert [jobs.take({"a": None}).id, jobs.take(MODELS).id, jobs.take(MODELS).id] == ["2", "1", "3"]
-    assert jobs.position(jobs.get("1")) is None
+    assert [jobs.positions([jobs.get(id)]) for id in "123"] == [{"1": 0}, {"2": 1}, {"3": 2}]
+    assert jobs.positions(jobs.page(2)[0]) == {"2": 1, "3": 2}
+    assert jobs.take({"a": None}).id == "2"
+    assert jobs.positions([jobs.get("2")]) == {} and jobs.positions(jobs.page(3)[0]) == {"1": 0, "3": 1}
+    assert [jobs.take(MODELS).id, jobs.take(MODELS).id] == ["1", "3"]
 
 
 def test_a_job_that_ended_three_workers_has_failed(file):

@@ -75,7 +75,7 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
         return job
 
     def seen(job: Job) -> dict[str, Any]:
-        return shown(job, jobs.position(job))
+        return shown(job, jobs.positions([job]).get(job.id))
 
     async def submitted(request: Request) -> Job:
         """The job of a request's body, accepted."""
@@ -140,7 +140,8 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
             found, more = jobs.page(limit, after, newest_first=order == "desc")
         except KeyError:
             raise InputError("no such video", field="after", got=repr(after)) from None
-        data = [seen(job) for job in found]
+        positions = jobs.positions(found)
+        data = [shown(job, positions.get(job.id)) for job in found]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return {"object": "list", "data": data, **ends, "has_more": more}
 

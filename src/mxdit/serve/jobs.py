@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,15 +227,16 @@ class Jobs:
         found = self._all(f"WHERE cancel <= ? {where} ORDER BY number {order} LIMIT ?", STOP, limit + 1)
         return found[:limit], len(found) > limit
 
-    def position(self, job: Job) -> int | None:
-        """How many jobs wait before this one; None where it does not wait."""
-        if job.status != QUEUED:
-            return None
+    def positions(self, jobs: Sequence[Job]) -> dict[str, int]:
+        """How many jobs wait before each that waits, of one job or of a page: those between two of a page are in it."""
+        waiting = sorted((job for job in jobs if job.status == QUEUED), key=lambda job: job.number)
+        if not waiting:
+            return {}
         with self._lock:
             (ahead,) = self._db.execute(
-                "SELECT count(*) FROM jobs WHERE status = ? AND number < ?", (QUEUED, job.number)
+                "SELECT count(*) FROM jobs WHERE status = ? AND number < ?", (QUEUED, waiting[0].number)
             ).fetchone()
-        return ahead
+        return {job.id: ahead + place for place, job in enumerate(waiting)}
 
     def counts(self) -> dict[str, int]:
         """Status -> how many jobs have it."""
