@@ -41,7 +41,7 @@ class FakeEngine:
 
     Args:
         takes: seconds that a job takes.
-        faults: chance of each of "busy", "refuses", "drops the answer", "job fails", "html", "cuts the file".
+        faults: chance of each of "busy", "refuses", "drops the answer", "job fails", "html", "cuts the file", "deletes later".
 
     Attributes:
         forms: what was accepted, in order, over all its lives.
@@ -191,6 +191,8 @@ class FakeEngine:
         @app.delete("/v1/videos/{id}")
         async def delete(id: str) -> Any:
             job = known(id)
+            if self._fault("deletes later"):
+                raise HTTPException(409, "Cancellation in progress. Please try again later.")
             self.deleted.append((job["prompt"], job["status"]))
             del jobs[id]
             return {"id": id, "deleted": True, "object": "video.deleted"}

@@ -191,7 +191,7 @@ def test_without_an_engine_it_waits(tmp_path):
 
 
 def test_cancelling_and_forgetting_reach_the_engine(tmp_path):
-    with engines({}, takes=30.0) as (engine,), front(tmp_path, engine.address) as http:
+    with engines({"deletes later": 1.0}, takes=30.0) as (engine,), front(tmp_path, engine.address) as http:
         wait_for(lambda: http.get("/ready").status_code == 200)
         ids = [http.post("/v1/videos", json={"prompt": f"number {n}"}).json()["id"] for n in range(2)]
         for n, id in enumerate(ids):
@@ -199,6 +199,8 @@ def test_cancelling_and_forgetting_reach_the_engine(tmp_path):
             if n == 0:
                 http.post(f"/v1/videos/{id}/cancel")
                 assert ended(http, id)["error"]["code"] == "cancelled"
+                wait_for(lambda: engine.faulted.get("deletes later", 0) > 1)  # it is asked again
+                engine.faults.clear()
             else:
                 assert http.delete(f"/v1/videos/{id}").json()["deleted"]
         wait_for(lambda: engine.deleted == [("number 0", "in_progress"), ("number 1", "in_progress")])

@@ -11,7 +11,6 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ log = logging.getLogger(__name__)
 
 ASK = 0.5  # seconds between two looks at a job
 HEALTH = 10.0  # seconds between two looks at an engine without a job
+DELETES = 20  # times that an engine is asked to drop a job
 LOST = 30.0  # seconds without an answer after which others may have an engine's jobs
 SLOW = 60.0  # seconds without a byte that are no answer
 TIMES = (502, 503, 504, 429)  # answers of proxies and of busy servers: nobody has the job
@@ -244,11 +244,17 @@ class EngineRunner:
 
     def _forget(self, remote: str) -> bool:
         """Let the engine stop the job if it runs, and drop it. Whether it answers; if not, what it has kept is lost with it."""
-        try:
-            with suppress(ServerError):
+        for _ in range(DELETES):
+            try:
                 self._client.delete(remote)
-        except Unreachable:
-            return False
+            except ServerError as error:
+                if error.status == 409:  # vLLM-Omni: it is being stopped, ask again later
+                    time.sleep(ASK)
+                    continue
+            except Unreachable:
+                return False
+            return True
+        log.warning("%s does not let go of %s", self._address, remote)
         return True
 
 
