@@ -51,7 +51,9 @@ def serve(
     config: Config = None,
     ignored_layers: IgnoredLayers = None,
     num_bf16_fallback_layers: FallbackBlocks = None,
-    device: Annotated[str, typer.Option(help="Torch devices, separated by commas; each gets a worker.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="Torch devices, separated by commas; each gets a worker. Default: cpu.")
+    ] = None,
     dtype: Dtype = "bf16",
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep weights on the CPU, and on the device only what runs.")
@@ -113,8 +115,8 @@ def serve(
     from mxdit.serve.protocol import Timed
     from mxdit.serve.served import Catalog
 
-    devices = [] if engine else [device_of(part.strip()) for part in device.split(",")]
     if engine is None:
+        devices = [device_of(part.strip()) for part in (device or "cpu").split(",")]
         keys, own = read_keys(config, ignored_layers=ignored_layers, num_bf16_fallback_layers=num_bf16_fallback_layers)
         how = {"keys": keys, "components": own, "dtype": dtype_of(dtype), "offload": offload}
         offer = Catalog(_served(directories, method, **how))
@@ -124,6 +126,7 @@ def serve(
     else:
         _check_engine(
             directories=directories,
+            device=device,
             method=method,
             config=config,
             ignored_layers=ignored_layers,
