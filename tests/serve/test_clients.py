@@ -91,7 +91,8 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert printed.replace("\n", "") == str(output) and output.read_bytes()[4:8] == b"ftyp"
     (job,) = [job for job in json.loads(command("list", "--json")[0]) if job["prompt"] == prompt]
     assert job["id"] in told and job["parameters"]["seed"] == 2
-    assert "[red]a[/red]" in command("list")[0] and "4 of 4" in command("get", job["id"])[0]
+    listed = command("list")[0]
+    assert job["id"] in listed and "[red]" in listed and "4 of 4" in command("get", job["id"])[0]
     id = command("submit", "long", *small[:5], "900", "--model", "tiny")[0].strip()
     assert id in command("cancel", id)[0]
     assert "the job was cancelled" in command("wait", id, code=2)[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mxdit.cli.console import Frames, Size, app, need, out, say, size_of, tell
@@ -225,7 +225,8 @@ def _show(videos: Sequence[Video], as_json: bool, otherwise: Callable[[], object
 
 
 def _table(videos: Sequence[Video]) -> Table:
-    table = Table("id", "status", "model", "prompt")
+    whole = max((len(video.id) for video in videos), default=0)  # an id that is cut short is of no use
+    table = Table(Column("id", min_width=whole, no_wrap=True), "status", "model", "prompt")
     for video in videos:
         status = f"{video.status} {video.progress} %" if video.status == "in_progress" else video.status
         prompt = textwrap.shorten(video.prompt or "", 60, placeholder="...")
