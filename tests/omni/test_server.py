@@ -102,11 +102,10 @@ def test_a_durable_queue_in_front(served, tmp_path):
             client.submit("a", model="another")
 
 
+@pytest.mark.parametrize("served", ["t2v-packed"], indirect=True)  # its prompts from a file have no images
 def test_the_engines_own_benchmark(served, tmp_path):
     """`vllm-omni bench serve --omni`, unmodified, asks `mxdit serve --engine`."""
-    address, image = served
-    if image is not None:
-        pytest.skip("its prompts from a file have no images")
+    address, _ = served
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a red seven"}\n' * 2)
     with in_front(address, tmp_path) as client:

@@ -126,7 +126,10 @@ class Process:
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*command, "--dtype", "fp32", *args], stderr=subprocess.PIPE, text=True, env=environment
+            [*command, *(() if "--engine" in args else ("--dtype", "fp32")), *args],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.address, self.url = ("127.0.0.1", port), f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)

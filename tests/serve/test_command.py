@@ -27,6 +27,7 @@ REFUSED = {
         "--method: the engines' models are their own",
     ),
     "a device for an engine": (["--engine", "http://a:1", "--device", "cuda:0"], "--device: the engines' models are"),
+    "a type for an engine": (["--engine", "http://a:1", "--dtype", "fp32"], "--dtype: the engines' models are"),
     "a directory for an engine": (["nowhere", "--engine", "http://a:1"], "the engines' models are their own"),
     "no address of an engine": (["--engine", "a:8091"], "not a server's address; got 'a:8091'"),
     "an engine twice": (["--engine", "http://a:1,http://a:1/v1"], "--engine: an engine is there twice"),

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from mxdit.cli.console import (
+    DTYPES,
     Config,
-    Dtype,
     FallbackBlocks,
     IgnoredLayers,
     app,
@@ -54,7 +54,9 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="Torch devices, separated by commas; each gets a worker. Default: cpu.")
     ] = None,
-    dtype: Dtype = "bf16",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}: of everything that is not quantized. Default: bf16.")
+    ] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep weights on the CPU, and on the device only what runs.")
     ] = False,
@@ -118,7 +120,7 @@ def serve(
     if engine is None:
         devices = [device_of(part.strip()) for part in (device or "cpu").split(",")]
         keys, own = read_keys(config, ignored_layers=ignored_layers, num_bf16_fallback_layers=num_bf16_fallback_layers)
-        how = {"keys": keys, "components": own, "dtype": dtype_of(dtype), "offload": offload}
+        how = {"keys": keys, "components": own, "dtype": dtype_of(dtype or "bf16"), "offload": offload}
         offer = Catalog(_served(directories, method, **how))
         runners: list[Runner] = [DeviceRunner(offer, device) for device in devices]
         what, where = ", ".join(offer.served), ", ".join(devices)
@@ -127,6 +129,7 @@ def serve(
         _check_engine(
             directories=directories,
             device=device,
+            dtype=dtype,
             method=method,
             config=config,
             ignored_layers=ignored_layers,

@@ -31,7 +31,7 @@ HEALTH = 10.0  # seconds between two looks at an engine without a job
 DELETES = 20  # times that an engine is asked to drop a job
 LOST = 30.0  # seconds without an answer after which others may have an engine's jobs
 SLOW = 60.0  # seconds without a byte that are no answer
-TIMES = (502, 503, 504, 429)  # answers of proxies and of busy servers: nobody has the job
+UNTAKEN = (429, 502, 503, 504)  # of busy servers, and of proxies without one: nobody has the job
 
 
 class NoEngine(Exception):
@@ -162,7 +162,7 @@ class EngineRunner:
                 desk.put_back(job, counts=False)
                 return False
             except ServerError as error:
-                if error.status in TIMES:
+                if error.status in UNTAKEN:
                     desk.put_back(job, counts=False)
                 elif error.status is not None and 400 <= error.status < 500:
                     desk.end(job, error.code or "engine_refused", error.what)
@@ -188,7 +188,7 @@ class EngineRunner:
         while True:
             if desk.cancelled(job):
                 desk.end(job, CANCELLED, "the job was cancelled")
-                return self._forget(remote)
+                return self._forget(desk, remote)
             if desk.stopping.is_set():
                 desk.put_back(job, counts=False, keep=True)  # and the engine goes on
                 return True
@@ -203,7 +203,7 @@ class EngineRunner:
                     seconds = video.inference_time_s
                     found = {} if job.media_type == "image/png" else _found_in(path)
                     desk.complete(job, time.monotonic() - begun if seconds is None else seconds, found)
-                    return self._forget(remote)
+                    return self._forget(desk, remote)
             except av.FFmpegError as error:
                 log.error("%s: %s", job.id, error)
                 desk.put_back(job, because=("engine_failed", "the engine's file is no video"))
@@ -236,20 +236,21 @@ class EngineRunner:
         """A number for a code is HTTP's: the request's fault below 500, the engine's from there on, which may go away."""
         code, message = video.error_code or "failed", video.error or "the engine does not say why"
         if code.isdigit() and int(code) >= 500:
-            self._forget(remote)
+            self._forget(desk, remote)
             desk.put_back(job, because=("engine_failed", message))
             return False
         desk.end(job, "failed" if code.isdigit() else code, message)
-        return self._forget(remote)
+        return self._forget(desk, remote)
 
-    def _forget(self, remote: str) -> bool:
+    def _forget(self, desk: Desk, remote: str) -> bool:
         """Let the engine stop the job if it runs, and drop it. Whether it answers; if not, what it has kept is lost with it."""
         for _ in range(DELETES):
             try:
                 self._client.delete(remote)
             except ServerError as error:
                 if error.status == 409:  # vLLM-Omni: it is being stopped, ask again later
-                    time.sleep(ASK)
+                    if desk.stopping.wait(ASK):
+                        break
                     continue
             except Unreachable:
                 return False

@@ -5,6 +5,8 @@ The answers are described here, and written elsewhere as plain dicts; tests/serv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import FastAPI
@@ -131,7 +133,7 @@ class Route(NamedTuple):
     summary: str
     answer: type[BaseModel] | tuple[str, ...]
     errors: tuple[int, ...] = ()
-    bodies: dict[str, type[BaseModel]] = {}  # noqa: RUF012
+    bodies: Mapping[str, type[BaseModel]] = MappingProxyType({})
 
 
 FILE = ("video/mp4", "image/png")  # a PNG of a model that makes images

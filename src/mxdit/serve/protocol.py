@@ -27,7 +27,7 @@ class Timed(H11Protocol):
         self._to_read: asyncio.TimerHandle | None = None
         self._to_write: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         # Nothing waits in this process for a client to take it, so that `pause_writing` is told of every client that does not.
         transport.set_write_buffer_limits(high=0)
         # An answer's head and its body are two writes; asyncio leaves sockets of `socket.create_server` as they are, and the
