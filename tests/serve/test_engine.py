@@ -172,6 +172,17 @@ def test_an_engine_that_is_gone_gives_its_jobs_to_another(tmp_path):
         assert (job["status"], job["attempts"]) == ("completed", 2)
 
 
+@pytest.mark.parametrize("fault", ["busy", "drops the answer"])
+def test_what_no_engine_took_counts_as_no_attempt(tmp_path, fault):
+    with engines({fault: 1.0}) as (engine,), front(tmp_path, engine.address) as http:
+        wait_for(lambda: http.get("/ready").status_code == 200)
+        id = http.post("/v1/videos", json={"prompt": "a"}).json()["id"]
+        wait_for(lambda: engine.faulted.get(fault, 0) > 3)
+        engine.faults.clear()
+        job = ended(http, id)
+        assert (job["status"], job["attempts"]) == ("completed", 1)
+
+
 def test_without_an_engine_it_waits(tmp_path):
     engine = FakeEngine()
     with front(tmp_path, engine.address) as http:
