@@ -124,7 +124,7 @@ def measure(m: int, k: int, n: int, kind: str, required: float | None, device: t
     calls["quantize x"] = partial(torch.ops.mxdit.quantize, x, "mxfp4", "uos", "rint")
     calls["fold x"] = partial(triton_codec.fold, codes, scale, k)
     calls["fold w"] = partial(triton_codec.fold, weight, weight_scale, k)
-    for method in ("mxfp8", "w4a8", "w4a16"):
+    for method in ("mxfp8", "w4a8", "w4a16", "w8a16"):
         calls[method] = partial(linear.mode(method)[0], x)
     right = {
         name: is_right(layer, call(), x)
@@ -152,7 +152,7 @@ def measure(m: int, k: int, n: int, kind: str, required: float | None, device: t
 
 def _layer(name: str, linear: Linear, single: MXLinear, dual: MXLinear) -> MXLinear | None:
     """What a call is a whole linear of."""
-    if name in ("mxfp8", "w4a8", "w4a16"):
+    if name in ("mxfp8", "w4a8", "w4a16", "w8a16"):
         return linear.mode(name)[0]
     return {"mxfp4": single, "mxfp4_dualscale": dual}.get(name.partition(",")[0])
 

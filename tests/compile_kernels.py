@@ -71,6 +71,9 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             types = {"a_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **own}
             floating(f"w4a16 product{name} {dtype}", types, a_element=None, precision=precision, **wide)
             del found[f"w4a16 product{name} {dtype}"][1]["a_scale_ptr"]
+            if not own:
+                floating(f"w8a16 product {dtype}", types, a_element=None, w_element="e4m3", precision=precision, **wide)
+                del found[f"w8a16 product {dtype}"][1]["a_scale_ptr"]
     return found
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mxdit.numerics import reference
 from mxdit.numerics.codec import Packed, decode, decode_blocks, element_values, encode
-from mxdit.numerics.formats import E2M1, FORMATS, SCHEMES, Scheme
+from mxdit.numerics.formats import E2M1, FLOATS, FORMATS, SCHEMES, Scheme
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -430,19 +430,22 @@ def special_floats(dtype: torch.dtype) -> Tensor:
 
 
 def float_products(cases: Cases) -> None:
-    """W4A16: activations that stay floats."""
-    scheme = SCHEMES["w4a16"]
-    for weight_format, dtype in itertools.product(scheme.weights, scheme.outputs):
+    """W4A16 and W8A16: activations that stay floats."""
+    schemes = [
+        (scheme, w) for scheme in SCHEMES.values() for w, activation in scheme.weights.items() if activation is None
+    ]
+    for (scheme, weight_format), dtype in itertools.product(schemes, FLOATS):
+        name = f"{scheme.name} special"
         for k in (1056, 90):
             w = random_packed(21, k, weight_format, (124, 127), None)
-            add_product(cases, "w4a16 special", scheme, w, dtype, special_floats(dtype)[:, :k].contiguous())
+            add_product(cases, name, scheme, w, dtype, special_floats(dtype)[:, :k].contiguous())
             w = random_packed(21, k, weight_format, (124, 127), None, (255,))
-            add_product(cases, "w4a16 special", scheme, w, dtype, ordinary(9, k, dtype))
+            add_product(cases, name, scheme, w, dtype, ordinary(9, k, dtype))
         tiny = ordinary(7, 96, dtype) * (2.0**-16 if dtype is torch.float16 else 2.0**-127)
         for scales in ((100, 101), (127, 128), (150,)):
-            add_product(cases, "w4a16 special", scheme, random_packed(5, 96, weight_format, scales), dtype, tiny)
+            add_product(cases, name, scheme, random_packed(5, 96, weight_format, scales), dtype, tiny)
         whole = torch.randint(-15, 16, (9, 1056)).to(dtype)
-        add_product(cases, "w4a16 special", scheme, random_packed(35, 1056, weight_format, (126, 127)), dtype, whole)
+        add_product(cases, name, scheme, random_packed(35, 1056, weight_format, (126, 127)), dtype, whole)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ LINEARS = [(scheme, fmt) for scheme, row in SCHEMES.items() for fmt in row.weigh
 ENCODINGS = [
     (fmt, rule, mode) for fmt, row in FORMATS.items() for rule, mode in itertools.product(row.rules, row.round_modes)
 ]
-NO_OPERATOR = [("w4a16", "mxfp4"), ("w4a16", "mxfp4_dualscale"), ("w4a8", "mxfp4_dualscale")]
+NO_OPERATOR = [("w4a16", "mxfp4"), ("w4a16", "mxfp4_dualscale"), ("w4a8", "mxfp4_dualscale"), ("w8a16", "mxfp8")]
 
 
 @pytest.fixture(autouse=True)

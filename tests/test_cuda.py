@@ -234,6 +234,7 @@ def test_the_benchmark_measures_every_route_and_checks_it(gpu_linear, monkeypatc
             "mxfp8",
             "w4a8",
             "w4a16",
+            "w8a16",
         ]
         assert all(rows[name].right for name in whole) and rows["fold w"].right is None
         assert rows["mxfp4, int8"].ratio < 1e9 and not rows["mxfp4, int8"].ok and rows["mxfp4, bf16"].ok
@@ -320,8 +321,8 @@ def test_kernels_compile_for_gpus(arch, tmp_path):
     assert len(kernels) >= 14
     for name, kernel in kernels.items():
         assert kernel["flushing"] == kernel["approximate"] == 0, name
-        # The FMA of the dual-level sum, and the only product that no tensor core makes.
-        assert bool(kernel["fused"]) == ("product, dual" in name or name == "w4a16 product fp32"), name
+        # The FMA of the dual-level sum, and the only products that no tensor core makes.
+        assert bool(kernel["fused"]) == ("product, dual" in name or name.endswith("a16 product fp32")), name
         assert (kernel["divisions"] > 0) == (name == "encode mxfp4_dualscale"), name
         assert not kernel["spilled"] or "product" in name, name
         assert kernel["shared"] <= {80: 99, 90: 227, 100: 227}[arch] << 10, (

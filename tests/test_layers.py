@@ -23,6 +23,7 @@ CASES = [
     ("mxfp4_dualscale", "mxfp8", "w4a8"),
     ("mxfp4_dualscale", "bf16", "w4a16"),
     ("mxfp8", "mxfp8", "w8a8"),
+    ("mxfp8", "bf16", "w8a16"),
 ]
 case = pytest.mark.parametrize(("method", "activation", "scheme"), CASES)
 method = pytest.mark.parametrize("method", FORMATS)
@@ -246,7 +247,7 @@ def test_repr_names_the_scheme():
         (lambda: MXLinear(64, 8, method="mxfp8", smooth=True), ["mxfp8 takes no mul_scale", "four-bit"]),
         (lambda: MXLinear(64, 8, method="mxfp8", activation="mxfp4"), ["mxfp8 weights", "'mxfp4'"]),
         (lambda: MXLinear(64, 8, method="mxfp4", activation="int8"), ["'int8'", "mxfp4, mxfp8, bf16"]),
-        (lambda: setattr(layer("mxfp8"), "activation", "bf16"), ["mxfp8 weights", "'bf16'"]),
+        (lambda: setattr(layer("mxfp8"), "activation", "mxfp4"), ["mxfp8 weights", "'mxfp4'", "mxfp8, bf16"]),
         (lambda: layer("mxfp4")(torch.randn(3, 64)), ["last axis", "K = 64"]),
         (lambda: MXLinear.from_weight(torch.randn(64), None, method="mxfp4"), ["two axes", "(64,)"]),
         (lambda: from_multipliers(torch.ones(32)), ["(32,)", "(64,)"]),

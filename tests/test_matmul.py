@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ import mxdit
 import oracle
 from agreement import KINDS, dual, exact_values
 from mxdit.numerics import reference
+from mxdit.numerics.formats import FORMATS
 
 OPS = torch.ops.mxdit
 HALF = [torch.bfloat16, torch.float16]
@@ -141,6 +143,49 @@ def test_matmul_of_eight_bit_activations_and_four_bit_weights(out):
     exact = torch.from_numpy(va @ exact_values(pw.codes, pw.scale, "mxfp4").T) + bias.double()
     assert got.shape == (3, 5, 11) and got.dtype is out
     torch.testing.assert_close(got.double().view(15, 11), exact, rtol=2**-7, atol=2**-10)
+
+
+def every_weight(fmt: str, codes: np.ndarray, bytes_: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Each of these codes under each of these scale bytes, a weight row each; and their fp32 values, by ml_dtypes."""
+    codes, scale = (grid.flatten().astype(np.uint8) for grid in np.meshgrid(codes, bytes_))
+    twin = ml_dtypes.float8_e4m3fn if fmt == "mxfp8" else ml_dtypes.float4_e2m1fn
+    values = codes.view(twin).astype(np.float64) * scale.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+    return torch.from_numpy(codes)[:, None], torch.from_numpy(scale)[:, None], oracle.to_float(values, oracle.FP32)
+
+
+@on_every_path
+@pytest.mark.parametrize("kinds", ["all", "ordinary"])
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize(("scheme", "fmt"), [("w4a16", "mxfp4"), ("w8a16", "mxfp8")])
+def test_float_activations_meet_every_code_under_every_scale_byte(scheme, fmt, dtype, kinds):
+    """Products of one number each, so there is one right result. The ordinary ones are those that no kernel declines."""
+    codes, bytes_ = np.arange(16 if fmt == "mxfp4" else 256), np.arange(256)
+    if kinds == "ordinary":
+        codes, bytes_ = codes[codes % 128 != 127], np.arange(90, 165)
+    w, scale, values = every_weight(fmt, codes, bytes_)
+    x = torch.tensor([1, -1.5, 1.9921875, 0.0625, -3.140625, 208, -0.0]).to(dtype)[:, None]
+    lanes = 2 // FORMATS[fmt].per_byte  # the second of a pair of four-bit codes is zero
+    got = OPS.linear(torch.nn.functional.pad(x, (0, 2 - lanes)), w, scale, None, None, None, scheme, "ocp", "packed")
+    with np.errstate(invalid="ignore"):
+        exact = oracle.to_float(x.double().numpy() * values, oracle.FP32)
+    if dtype is not torch.float32:
+        limit = torch.finfo(dtype).max
+        exact = np.clip(oracle.to_float(np.clip(exact, -limit, limit), KINDS[dtype]), -limit, limit)
+    np.testing.assert_array_equal(got.double().numpy(), exact)
+
+
+@on_every_path
+@pytest.mark.parametrize("k", [1, 33, 64, 700])
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_eight_bit_weights_and_floats_of_few_bits_are_the_exact_sum(dtype, k):
+    """Sums that fit 24 bits in any order: whole numbers of x, elements of one to three binades."""
+    x = torch.randint(-15, 16, (9, k)).to(dtype)
+    codes = torch.randint(0x30, 0x48, (40, k)).to(torch.uint8) | torch.randint(0, 2, (40, k)).to(torch.uint8) << 7
+    scale = torch.randint(126, 128, (40, -(-k // 32))).to(torch.uint8)
+    bias = torch.randint(-9, 9, (40,)).float()
+    got = OPS.linear(x, codes, scale, None, None, bias, "w8a16", "ocp", "packed")
+    exact = x.double().numpy() @ exact_values(codes, scale, "mxfp8").T + bias.double().numpy()
+    np.testing.assert_array_equal(got.double().numpy(), oracle.to_float(exact, KINDS[dtype]))
 
 
 @on_every_path

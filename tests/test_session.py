@@ -337,7 +337,12 @@ def test_a_policy_that_was_put_on_a_sessions_own_pipeline_is_not_passed_over(dir
         ),
         ({"method": "mxfp4"}, {"activation_steps": {"mxfp8": [4]}}, InputError, "got step 4, and a request of 4"),
         ({"method": "mxfp4"}, {"activation_steps": [4]}, InputError, r"no object of activations and steps; got \[4\]"),
-        ({"method": "mxfp8"}, {}, ConfigError, "'bf16' do not go with weights in 'mxfp8'"),
+        (
+            {"method": "mxfp8"},
+            {"activation_steps": {"mxfp4": [0]}},
+            ConfigError,
+            "'mxfp4' do not go with weights in 'mxfp8'",
+        ),
         ({}, {}, InputError, "activations by step, and no transformer is quantized. Name a method"),
     ],
 )

@@ -154,13 +154,15 @@ def test_every_step_has_its_activations_and_the_video_is_that_of_setting_them_by
     assert np.array_equal(generate(pipe), plain)
 
 
-def test_mxfp8_weights_have_no_choice(shared):
+def test_activations_over_mxfp8_weights_are_mxfp8_or_floats(shared):
     pipe = quantized("mxfp8")
     plain = generate(pipe)
     mxdit.step_policy(pipe, {"mxfp8": [1]})
     assert np.array_equal(generate(pipe), plain)
-    with pytest.raises(ConfigError, match="'bf16' do not go with weights in 'mxfp8'"):
-        mxdit.step_policy(pipe, {"bf16": [1]})
+    with mxdit.step_policy(pipe, {"bf16": [1]}):
+        assert not np.array_equal(generate(pipe), plain)
+    with pytest.raises(ConfigError, match=r"'mxfp4' do not go with weights in 'mxfp8'; expected .*'mxfp8' or 'bf16'"):
+        mxdit.step_policy(pipe, {"mxfp4": [1]})
 
 
 def test_a_with_block_ends_it_and_removing_twice_is_harmless(pipe):

@@ -151,7 +151,7 @@ class MXLinear(nn.Module):
 
     @property
     def scheme(self) -> str:
-        """What the layer computes: ``w4a4``, ``w4a8``, ``w4a16`` or ``w8a8``."""
+        """What the layer computes: ``w4a4``, ``w4a8``, ``w4a16``, ``w8a8`` or ``w8a16``."""
         return self._scheme.name
 
     @property

@@ -53,6 +53,7 @@ _RULES: dict[str, dict[str, Any]] = {  # docs/numerics.md sections 2.2, 2.4 and 
 _NO_OPERATOR = {
     ("w4a16", "mxfp4"),
     ("w4a16", _DUAL),
+    ("w8a16", "mxfp8"),
     ("w4a8", _DUAL),
 }  # schemes and weights that the reference multiplies
 _LARGEST = 65535  # of N and K, in npu_quant_matmul
@@ -120,7 +121,7 @@ def rejects(scheme: str, k: int, n: int) -> str | None:
 def about() -> str:
     """Device and versions, and what the reference computes there."""
     npu = _torch_npu()
-    text = f"{npu.npu.get_device_name(0)}, torch_npu {npu.__version__}, CANN {_cann()}; by the reference: W4A16, W4A8 of dual scales"
+    text = f"{npu.npu.get_device_name(0)}, torch_npu {npu.__version__}, CANN {_cann()}; by the reference: W4A16, W8A16, W4A8 of dual scales"
     reason = _refusal("uos", matmuls=False)
     return f"{text}; without the scale rule uos, mxfp4's default: {reason}" if reason else text
 

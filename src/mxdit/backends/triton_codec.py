@@ -73,7 +73,7 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def cut(x):
     """fp32 to bf16 of what has at most 8 significant bits, so that nothing is rounded: all decoded values, but E4M3's under the
-    two lowest scales."""
+    three lowest scales."""
     return (bits(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 

@@ -14,6 +14,7 @@ MODES = {  # the weight's format and the activation
     "mxfp8": ("mxfp8", "mxfp8"),
     "w4a8": ("mxfp4", "mxfp8"),
     "w4a16": ("mxfp4", "bf16"),
+    "w8a16": ("mxfp8", "bf16"),
 }
 METHODS = ("mxfp8", "mxfp4", "mxfp4_dualscale")  # formats of weights: what memory and loading depend on
 

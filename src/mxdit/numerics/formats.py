@@ -213,6 +213,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
             Scheme("w4a8", "mxfp8", {"mxfp4": "mxfp8", "mxfp4_dualscale": "mxfp8"}, _HALF),
             Scheme("w4a16", "bf16", {"mxfp4": None, "mxfp4_dualscale": None}),
             Scheme("w8a8", "mxfp8", {"mxfp8": "mxfp8"}),
+            Scheme("w8a16", "bf16", {"mxfp8": None}),
         )
     }
 )

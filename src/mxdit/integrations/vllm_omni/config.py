@@ -34,6 +34,7 @@ from mxdit.integrations.vllm_omni.linear import MXLinearMethod
 from mxdit.integrations.vllm_omni.steps import LOGGER, count_steps
 from mxdit.models import SPECS, spec_of
 from mxdit.models.skeleton import skeleton_of
+from mxdit.numerics.formats import SCHEMES
 from mxdit.quantize.plan import Decision, plan
 
 logger = logging.getLogger(LOGGER)
@@ -223,9 +224,7 @@ class MXOmniConfig(QuantizationConfig):
         decisions = {names[path]: decision for path, decision in plan(skeleton, config).items()}
         if config.activation_steps:
             count_steps()
-        counts = {
-            scheme: sum(d.scheme == scheme for d in decisions.values()) for scheme in ("w4a4", "w4a8", "w4a16", "w8a8")
-        }
+        counts = {scheme: sum(d.scheme == scheme for d in decisions.values()) for scheme in SCHEMES}
         said = ", ".join(f"{count} {scheme}" for scheme, count in counts.items() if count)
         how = "quantized already" if self.is_checkpoint_serialized else "quantized while they load"
         logger.info("mxdit %s, %s linears by layer of the engine, %s", self.method, said, how)
