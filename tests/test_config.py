@@ -29,7 +29,7 @@ def test_dictionary_and_back_through_json(config):
 
 def test_config_json_of_the_documents():
     """The example of the format's description, as a runtime that knows only its own keys reads it."""
-    stored = MXConfig("mxfp4_dualscale").serialized(["blocks.0.attn1.to_q"], {"mxdit": "0.1.0"}).to_dict()
+    stored = MXConfig("mxfp4_dualscale").serialized({"blocks.0.attn1.to_q": None}, {"mxdit": "0.1.0"}).to_dict()
     assert stored == {
         "quant_method": "mxfp4_dualscale",
         "is_checkpoint_serialized": True,
@@ -46,9 +46,9 @@ def test_every_format_is_a_method_and_has_activations():
 
 
 def test_defaults_per_method():
-    assert MXConfig("mxfp4").effective_activation == "mxfp4" and MXConfig("mxfp4").rule == "uos"
-    assert MXConfig("mxfp4", mxfp4_scale_alg=0).rule == "ocp"
-    assert MXConfig("mxfp4_dualscale").effective_activation == "mxfp4" and MXConfig("mxfp4_dualscale").rule is None
+    assert MXConfig("mxfp4").effective_activation == "mxfp4" and MXConfig("mxfp4").rule_of("mxfp4") == "uos"
+    assert MXConfig("mxfp4", mxfp4_scale_alg=0).rule_of("mxfp4") == "ocp"
+    assert MXConfig("mxfp4_dualscale").effective_activation == "mxfp4" and MXConfig("mxfp4_dualscale").rule_of("mxfp4_dualscale") is None
     assert MXConfig("mxfp8").effective_activation == "mxfp8"
 
 
@@ -64,7 +64,7 @@ def test_vllm_omni_names():
             "mxfp4_scale_alg": 0,
         }
     )
-    assert config.is_checkpoint_serialized and config.ignored_layers == ("proj_out",) and config.rule == "ocp"
+    assert config.is_checkpoint_serialized and config.ignored_layers == ("proj_out",) and config.rule_of("mxfp4") == "ocp"
     assert MXConfig.from_dict(
         {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": True}
     ).is_checkpoint_serialized
@@ -78,10 +78,10 @@ def test_steps_by_our_key_and_by_vllm_omnis(method):
     assert MXConfig.from_dict(json.loads(json.dumps(ours.to_dict()))) == ours and hash(ours) == hash(ours)
     both = {"activation_steps": {"mxfp8": [0, 1]}, "w4a8_fallback_steps": [0, 1]}
     assert MXConfig.from_dict({"quant_method": method, **both}) == ours
-    assert ours.serialized([], {}).activation_steps == ours.activation_steps
+    assert ours.serialized({}, {}).activation_steps == ours.activation_steps
     none = MXConfig.from_dict({"quant_method": method, "activation_steps": {}})
     assert none.activation_steps is not None and not none.activation_steps  # said, where no key says nothing
-    assert "activation_steps" not in none.to_dict() and none.serialized([], {}).activation_steps is None
+    assert "activation_steps" not in none.to_dict() and none.serialized({}, {}).activation_steps is None
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -115,7 +115,8 @@ def _quantized(reading: Reading, path: str, linear: nn.Linear, row: BlockFormat)
         reading.find(
             f"{path}.mul_scale",
             f"{row.name} is not smoothed: only four-bit weights have a place for the factors",
-            hint="Quantize without smoothing, or to four bits.",
+            hint="Quantize without smoothing, or to four bits. Where other layers are in four bits, --base with the unquantized "
+            "model and --fallback-from-base keep these in BF16.",
         )
     smooth = row.smooths and (smooth or required)
     try:

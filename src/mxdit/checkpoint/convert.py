@@ -91,6 +91,13 @@ def _written(component: Component, layout: Layout) -> Written:
             expected=" or ".join(spec.transformer for spec in SPECS.values() if not layout.unknown(spec)),
             hint="Use the packed layout, or give its names in the family's ModelSpec (docs/adapting-a-model.md).",
         )
+    if reason := layout.unmixed(component.methods):
+        raise InputError(
+            reason,
+            where=f"convert --to {layout.name}",
+            hint="Stay with the packed layout, or keep the layers of the rarer method in BF16: --base with the unquantized "
+            "model, and --fallback-from-base.",
+        )
     if layout.write is None or (component.quantization is None and not layout.as_released):
         return Written(component.parts)  # a component of a cascade that was left float is float in every layout
     return layout.write(component)

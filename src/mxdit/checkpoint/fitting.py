@@ -121,7 +121,7 @@ def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], con
         fault = misfit(name, info, TensorInfo.of(wanted[name]), row, casts=True)
         if fault:
             hint = None
-            if info.dtype == torch.float8_e4m3fn and config.quant_method != "mxfp8":
+            if info.dtype == torch.float8_e4m3fn and (row.bits == 4 if row else config.quant_method != "mxfp8"):
                 hint = (
                     "This is the numeric layout of vLLM-Omni and MindIE-SD, one FP4 value a byte: bring it into ours with "
                     "`mxdit convert`."

@@ -145,6 +145,8 @@ def _why_not(layout: Layout, component: Component) -> str | None:
         return unknown
     if stored is layout:
         return layout.why_not(component) if layout.why_not else None
+    if reason := layout.unmixed(component.methods):
+        return reason
     ways = [] if stored.quantized else ["mxdit quantize"]  # which writes the packed layout
     if stored.quantized or layout is not PACKED:
         ways.append(f"mxdit convert --to {layout.name}")

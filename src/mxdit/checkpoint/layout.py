@@ -91,6 +91,7 @@ class Layout:
                  right. Without it, it runs all of them.
     plugin       who loads it, and the packed layout too, with mxdit's plugin in it; None where there is no plugin.
     quantized    whether it can hold quantized linears.
+    mixed        whether it can hold a component whose linears have more than one method.
     common       whether every runtime loads it.
     by_runtime_names  whether it names layers as `ModelSpec.runtimes[name]` says.
     as_released  whether tensors and components have the names of the model's own release, and nothing lies beside the
@@ -110,12 +111,20 @@ class Layout:
     why_not: Callable[[Component], str | None] | None = None
     plugin: str | None = None
     quantized: bool = True
+    mixed: bool = True
     common: bool = False
     by_runtime_names: bool = False
     as_released: bool = False
     floats: Callable[[MXConfig, nn.Module], Mapping[str, bool]] | None = None
     filler: Callable[[BlockFormat, str, StoredTensor], bool] | None = None
     scale_alg: int | None = None
+
+    def unmixed(self, methods: Mapping[str, str | None]) -> str | None:
+        """Why it cannot hold a component of these methods (linear -> method, None for float); None where it can."""
+        found = sorted({method for method in methods.values() if method})
+        if self.mixed or len(found) < 2:
+            return None
+        return f"{self.name} has one method for a transformer, and this one has {' and '.join(found)}"
 
     def unknown(self, spec: ModelSpec) -> str | None:
         """Why there is no telling how it names the layers of a family; None where the spec says so."""

@@ -14,10 +14,11 @@ from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.layout import CONFIG
 from mxdit.checkpoint.layouts import LAYOUTS
 from mxdit.config import MXConfig
+from mxdit.config.methods import exceptions_of
 from mxdit.errors import ConfigError
 from mxdit.models import ModelSpec
 from mxdit.numerics.formats import FLOATS, FORMATS, PARTS, block_format
-from mxdit.quantize.plan import plan
+from mxdit.quantize.plan import matches, plan
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Reading:
     fallback  whether linears of another method than most, and smoothed float ones, are taken from `base`.
     tensors   those of `stored` that count.
     faults    found so far.
+    from_base the linears that are taken from `base` instead.
     """
 
     stored: Stored
@@ -35,6 +37,7 @@ class Reading:
     fallback: bool
     tensors: dict[str, StoredTensor]
     faults: list[Fault] = field(default_factory=list)
+    from_base: set[str] = field(default_factory=set)
 
     def find(self, where: str, what: str, got: object = None, expected: object = None, hint: str | None = None) -> None:
         """Note a fault."""
@@ -52,7 +55,11 @@ def methods_of(reading: Reading, linears: Iterable[str]) -> dict[str, str | None
     A description beside the weights counts first, then the config, then what the tensors look like, which is a fault.
     """
     unsaid: list[str] = []
-    methods = {path: _method(reading, path, unsaid) for path in linears}
+    linears, config = list(linears), reading.stored.quantization
+    others = config.layer_methods.items() if config else ()
+    own = {path: method for method, patterns in others for name in patterns for path in matches(linears, name)}
+    main = str(config.quant_method) if config else None
+    methods = {path: _method(reading, path, own.get(path, main), unsaid) for path in linears}
     if unsaid:
         reading.find(
             f"{unsaid[0]}.weight",
@@ -72,12 +79,13 @@ def methods_of(reading: Reading, linears: Iterable[str]) -> dict[str, str | None
     return methods
 
 
-def _method(reading: Reading, path: str, unsaid: list[str]) -> str | None:
+def _method(reading: Reading, path: str, configured: str | None, unsaid: list[str]) -> str | None:
+    """How a linear is stored; `configured` is the method that the config gives it, where there is one."""
     stored, find = reading.stored, reading.find
     weight = reading.tensors.get(f"{path}.weight")
     scale = reading.tensors.get(f"{path}.weight_scale")
     said = None if stored.methods is None else stored.methods.get(path, "")
-    stated = said or (str(stored.quantization.quant_method) if stored.quantization else None)
+    stated = said or configured
     if scale is None:
         if weight is None:
             return said or None
@@ -105,28 +113,22 @@ def _method(reading: Reading, path: str, unsaid: list[str]) -> str | None:
     return next(name for name, row in FORMATS.items() if row.bits == bits and bool(row.outer) == dual)
 
 
-def _settle(reading: Reading, methods: dict[str, str | None]) -> None:
-    """One component has one method: what differs is a fault, or taken from the base."""
-    count = Counter(method for method in methods.values() if method)
+def main_of(reading: Reading, methods: Mapping[str, str | None]) -> str | None:
+    """The method that a component's config states, or that most of its layers have; None where none is quantized."""
     if reading.stored.quantization is not None:
-        main: str | None = str(reading.stored.quantization.quant_method)
-    else:
-        # What most layers are; between equals the smaller one, over which the other is a fallback.
-        main = max(count, key=lambda method: (count[method], -block_format(method).bits), default=None)
-    others = [path for path, method in methods.items() if method and method != main]
+        return str(reading.stored.quantization.quant_method)
+    count = Counter(method for method in methods.values() if method)
+    # Between equals the smaller one, over which the other is a fallback.
+    return max(count, key=lambda method: (count[method], -block_format(method).bits), default=None)
+
+
+def _settle(reading: Reading, methods: dict[str, str | None]) -> None:
+    """Take from the base what differs from the rest, where that is wished, and what has no place otherwise."""
     if reading.fallback and reading.base:
-        for path in others:
+        main = main_of(reading, methods)
+        for path in [path for path, method in methods.items() if method not in (None, main)]:
             methods[path] = None
             _take_from_base(reading, path)
-    elif others:
-        blocks = sorted({place.index for path in others if (place := reading.spec.place_of(path))})
-        reading.find(
-            others[0],
-            f"{len(others)} layers are stored in another method than the rest",
-            f"{methods[others[0]]} in blocks {', '.join(map(str, blocks))}",
-            main,
-            "Keep them in BF16: --base with the unquantized model, and --fallback-from-base.",
-        )
     for path in [p for p, m in methods.items() if not m and f"{p}.mul_scale" in reading.tensors]:
         # Smoothing was folded into a weight that then stayed float: without its factor it is another weight.
         if reading.fallback and reading.base:
@@ -140,6 +142,7 @@ def _settle(reading: Reading, methods: dict[str, str | None]) -> None:
 
 
 def _take_from_base(reading: Reading, path: str) -> None:
+    reading.from_base.add(path)
     for name in [n for n in reading.tensors if n.rpartition(".")[0] == path]:
         del reading.tensors[name]
 
@@ -153,19 +156,18 @@ def quantization_of(reading: Reading, skeleton: nn.Module, methods: Mapping[str,
         if stated is not None or any((stored.methods or {}).values()):
             reading.find(str(stored.folder), "the model is said to be quantized, and no layer is")
         return None
-    if len(found) > 1:
-        return None  # a fault is noted already
+    main = main_of(reading, methods)
+    assert main is not None
+    listed = exceptions_of(main, methods)
     if stated is None:
-        (method,) = found
-        alg = layout.scale_alg if method == "mxfp4" else None
-        quantized = {path for path, of in methods.items() if of}
-        raised = tuple(path for path in stored.raised if path in quantized)
-        all_of_them = quantized <= {*raised}
+        raised = {path: method for path in stored.raised if (method := methods.get(path))}
+        all_of_them = all(path in raised for path, method in methods.items() if method == main)
         stated = MXConfig(
-            method,
+            main,
+            layer_methods=listed["layer_methods"],
             activation="mxfp8" if all_of_them else None,
-            w4a8_fallback_layers=() if all_of_them else raised,
-            mxfp4_scale_alg=alg,
+            w4a8_fallback_layers=tuple(path for path, of in raised.items() if not all_of_them or of != main),
+            mxfp4_scale_alg=layout.scale_alg if "mxfp4" in found else None,
         )
     elif layout.floats:
         try:
@@ -173,21 +175,25 @@ def quantization_of(reading: Reading, skeleton: nn.Module, methods: Mapping[str,
         except ConfigError as error:
             reading.find(reading.config_file, f"quantization_config: {error}")
             return None
-        off = [path for path, is_float in said.items() if is_float == bool(methods[path])]
+        kept = {path: is_float for path, is_float in said.items() if path not in reading.from_base}
+        off = [path for path, is_float in kept.items() if is_float == bool(methods[path])]
         if off:
-            listed = said[off[0]]
+            is_listed = said[off[0]]
             reading.find(
                 reading.config_file,
                 "ignored_layers lists other layers than the files hold as float",
-                f"{off[0]} {'listed' if listed else 'not listed'}",
-                f"{'no scales' if listed else 'scales'} stored for it",
+                f"{off[0]} {'listed' if is_listed else 'not listed'}",
+                f"{'no scales' if is_listed else 'scales'} stored for it",
             )
     stated = replace(
         stated,
-        ignored_layers=tuple(path for path, method in methods.items() if not method),
+        **listed,
         num_bf16_fallback_layers=None,
         is_checkpoint_serialized=True,
         activation=stated.effective_activation,
+        # Where all layers that these are for come from the base.
+        mxfp4_scale_alg=stated.mxfp4_scale_alg if "mxfp4" in found else None,
+        require_smooth_scale=stated.require_smooth_scale and any(block_format(method).smooths for method in found),
     )
     if not stated.w4a8_fallback_layers or reading.faults:
         return stated
@@ -197,5 +203,5 @@ def quantization_of(reading: Reading, skeleton: nn.Module, methods: Mapping[str,
         reading.find(reading.config_file, f"quantization_config: {error}")
         return None
     # By their paths and in the model's order: other layouts have no patterns and no order.
-    raised = [p for p, decision in decisions.items() if decision.scheme and decision.activation != stated.activation]
+    raised = [p for p, of in decisions.items() if of.method and of.activation != stated.activation_of(of.method)]
     return replace(stated, w4a8_fallback_layers=tuple(raised))

@@ -111,16 +111,16 @@ def _planned(
         if config.is_checkpoint_serialized:
             raise ConfigError("the config is one of a serialized checkpoint", where=name or "quantize")
         decisions = plan(component.skeleton, config)
-        methods = {path: str(config.quant_method) if d.scheme else None for path, d in decisions.items()}
-        kept = [path for path, decision in decisions.items() if not decision.scheme]
-        written["quantization_config"] = config.serialized(kept, {"mxdit": __version__}).to_dict()
+        methods = {path: decision.method for path, decision in decisions.items()}
+        written["quantization_config"] = config.serialized(methods, {"mxdit": __version__}).to_dict()
     parts: dict[str, Part] = {}
     for tensor, part in component.parts.items():
         path, _, leaf = tensor.rpartition(".")
-        quantized = config is not None and methods.get(path)
-        if config is not None and quantized and leaf == "weight":
-            parts.update(_calibrated(path, calibrated) or _quantized(path, part, config, dtype, device))
-        elif quantized and tensor in calibrated:
+        method = methods.get(path)
+        if config is not None and method and leaf == "weight":
+            made = _calibrated(path, calibrated)
+            parts.update(made or _quantized(path, part, method, config.rule_of(method), dtype, device))
+        elif method and tensor in calibrated:
             own = calibrated[tensor]
             parts[tensor] = Part(TensorInfo(own.shape, dtype), partial(_kept, Part(own.info, own.read), dtype, tensor))
         else:
@@ -134,15 +134,16 @@ def _calibrated(path: str, calibrated: Mapping[str, StoredTensor]) -> dict[str, 
     return {name: Part(calibrated[name].info, calibrated[name].read) for name in names}
 
 
-def _quantized(path: str, weight: Part, config: MXConfig, dtype: torch.dtype, device: str) -> dict[str, Part]:
+def _quantized(
+    path: str, weight: Part, method: str, rule: str | None, dtype: torch.dtype, device: str
+) -> dict[str, Part]:
     """The parts of a quantized linear. Its weight is encoded once, when the first of them is read."""
-    method = str(config.quant_method)
     waiting: dict[str, Tensor] = {}
 
     def read(leaf: str) -> Tensor:
         if leaf not in waiting:
             try:
-                made = quantize_weight(weight.read().to(dtype).to(device), method, rule=config.rule)
+                made = quantize_weight(weight.read().to(dtype).to(device), method, rule=rule)
             except FormatError as error:
                 raise CheckpointError(
                     error.what, where=f"{path}.weight", got=error.got, expected=error.expected, hint=error.hint

@@ -17,12 +17,14 @@ from mxdit.cli.console import (
     Dtype,
     FallbackBlocks,
     IgnoredLayers,
+    LayerMethods,
     Variant,
     app,
     bytes_of,
     device_of,
     dtype_of,
     err,
+    layer_methods_of,
     need,
     out,
     read_keys,
@@ -33,6 +35,7 @@ from mxdit.config import DEFAULT_SCALE_ALG, SCALE_RULES
 from mxdit.config.components import configs_of
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
+from mxdit.quantize.report import in_words
 
 RULES = {name: number for number, name in reversed(SCALE_RULES.items())}
 
@@ -50,6 +53,7 @@ def quantize(
     destination: Destination,
     method: Annotated[str | None, typer.Option(help=f"One of {METHODS}.", metavar="METHOD")] = None,
     ignored_layers: IgnoredLayers = None,
+    layer_methods: LayerMethods = None,
     num_bf16_fallback_layers: FallbackBlocks = None,
     rule: Annotated[
         str | None,
@@ -88,6 +92,7 @@ def quantize(
     keys, own = read_keys(
         config,
         ignored_layers=list(ignored_layers) if ignored_layers else None,
+        layer_methods=layer_methods_of(layer_methods),
         num_bf16_fallback_layers=num_bf16_fallback_layers,
         activation=activation,
         activation_steps=None if activation_steps is None else StepPolicy.parse(activation_steps),
@@ -96,7 +101,8 @@ def quantize(
     if chosen is None:
         raise InputError("no method", where="--method", expected=METHODS)
     if rule is not None:
-        if chosen != "mxfp4" or rule not in RULES:
+        others = keys.get("layer_methods")
+        if "mxfp4" not in (chosen, *(others if isinstance(others, dict) else ())) or rule not in RULES:
             got, expected = f"{rule!r} for {chosen}", f"{' or '.join(RULES)}, for mxfp4"
             raise InputError("no such scale rule", where="--rule", got=got, expected=expected)
         keys["mxfp4_scale_alg"] = RULES[rule]
@@ -133,8 +139,7 @@ def convert(
         bool,
         typer.Option(
             "--fallback-from-base",
-            help="Keep layers that the format has no place for in BF16, from --base: those of another method, and smoothed "
-            "float ones.",
+            help="Keep layers in BF16, from --base: those of another method than most, and smoothed float ones.",
         ),
     ] = False,
     allow_loss: Annotated[
@@ -201,7 +206,7 @@ def inspect(
         out.print_json(json.dumps(found.to_dict()))
     else:
         for component in found.components:
-            linears = ", ".join(f"{count} {method}" for method, count in component.linears.items())
+            linears = in_words(component.linears)
             size = f"{component.nbytes / 2**20:.1f} MiB"
             say(f"{component.component or directory}: {component.layout} layout, linears: {linears}; {size}")
             if component.kept:
@@ -240,7 +245,7 @@ def _run(plan: Any, copy: bool, dry_run: bool, as_json: bool) -> None:
                     table.add_row(name, info)
                 out.print(table)
     for expert in figures["experts"]:
-        linears = ", ".join(f"{count} {method}" for method, count in expert["linears"].items())
+        linears = in_words(expert["linears"])
         say(f"{expert['component'] or 'expert'}: linears: {linears}; {expert['bytes'] / 2**20:.1f} MiB")
     done = "would be written" if dry_run else "written"
     say(f"{figures['destination']}: {figures['bytes'] / 2**20:.1f} MiB {done}, {len(plan.carried)} files carried over")

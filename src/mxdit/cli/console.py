@@ -51,6 +51,13 @@ IgnoredLayers = Annotated[
     list[str] | None,
     typer.Option(help="Linear (path or glob) that stays unquantized. May be repeated.", metavar="GLOB"),
 ]
+LayerMethods = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Linears (path or glob) of another method, as in 'blocks.[0-4].*=mxfp8'. May be repeated.",
+        metavar="GLOB=METHOD",
+    ),
+]
 ActivationSteps = Annotated[
     str | None,
     typer.Option(
@@ -110,6 +117,19 @@ def read_keys(config: str | None, **given: Any) -> tuple[dict[str, Any], dict[st
     """(keys for every transformer, transformer -> keys for it alone) of --config, and of other options where they are given."""
     keys, own = split_keys(_read_json(config), COMPONENTS)
     return {**keys, **{key: value for key, value in given.items() if value is not None}}, own
+
+
+def layer_methods_of(given: list[str] | None) -> dict[str, list[str]] | None:
+    """The key `layer_methods` of options GLOB=METHOD; None where there is none."""
+    found: dict[str, list[str]] = {}
+    for text in given or ():
+        pattern, equals, method = (part.strip() for part in text.rpartition("="))
+        if not (pattern and equals and method):
+            raise InputError(
+                "not layers and their method", field="layer_methods", got=repr(text), expected="blocks.[0-4].*=mxfp8"
+            )
+        found.setdefault(method, []).append(pattern)
+    return found or None
 
 
 def _read_json(text: str | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mxdit.cli.console import (
     FallbackBlocks,
     Frames,
     IgnoredLayers,
+    LayerMethods,
     Model,
     Size,
     Variant,
@@ -30,6 +31,7 @@ from mxdit.cli.console import (
     device_of,
     dtype_of,
     err,
+    layer_methods_of,
     need,
     out,
     path_of,
@@ -41,6 +43,7 @@ from mxdit.cli.console import (
 )
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
+from mxdit.quantize.report import in_words
 from mxdit.version import installed
 
 if TYPE_CHECKING:
@@ -84,6 +87,7 @@ def generate(
         typer.Option(help=f"none, {METHODS}. Default: as the directory is stored.", metavar="METHOD"),
     ] = None,
     ignored_layers: IgnoredLayers = None,
+    layer_methods: LayerMethods = None,
     num_bf16_fallback_layers: FallbackBlocks = None,
     activation: Annotated[
         str | None, typer.Option(help="Activations over the same weights: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
@@ -125,6 +129,7 @@ def generate(
     keys, own = read_keys(
         config,
         ignored_layers=list(ignored_layers) if ignored_layers else None,
+        layer_methods=layer_methods_of(layer_methods),
         num_bf16_fallback_layers=num_bf16_fallback_layers,
         activation=activation,
     )
@@ -247,7 +252,8 @@ def info(
         for name, row in described["experts"].items():
             schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items()) or "-"
             size = f"{row['bytes'] / 2**20:.1f}"
-            table.add_row(name, row["quant_method"] or "unquantized", schemes, str(row["kept"]), size)
+            methods = in_words(row["methods"]) if len(row["methods"]) > 1 else row["quant_method"]
+            table.add_row(name, methods or "unquantized", schemes, str(row["kept"]), size)
         out.print(table)
         for name, row in described["experts"].items():
             if row["activation_steps"]:

@@ -6,12 +6,13 @@ A config names layers by their diffusers module paths and knows no model: `mxdit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, TypeAlias
 
 from mxdit.config.choices import WHERE, check_choice, check_names, near_names
+from mxdit.config.methods import check_layer_methods, exceptions_of
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import ConfigError
 from mxdit.numerics.formats import FORMATS, SCHEMES
@@ -52,15 +53,19 @@ class MXConfig:
         quant_method: format of the weights: "mxfp4", "mxfp4_dualscale" or "mxfp8".
         ignored_layers: linears that stay in their float dtype: diffusers module paths or globs ("blocks.0.*").
         num_bf16_fallback_layers: the first N blocks stay in their float dtype; online only. None takes the method's
-            default: 0, and for "mxfp4_dualscale" 5, but at most a sixth of the model's blocks.
+            default: 0, and for "mxfp4_dualscale" 5, but at most a sixth of the model's blocks, and no layer that
+            `layer_methods` names.
+        layer_methods: linears of another method than `quant_method`: method -> paths or globs, as in
+            {"mxfp8": ["blocks.0.*", "*.ffn.net.2"]}. What the two above keep stays in its float dtype.
         activation: what activations are quantized to at run time, over the same weights: "mxfp4", "mxfp8", or "bf16",
-            which means not at all. None takes the weights' own precision.
-        w4a8_fallback_layers: linears (paths or globs) whose activations are MXFP8 whatever `activation` says.
+            which means not at all. None takes the weights' own precision, and layers of `layer_methods` always do.
+        w4a8_fallback_layers: linears (paths or globs), of any method, whose activations are MXFP8 whatever `activation` says.
         activation_steps: what all quantized linears' activations are at some denoising steps, whatever the two above say: a
-            `StepPolicy`, or its JSON form {"mxfp8": [0, 1, 38, 39], "of": 40}. `from_dict` also takes vLLM-Omni's key for
-            it, `w4a8_fallback_steps`: a list of steps with MXFP8 activations.
-        mxfp4_scale_alg: for "mxfp4" only, the scale rule: 0 (OCP) or 2 (UOS, Qmax 7.25; default).
-        require_smooth_scale: for serialized four-bit methods only: refuse a checkpoint whose layers lack `mul_scale`.
+            `StepPolicy`, or its JSON form {"mxfp8": [0, 1, 38, 39], "of": 40}. Of two methods, the one whose weights do not
+            go with a step's activation keeps its own. `from_dict` also takes vLLM-Omni's key for it,
+            `w4a8_fallback_steps`: a list of steps with MXFP8 activations.
+        mxfp4_scale_alg: for layers in "mxfp4" only, the scale rule: 0 (OCP) or 2 (UOS, Qmax 7.25; default).
+        require_smooth_scale: for serialized four-bit methods only: refuse a checkpoint whose four-bit layers lack `mul_scale`.
         is_checkpoint_serialized: the checkpoint's weights are already quantized.
         layout: how a serialized checkpoint stores them.
         version: of the layout.
@@ -72,6 +77,7 @@ class MXConfig:
     quant_method: str
     ignored_layers: tuple[str, ...] = ()
     num_bf16_fallback_layers: int | None = None
+    layer_methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     activation: str | None = None
     w4a8_fallback_layers: tuple[str, ...] = ()
     activation_steps: StepPolicy | None = None
@@ -87,6 +93,7 @@ class MXConfig:
         method = Method(self.quant_method)
         _set(self, "quant_method", method)
         _set(self, "ignored_layers", check_names("ignored_layers", self.ignored_layers))
+        _set(self, "layer_methods", check_layer_methods(method, self.layer_methods))
         _set(self, "w4a8_fallback_layers", check_names("w4a8_fallback_layers", self.w4a8_fallback_layers))
         if not isinstance(self.producer, Mapping):
             raise ConfigError(
@@ -105,10 +112,11 @@ class MXConfig:
             if not isinstance(self.activation_steps, StepPolicy):
                 _set(self, "activation_steps", StepPolicy.from_dict(self.activation_steps))
             for activation in self.activation_steps.activations:
-                check_activation(method, activation, where=None, field="activation_steps")
+                check_activation(self.methods, activation, where=None, field="activation_steps")
         self._check_fallback_blocks()
         self._check_scale_alg()
-        if self.require_smooth_scale and not (self.is_checkpoint_serialized and FORMATS[method].smooths):
+        smooths = any(FORMATS[name].smooths for name in self.methods)
+        if self.require_smooth_scale and not (self.is_checkpoint_serialized and smooths):
             raise ConfigError(
                 "require_smooth_scale is set where there is no mul_scale to require",
                 where=WHERE,
@@ -142,13 +150,13 @@ class MXConfig:
             )
 
     def _check_scale_alg(self) -> None:
-        if self.quant_method != "mxfp4":
+        if "mxfp4" not in self.methods:
             if self.mxfp4_scale_alg is not None:
                 raise ConfigError(
                     "mxfp4_scale_alg is set for a method whose scale rule is fixed",
                     where=WHERE,
                     got=f"{self.mxfp4_scale_alg!r} with quant_method '{self.quant_method}'",
-                    expected="quant_method 'mxfp4'",
+                    expected="quant_method 'mxfp4', or 'mxfp4' among layer_methods",
                     hint="Leave the key out.",
                 )
         elif self.mxfp4_scale_alg is None:
@@ -162,14 +170,23 @@ class MXConfig:
             )
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method that its layers may have, `quant_method` first."""
+        return (str(self.quant_method), *self.layer_methods)
+
+    @property
     def effective_activation(self) -> str:
         """`activation`, or the method's own where none was chosen."""
         return self.activation or ACTIVATIONS[self.quant_method][0]
 
-    @property
-    def rule(self) -> str | None:
-        """Name of the scale rule, or None where the format has only one."""
-        return None if self.mxfp4_scale_alg is None else SCALE_RULES[self.mxfp4_scale_alg]
+    def activation_of(self, method: str) -> str:
+        """What activations over layers of one of `methods` are where no layer or step is named: `activation` is for
+        `quant_method`, and another method has its own."""
+        return self.effective_activation if method == self.quant_method else ACTIVATIONS[method][0]
+
+    def rule_of(self, method: str) -> str | None:
+        """Name of the scale rule of layers of one of `methods`, or None where the format has only one."""
+        return SCALE_RULES[self.mxfp4_scale_alg] if method == "mxfp4" and self.mxfp4_scale_alg is not None else None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MXConfig:
@@ -233,6 +250,7 @@ class MXConfig:
         optional = {
             "activation": self.activation,
             "num_bf16_fallback_layers": self.num_bf16_fallback_layers,
+            "layer_methods": {name: list(layers) for name, layers in self.layer_methods.items()} or None,
             "w4a8_fallback_layers": list(self.w4a8_fallback_layers) or None,
             "activation_steps": self.activation_steps.to_dict() if self.activation_steps else None,
             "mxfp4_scale_alg": self.mxfp4_scale_alg,
@@ -260,11 +278,17 @@ class MXConfig:
             activation_steps=self.activation_steps if steps is None else steps,
         )
 
-    def serialized(self, ignored_layers: Iterable[str], producer: Mapping[str, str]) -> MXConfig:
-        """This config as a checkpoint states it: no default left open, every layer that stayed listed by its path."""
+    def serialized(self, methods: Mapping[str, str | None], producer: Mapping[str, str]) -> MXConfig:
+        """This config as a checkpoint states it: no default left open, and by its path every layer that is no exception of
+        `quant_method`.
+
+        Args:
+            methods: linear -> the method that it is stored in, None where it stayed in its float dtype.
+            producer: what writes the checkpoint, name -> version.
+        """
         return replace(
             self,
-            ignored_layers=tuple(ignored_layers),
+            **exceptions_of(self.quant_method, methods),
             num_bf16_fallback_layers=None,
             activation=self.effective_activation,
             activation_steps=self.activation_steps or None,
@@ -278,16 +302,19 @@ ConfigLike: TypeAlias = MXConfig | str | Mapping[str, Any]
 
 
 def check_activation(
-    method: str, activation: str | None, *, where: str | None = WHERE, field: str | None = None
+    methods: str | Collection[str], activation: str | None, *, where: str | None = WHERE, field: str | None = None
 ) -> None:
-    """Raise ConfigError unless activations may be `activation` over weights in `method`."""
+    """Raise ConfigError unless activations may be `activation` over weights in a method, or in one of several."""
     check_choice("activation", activation, dict.fromkeys(row.activation for row in SCHEMES.values()), where=where)
-    if activation not in ACTIVATIONS[method]:
+    methods = [methods] if isinstance(methods, str) else methods
+    able = list(dict.fromkeys(name for method in methods for name in ACTIVATIONS[method]))
+    if activation not in able:
+        over = " and ".join(f"'{method}'" for method in methods)
         raise ConfigError(
-            f"activations in {activation!r} do not go with weights in '{method}'",
+            f"activations in {activation!r} do not go with weights in {over}",
             where=where,
             field=field,
-            expected=f"activation {' or '.join(map(repr, ACTIVATIONS[method]))}",
+            expected=f"activation {' or '.join(map(repr, able))}",
             hint="Keep that, or quantize the weights to 'mxfp4', over which activations may be in any precision.",
         )
 

@@ -18,7 +18,7 @@ from mxdit.errors import CheckpointError, InputError
 from mxdit.models import SPECS
 from mxdit.models.skeleton import skeleton_of
 from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
-from mxdit.quantize.plan import plan
+from mxdit.quantize.plan import Decision, plan
 
 KINDS = {"t2v": "a text-to-video", "i2v": "an image-to-video", "t2i": "a text-to-image"}
 
@@ -177,14 +177,14 @@ def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
     described = {}
     for name, config in model.components.items():
         stored, skeleton = model.stored.get(name), skeleton_of(config, str(model.path / name / "config.json"))
-        if stored is None:
-            schemes = [None for module in skeleton.modules() if isinstance(module, nn.Linear)]
-        else:
-            schemes = [decision.scheme for decision in plan(skeleton, stored).values()]
+        linears = [path for path, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+        decisions = plan(skeleton, stored) if stored else dict.fromkeys(linears, Decision())
+        quantized = [decision for decision in decisions.values() if decision.scheme]
         described[name] = {
             "quant_method": stored and str(stored.quant_method),
-            "schemes": dict(Counter(scheme for scheme in schemes if scheme)),
-            "kept": schemes.count(None),
+            "methods": dict(Counter(decision.method for decision in quantized)),
+            "schemes": dict(Counter(decision.scheme for decision in quantized)),
+            "kept": len(decisions) - len(quantized),
             "activation_steps": stored.activation_steps.to_dict() if stored and stored.activation_steps else None,
             "bytes": sum(file.stat().st_size for file in _weights_in(model.path / name)),
         }

@@ -171,7 +171,7 @@ class Session:
             )
         for activation in asked.activations:
             for config in quantized.values():
-                check_activation(config.quant_method, activation, where=None, field="activation_steps")
+                check_activation(config.methods, activation, where=None, field="activation_steps")
         return dict.fromkeys(quantized, asked) if asked else {}
 
     def load(self) -> DiffusionPipeline:

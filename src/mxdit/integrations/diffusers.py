@@ -30,7 +30,7 @@ from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.preconditions import check_state, remedy
 from mxdit.quantize.recorded import record
-from mxdit.quantize.report import report_of
+from mxdit.quantize.report import in_words, report_of
 
 logger = logging.getLogger(__name__)
 
@@ -141,18 +141,19 @@ class MXQuantizer(DiffusersQuantizer):
 
     def _skeleton(self, linear: nn.Module, path: str, decision: Decision) -> MXLinear:
         assert isinstance(linear, nn.Linear)
-        config = self.quantization_config
-        smooths = block_format(config.quant_method).smooths
+        config, method = self.quantization_config, decision.method
+        assert method is not None
+        smooth = config.require_smooth_scale or f"{path}.mul_scale" in self.tensors
         return MXLinear(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
-            method=str(config.quant_method),
+            method=method,
             activation=decision.activation,
-            rule=config.rule,
+            rule=config.rule_of(method),
             device="meta",
             dtype=linear.weight.dtype,
-            smooth=config.require_smooth_scale or (smooths and f"{path}.mul_scale" in self.tensors),
+            smooth=smooth and block_format(method).smooths,
         )
 
     # -- the weights -------------------------------------------------------------------------------------------------
@@ -218,10 +219,10 @@ class MXQuantizer(DiffusersQuantizer):
         self.report = report_of(model, self.decisions)
         self.tensors, self.holders = {}, _holders(model.state_dict())
         logger.info(
-            "%s: %d linears quantized to %s, %d kept",
+            "%s: %d linears quantized (%s), %d kept",
             self.report.model,
             len(self.report.quantized),
-            self.quantization_config.quant_method,
+            in_words(self.report.methods),
             len(self.report.kept),
         )
         return model
@@ -299,8 +300,11 @@ def _reconciled(stored: MXConfig, asked: object) -> MXConfig:
             hint="Leave quantization_config out, or load the BF16 model to quantize it otherwise.",
         )
     config = cast(MXConfig, config)  # nothing else has such a method
-    if set(config.ignored_layers) - set(stored.ignored_layers) or config.num_bf16_fallback_layers:
-        logger.warning("the checkpoint's own choice of quantized layers is used: its weights are quantized already")
+    others = config.layer_methods and config.layer_methods != stored.layer_methods
+    if set(config.ignored_layers) - set(stored.ignored_layers) or config.num_bf16_fallback_layers or others:
+        logger.warning(
+            "the checkpoint's own choice of quantized layers and of their methods is used: its weights are quantized already"
+        )
     return stored.run_as(config)
 
 

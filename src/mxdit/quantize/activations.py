@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from mxdit.config import check_activation
+from mxdit.config import ACTIVATIONS, check_activation
 from mxdit.errors import ConfigError, ModelError
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of, uncompiled
@@ -25,7 +25,8 @@ def set_activation(model: nn.Module, activation: str, layers: Iterable[str] | No
     Args:
         model: a model that mxdit quantized or loaded.
         activation: "mxfp4", "mxfp8" or "bf16" (not at all).
-        layers: paths or globs of the linears it applies to; None means every quantized one.
+        layers: paths or globs of the linears it applies to; None means every quantized one whose weights go with it: in a
+            model of two methods that may be those of one.
 
     Raises:
         ConfigError: a pattern matches no quantized linear, the weights do not go with such activations, or layers that
@@ -39,13 +40,27 @@ def set_activation(model: nn.Module, activation: str, layers: Iterable[str] | No
         raise ModelError(
             "the model has no quantized linear", where=type(model).__name__, hint="Quantize it first: mxdit.quantize_."
         )
-    patterns = ["*"] if layers is None else _pattern_list(layers)
-    chosen = resolve(model, list(quantized_layers), patterns, "layers", kind="a quantized linear")
+    if layers is None:
+        check_activation(
+            {layer.method for layer in quantized_layers.values()}, activation, where=next(iter(quantized_layers))
+        )
+        chosen = [path for path, layer in quantized_layers.items() if activation in ACTIVATIONS[layer.method]]
+    else:
+        chosen = list(
+            resolve(model, list(quantized_layers), _pattern_list(layers), "layers", kind="a quantized linear")
+        )
     for path in chosen:
         check_activation(quantized_layers[path].method, activation, where=path)
-    after = {path: activation if path in chosen else layer.activation for path, layer in quantized_layers.items()}
+    after = {
+        **{path: layer.activation for path, layer in quantized_layers.items()},
+        **dict.fromkeys(chosen, activation),
+    }
     check_groups(
-        {p: Decision(scheme_for(layer.method, after[p]).name, after[p]) for p, layer in quantized_layers.items()}, spec
+        {
+            path: Decision(scheme_for(layer.method, after[path]).name, after[path], method=layer.method)
+            for path, layer in quantized_layers.items()
+        },
+        spec,
     )
     for path in chosen:
         quantized_layers[path].activation = activation
@@ -57,19 +72,21 @@ def _note_activations(model: nn.Module, layers: Mapping[str, MXLinear]) -> None:
     recorded = recorded_config(model)
     if recorded is None:
         return
-    # A config can say one activation, and MXFP8 for some layers.
-    others = {layer.activation for layer in layers.values()} - {"mxfp8"}
-    if len(others) > 1:
+    # A config can say one activation for its main method, each other one's own, and MXFP8 for some layers.
+    main = [layer.activation for layer in layers.values() if layer.method == recorded.quant_method]
+    base = next((activation for activation in main if activation != "mxfp8"), "mxfp8")
+    updated = replace(recorded, activation=base, w4a8_fallback_layers=())
+    raised = [path for path, layer in layers.items() if layer.activation != updated.activation_of(layer.method)]
+    unsaid = {layers[path].activation for path in raised} - {"mxfp8"}
+    if unsaid:
         logger.warning(
             "%s: activations in %s at once hold for this run only; a saved copy would run with %s",
             type(model).__name__,
-            " and ".join(sorted(others)),
+            " and ".join(sorted({layer.activation for layer in layers.values()} - {"mxfp8"})),
             recorded.effective_activation,
         )
         return
-    base = others.pop() if others else "mxfp8"
-    raised = [path for path, layer in layers.items() if layer.activation != base]
-    updated = replace(recorded, activation=base, w4a8_fallback_layers=tuple(raised))
+    updated = replace(updated, w4a8_fallback_layers=tuple(raised))
     model.register_to_config(quantization_config=updated)  # pyright: ignore[reportCallIssue]
 
 

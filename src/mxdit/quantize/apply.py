@@ -54,9 +54,11 @@ def quantized(weight: Tensor, bias: Tensor | None, config: MXConfig, decision: D
 
     Raises ModelError, with the path, for a weight that cannot be quantized: one that holds an inf or a NaN.
     """
+    method = decision.method
+    assert method is not None
     try:
         return MXLinear.from_weight(
-            weight, bias, method=str(config.quant_method), activation=decision.activation, rule=config.rule
+            weight, bias, method=method, activation=decision.activation, rule=config.rule_of(method)
         )
     except FormatError as error:
         raise ModelError(

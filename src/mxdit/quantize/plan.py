@@ -27,11 +27,12 @@ OUTSIDE = "outside the blocks"
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one linear: a scheme and the activation that goes with it, or the reason why it stays as it is."""
+    """What becomes of one linear: a scheme, its activation and its weight's method, or the reason why it stays as it is."""
 
     scheme: str | None = None
     activation: str | None = None
     reason: str = ""
+    method: str | None = None
 
     def __str__(self) -> str:
         return self.scheme or self.reason
@@ -51,6 +52,7 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
     linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, MXLinear))]
     ignored = resolve(model, linears, config.ignored_layers, "ignored_layers")
     raised = resolve(model, linears, config.w4a8_fallback_layers, "w4a8_fallback_layers")
+    others = _others(model, linears, config)
     counts = block_counts(model, spec)
     blocks = sum(counts.values())
     first = fallback_blocks(config, blocks)
@@ -60,21 +62,21 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
 
     decisions: dict[str, Decision] = {}
     for path in linears:
-        place = spec.place_of(path)
+        place, method = spec.place_of(path), others.get(path, str(config.quant_method))
         if place is None:
             decisions[path] = Decision(reason=OUTSIDE)
         elif path in ignored:
             pattern = "" if ignored[path] == path else f": {ignored[path]}"
             decisions[path] = Decision(reason=f"ignored_layers{pattern}")
-        elif before[place.blocks] + place.index < first:
+        elif before[place.blocks] + place.index < first and (config.num_bf16_fallback_layers or path not in others):
             decisions[path] = Decision(reason=f"num_bf16_fallback_layers: {first}")
-        elif _features(model, path) % block_format(config.quant_method).per_byte:
+        elif _features(model, path) % block_format(method).per_byte:
             decisions[path] = Decision(reason="odd number of input features")
         elif any(fnmatchcase(place.inside, pattern) for pattern in spec.keep):
             decisions[path] = Decision(reason=f"kept by the spec of {spec.transformer}")
         else:
-            activation = "mxfp8" if path in raised else config.effective_activation
-            decisions[path] = Decision(scheme_for(config.quant_method, activation).name, activation)
+            activation = "mxfp8" if path in raised else config.activation_of(method)
+            decisions[path] = Decision(scheme_for(method, activation).name, activation, method=method)
 
     if not any(decision.scheme for decision in decisions.values()):
         raise ConfigError(
@@ -92,6 +94,7 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
             got=f"{idle[0]!r}, which stays: {decisions[idle[0]].reason}",
             hint="Leave it out, or let it be quantized.",
         )
+    _check_methods(model, linears, config, decisions)
     check_groups(decisions, spec)
     return decisions
 
@@ -103,6 +106,39 @@ def fallback_blocks(config: MXConfig, blocks: int) -> int:
     if config.is_checkpoint_serialized:
         return 0
     return min(FALLBACK_BLOCKS.get(config.quant_method, 0), blocks // FALLBACK_SHARE)
+
+
+def _others(model: nn.Module, linears: list[str], config: MXConfig) -> dict[str, str]:
+    """The linears that `layer_methods` names, each with its method; ConfigError where that would be two."""
+    found: dict[str, str] = {}
+    for method, patterns in config.layer_methods.items():
+        for path in resolve(model, linears, patterns, f"layer_methods {method}"):
+            if path in found:
+                got = f"{path!r} under '{found[path]}' and '{method}'"
+                raise ConfigError("a layer has two methods", where="layer_methods", got=got, hint="Keep one of them.")
+            found[path] = method
+    return found
+
+
+def _check_methods(model: nn.Module, linears: list[str], config: MXConfig, decisions: Mapping[str, Decision]) -> None:
+    """Raise ConfigError for a pattern of `layer_methods` that comes to nothing, and where none is left for `quant_method`."""
+    for method, patterns in config.layer_methods.items():
+        for pattern in patterns:
+            named = matches(linears, pattern)
+            if not any(decisions[path].scheme for path in named):
+                raise ConfigError(
+                    "layers are to have another method, and none of them is quantized",
+                    where=f"layer_methods {method} {pattern!r}",
+                    got=f"{named[0]!r}, which stays: {decisions[named[0]].reason}",
+                    hint="Leave the pattern out, or let a layer of it be quantized.",
+                )
+    if config.layer_methods and not any(of.method == config.quant_method for of in decisions.values()):
+        raise ConfigError(
+            "every quantized layer has another method than quant_method",
+            where=type(model).__name__,
+            got=f"quant_method '{config.quant_method}', and layer_methods of {' and '.join(config.layer_methods)}",
+            hint="Name the method that most layers have as quant_method, and the exceptions in layer_methods.",
+        )
 
 
 def _features(model: nn.Module, path: str) -> int:
@@ -136,12 +172,17 @@ def resolve(
     """The linears that paths and globs name, each with the first pattern that named it; ConfigError for an idle pattern."""
     found: dict[str, str] = {}
     for pattern in patterns:
-        matches = [path for path in linears if path == pattern or fnmatchcase(path, pattern)]
-        if not matches:
+        named = matches(linears, pattern)
+        if not named:
             raise _idle_pattern(model, linears, pattern, key, kind)
-        for path in matches:
+        for path in named:
             found.setdefault(path, pattern)
     return found
+
+
+def matches(linears: Iterable[str], pattern: str) -> list[str]:
+    """The linears that a path or glob names."""
+    return [path for path in linears if path == pattern or fnmatchcase(path, pattern)]
 
 
 def _idle_pattern(model: nn.Module, linears: list[str], pattern: str, key: str, kind: str) -> ConfigError:
@@ -159,13 +200,16 @@ def _idle_pattern(model: nn.Module, linears: list[str], pattern: str, key: str, 
 def check_groups(decisions: Mapping[str, Decision], spec: ModelSpec) -> None:
     """Layers with one input are one product in the runtimes that fuse them: one precision for all of them, or none."""
     for members in spec.sharing(decisions):
-        if len({decisions[path].scheme for path in members}) > 1:
+        schemes = {decisions[path].scheme for path in members}
+        if len({decisions[path].method for path in members}) > 1 or len(schemes) > 1:
             place = spec.place_of(members[0])
             assert place is not None
+            # W4A4 is over two formats of weights.
+            said = {path: decisions[path].scheme if len(schemes) > 1 else decisions[path].method for path in members}
             raise ConfigError(
                 "layers that share their input would differ in precision",
                 where=f"{place.blocks}.{place.index}",
-                got=", ".join(f"{path} {decisions[path].scheme or 'kept'}" for path in members),
+                got=", ".join(f"{path} {how or 'kept'}" for path, how in said.items()),
                 expected="the same for all of them, because runtimes fuse them",
-                hint="Name all of them in ignored_layers (or w4a8_fallback_layers), or none.",
+                hint="Name all of them in ignored_layers (or w4a8_fallback_layers, or layer_methods), or none.",
             )

@@ -19,8 +19,8 @@ def record(model: nn.Module, config: MXConfig, decisions: Mapping[str, Decision]
     """
     register = getattr(model, "register_to_config", None)
     if callable(register):
-        kept = [path for path, decision in decisions.items() if not decision.scheme]
-        register(quantization_config=config.serialized(kept, {"mxdit": __version__}))
+        methods = {path: decision.method for path, decision in decisions.items()}
+        register(quantization_config=config.serialized(methods, {"mxdit": __version__}))
     remind(model, config.activation_steps)
 
 

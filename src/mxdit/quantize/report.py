@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,6 +59,11 @@ class QuantReport:
         return tuple(layer for layer in self.layers if not layer.scheme)
 
     @property
+    def methods(self) -> dict[str, int]:
+        """Method -> how many layers have it, the most frequent first."""
+        return dict(Counter(layer.method for layer in self.layers if layer.method).most_common())
+
+    @property
     def bytes_before(self) -> int:
         """Bytes of all linears in the model's float dtype."""
         return sum(layer.bytes_before for layer in self.layers)
@@ -73,6 +79,7 @@ class QuantReport:
             "model": self.model,
             "quantized": len(self.quantized),
             "kept": len(self.kept),
+            "methods": self.methods,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "layers": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers],
@@ -90,7 +97,8 @@ class QuantReport:
             blocks = ranges(int(found.group(1)) for m in members if (found := re.search(r"\.(\d+)\.", m.path)))
             path = members[0].path if len(members) == 1 else name.replace("#", blocks)
             rows.append((path, str(len(members)), shape, _mib(before), _mib(after), runs))
-        total = f"{len(self.quantized)} quantized, {len(self.kept)} kept"
+        of = f" ({in_words(self.methods)})" if len(self.methods) > 1 else ""
+        total = f"{len(self.quantized)} quantized{of}, {len(self.kept)} kept"
         rows.append((self.model, str(len(self.layers)), "", _mib(self.bytes_before), _mib(self.bytes_after), total))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         align = (str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
@@ -128,6 +136,11 @@ def report_of(model: nn.Module, decisions: Mapping[str, Decision] | None = None)
             reason = decision.reason if decision else "not quantized" if spec.place_of(path) else OUTSIDE
             layers.append(LayerReport(path, None, None, shape, after, after, reason))
     return QuantReport(type(model).__name__, tuple(layers))
+
+
+def in_words(methods: Mapping[str, int]) -> str:
+    """Counted methods as text: "150 mxfp4, 50 mxfp8"."""
+    return ", ".join(f"{count} {method}" for method, count in methods.items())
 
 
 def _mib(count: int) -> str:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mxdit.config import check_activation
+from mxdit.config import ACTIVATIONS, check_activation
 from mxdit.config.steps import StepPolicy
 from mxdit.layers import MXLinear
 from mxdit.models import uncompiled
@@ -30,14 +30,15 @@ class StepSwitch:
         policy: what it switches to.
         step_of: (step, steps) of the call that begins, steps from 0. What it raises ends the call.
 
-    Raises ConfigError for an activation that does not go with a layer's weights.
+    Raises ConfigError for an activation that goes with no layer's weights. Of two methods in one model, the layers whose
+    weights do not go with a step's activation keep their own.
     """
 
     def __init__(self, model: nn.Module, policy: StepPolicy, step_of: Callable[[], tuple[int, int]]) -> None:
         self.layers = {path: m for path, m in uncompiled(model).named_modules() if isinstance(m, MXLinear)}
-        for activation in policy.activations:
-            for path, layer in self.layers.items():
-                check_activation(layer.method, activation, where=path)
+        methods = dict.fromkeys(layer.method for layer in self.layers.values())
+        for activation in policy.activations if methods else ():
+            check_activation(methods, activation, where=next(iter(self.layers)))
         self.policy, self.step_of = policy, step_of
         self._own: list[tuple[MXLinear, str]] = []
         self._model = uncompiled(model)
@@ -54,7 +55,7 @@ class StepSwitch:
         if activation is None:
             return
         for layer in self.layers.values():
-            if layer.activation != activation:
+            if layer.activation != activation and activation in ACTIVATIONS[layer.method]:
                 self._own.append((layer, layer.activation))
                 layer.activation = activation
 

@@ -34,11 +34,12 @@ def write(component: Component) -> Written:
     """
     config = component.quantization
     raised = set[str]()  # with MXFP8 activations
-    if config and config.quant_method == "mxfp4":
-        every = config.effective_activation == "mxfp8"
-        raised.update(component.methods if every else config.w4a8_fallback_layers)
+    if config:
+        raised.update(config.w4a8_fallback_layers)
+        if config.effective_activation == "mxfp8":
+            raised.update(path for path, method in component.methods.items() if method == config.quant_method)
     kinds = {
-        path: NAMES[method, "mxfp8" if method and path in raised else None]
+        path: NAMES[method, "mxfp8" if method == "mxfp4" and path in raised else None]
         for path, method in component.methods.items()
     }
     smoothed = {name.removesuffix(".mul_scale") for name in component.parts if name.endswith(".mul_scale")}
@@ -66,17 +67,13 @@ def write(component: Component) -> Written:
     lost = []
     if config and config.effective_activation == "bf16":
         lost.append("activation 'bf16': the types of msModelSlim's description quantize activations")
-    elif (
-        config
-        and config.quant_method == "mxfp4_dualscale"
-        and (config.w4a8_fallback_layers or config.effective_activation != "mxfp4")
-    ):
+    elif any(component.methods[path] == "mxfp4_dualscale" for path in raised):
         lost.append("activation 'mxfp8': msModelSlim has it over single-scale MXFP4 only")
     if config and config.require_smooth_scale:
         lost.append("require_smooth_scale: msModelSlim's description has no such key")
     if config and config.activation_steps:
         lost.append(f"activation_steps {config.activation_steps}: msModelSlim's description knows no steps")
-    if config and config.quant_method == "mxfp4" and config.mxfp4_scale_alg:
+    if config and config.mxfp4_scale_alg:
         lost.append(f"mxfp4_scale_alg {config.mxfp4_scale_alg}: msModelSlim's description means 0 (OCP)")
     files = {f"quant_model_description_{kind.lower()}.json": description}
     return Written(parts, files=files, lost=tuple(lost), stem=f"quant_model_weight_{kind.lower()}")

@@ -57,16 +57,16 @@ def write(component: Component) -> Written:
     config = component.quantization
     assert config is not None
     eight = config.effective_activation == "mxfp8" and config.quant_method == "mxfp4"
-    kind = NAMES[config.quant_method, "mxfp8" if eight else None]
-    row = block_format(config.quant_method)
-    description: dict[str, Any] = {"model_quant_type": kind}
+    # It looks up the type of each layer by itself; this one is of most.
+    kinds = {method: NAMES[method, "mxfp8" if eight and method == "mxfp4" else None] for method in config.methods}
+    description: dict[str, Any] = {"model_quant_type": kinds[config.quant_method]}
     parts: dict[str, Part] = {}
     for name, part in component.parts.items():
         path, _, leaf = name.rpartition(".")
         method = component.methods.get(path)
-        encoded = bool(method) and leaf in PARTS and leaf != "mul_scale"
-        parts[name] = as_e4m3(part) if encoded and leaf == "weight" and row.bits == 8 else part
-        description[name] = kind if encoded else "FLOAT"
+        encoded = method if leaf in PARTS and leaf != "mul_scale" else None
+        parts[name] = as_e4m3(part) if encoded and leaf == "weight" and block_format(encoded).bits == 8 else part
+        description[name] = kinds[encoded] if encoded else "FLOAT"
         if leaf == "mul_scale":
             description[f"{path}.div.mul_scale"] = "FLOAT"  # it asks for both names
         if path in component.methods and not method and leaf == "weight":
@@ -79,7 +79,7 @@ def write(component: Component) -> Written:
         lost.append("require_smooth_scale: SGLang's description has no such key")
     if config.activation_steps:
         lost.append(f"activation_steps {config.activation_steps}: SGLang runs every step alike")
-    if config.quant_method == "mxfp4" and config.mxfp4_scale_alg:
+    if config.mxfp4_scale_alg:
         lost.append(f"mxfp4_scale_alg {config.mxfp4_scale_alg}: SGLang scales activations by 0 (OCP)")
     return Written(parts, files={"quant_model_description.json": description}, lost=tuple(lost))
 

@@ -69,6 +69,13 @@ def _config_of(folder: Folder) -> MXConfig:
     stated, where = folder.stated, str(folder.path / CONFIG)
     if not isinstance(stated, Mapping):
         raise CheckpointError("quantization_config is no object", where=where, got=repr(stated))
+    if stated.get("layer_methods"):
+        raise CheckpointError(
+            "vLLM-Omni's layout has one method for all layers",
+            where=where,
+            got="layer_methods",
+            hint="Its FP4 values and MXFP8 codes look alike: bring the checkpoint into the packed layout.",
+        )
     method = str(stated.get("quant_method")).lower().replace("-", "_")
     flag = SERIALIZED.get(method)
     if flag and not stated.get(flag) and not stated.get("is_checkpoint_serialized"):
@@ -221,6 +228,7 @@ VLLM_OMNI = Layout(
     plugin="vLLM-Omni 0.30 with mxdit",
     why_not=why_not,
     by_runtime_names=True,
+    mixed=False,
     floats=floats,
     filler=filler,
 )

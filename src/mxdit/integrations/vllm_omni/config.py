@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -34,8 +35,8 @@ from mxdit.integrations.vllm_omni.linear import MXLinearMethod
 from mxdit.integrations.vllm_omni.steps import LOGGER, count_steps
 from mxdit.models import SPECS, spec_of
 from mxdit.models.skeleton import skeleton_of
-from mxdit.numerics.formats import SCHEMES
 from mxdit.quantize.plan import Decision, plan
+from mxdit.quantize.report import in_words
 
 logger = logging.getLogger(LOGGER)
 ENVIRONMENT = "MXDIT_VLLM_OMNI"
@@ -103,7 +104,7 @@ class MXOmniConfig(QuantizationConfig):
     """What one transformer is quantized to, as the engine asks for it.
 
     Args:
-        method: ``mxfp4``, ``mxfp4_dualscale`` or ``mxfp8``.
+        method: ``mxfp4``, ``mxfp4_dualscale`` or ``mxfp8``; of the layers that ``layer_methods`` does not name.
         given: keys of the engine's config of that name, or of `MXConfig`. Layers may be named as in diffusers or as in the
             engine, as globs too. ``mxfp4_scale_alg`` defaults to the engine's 0, but in a checkpoint of ours (key ``layout``).
 
@@ -114,7 +115,9 @@ class MXOmniConfig(QuantizationConfig):
     def __init__(self, method: str, given: Mapping[str, Any]) -> None:
         super().__init__()
         self.method, self.given = method, {key: value for key, value in given.items() if value not in (None, [], ())}
-        defaults = {"mxfp4_scale_alg": 0} if method == "mxfp4" and "layout" not in given else {}
+        others = given.get("layer_methods")
+        single = "mxfp4" in (method, *(others if isinstance(others, Mapping) else ()))
+        defaults = {"mxfp4_scale_alg": 0} if single and "layout" not in given else {}
         self.config = MXConfig.from_dict({**defaults, **self.given, "quant_method": method})
         self.kernels = os.environ.get(ENVIRONMENT, "auto")
         check_choice(ENVIRONMENT, self.kernels, CHOICES, where="environment")
@@ -219,15 +222,15 @@ class MXOmniConfig(QuantizationConfig):
         config = replace(
             self.config,
             ignored_layers=tuple(_paths(self.config.ignored_layers, names)),
+            layer_methods={of: tuple(_paths(named, names)) for of, named in self.config.layer_methods.items()},
             w4a8_fallback_layers=tuple(_paths(self.config.w4a8_fallback_layers, names)),
         )
         decisions = {names[path]: decision for path, decision in plan(skeleton, config).items()}
         if config.activation_steps:
             count_steps()
-        counts = {scheme: sum(d.scheme == scheme for d in decisions.values()) for scheme in SCHEMES}
-        said = ", ".join(f"{count} {scheme}" for scheme, count in counts.items() if count)
+        counts = Counter(f"{d.method} {d.scheme}" for d in decisions.values() if d.scheme)
         how = "quantized already" if self.is_checkpoint_serialized else "quantized while they load"
-        logger.info("mxdit %s, %s linears by layer of the engine, %s", self.method, said, how)
+        logger.info("mxdit: %s linears by layer of the engine, %s", in_words(counts), how)
         return decisions
 
 

@@ -11,11 +11,11 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm_omni.diffusion.config import get_current_diffusion_config
 
 from mxdit.backends import Layout, layout_for
-from mxdit.config import MXConfig
+from mxdit.config import ACTIVATIONS, MXConfig
 from mxdit.errors import FormatError
 from mxdit.integrations.vllm_omni.loading import Loader
 from mxdit.integrations.vllm_omni.steps import current_step
-from mxdit.numerics.formats import PARTS, scheme_for
+from mxdit.numerics.formats import PARTS, block_format, scheme_for
 from mxdit.quantize.plan import Decision
 
 _BYTES = torch.float8_e4m3fn
@@ -34,9 +34,9 @@ class MXLinearMethod(LinearMethodBase):
     """
 
     def __init__(self, config: MXConfig, decision: Decision, prefix: str) -> None:
-        assert decision.activation is not None
-        self.method, self.activation, self.prefix = str(config.quant_method), decision.activation, prefix
-        self._config = config
+        assert decision.method is not None and decision.activation is not None
+        self.method, self.activation, self.prefix = decision.method, decision.activation, prefix
+        self._config, self._rule = config, config.rule_of(decision.method)
         self._layout: Layout | None = None
         self._loader: Loader | None = None
         self._phase = 0
@@ -58,9 +58,9 @@ class MXLinearMethod(LinearMethodBase):
             layer,
             self.prefix,
             self.method,
-            self._config.rule,
+            self._rule,
             serialized=self._config.is_checkpoint_serialized,
-            require_smooth=self._config.require_smooth_scale,
+            require_smooth=self._config.require_smooth_scale and block_format(self.method).smooths,
             dtype=params_dtype,
             inputs=input_size_per_partition,
             outputs=output_partition_sizes,
@@ -109,14 +109,15 @@ class MXLinearMethod(LinearMethodBase):
             getattr(held, "mul_scale", None),
             bias,
             scheme.name,
-            self._config.rule if scheme.activation == "mxfp4" and self._config.rule else "ocp",
+            self._rule if scheme.activation == "mxfp4" and self._rule else "ocp",
             "packed" if self._layout is None else self._layout.name,
         )
 
     def activation_now(self) -> str:
-        """What activations are quantized to at the request's step: the step's activation, or the layer's own."""
+        """What activations are quantized to: what the request's step asks for, if it goes with the weight, or the layer's own."""
         policy = self._config.activation_steps
         if not policy:
             return self.activation
         at = current_step(self.prefix)
-        return self.activation if at is None else policy.activation_at(*at) or self.activation
+        asked = None if at is None else policy.activation_at(*at)
+        return asked if asked in ACTIVATIONS[self.method] else self.activation
