@@ -48,7 +48,10 @@ def test_every_format_is_a_method_and_has_activations():
 def test_defaults_per_method():
     assert MXConfig("mxfp4").effective_activation == "mxfp4" and MXConfig("mxfp4").rule_of("mxfp4") == "uos"
     assert MXConfig("mxfp4", mxfp4_scale_alg=0).rule_of("mxfp4") == "ocp"
-    assert MXConfig("mxfp4_dualscale").effective_activation == "mxfp4" and MXConfig("mxfp4_dualscale").rule_of("mxfp4_dualscale") is None
+    assert (
+        MXConfig("mxfp4_dualscale").effective_activation == "mxfp4"
+        and MXConfig("mxfp4_dualscale").rule_of("mxfp4_dualscale") is None
+    )
     assert MXConfig("mxfp8").effective_activation == "mxfp8"
 
 
@@ -64,7 +67,9 @@ def test_vllm_omni_names():
             "mxfp4_scale_alg": 0,
         }
     )
-    assert config.is_checkpoint_serialized and config.ignored_layers == ("proj_out",) and config.rule_of("mxfp4") == "ocp"
+    assert (
+        config.is_checkpoint_serialized and config.ignored_layers == ("proj_out",) and config.rule_of("mxfp4") == "ocp"
+    )
     assert MXConfig.from_dict(
         {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": True}
     ).is_checkpoint_serialized

@@ -136,7 +136,7 @@ class Settings:
             raise InputError(
                 "the model is quantized already",
                 where=str(model.path),
-                got=", ".join(f"{name}: {config.quant_method}" for name, config in model.stored.items()),
+                got=", ".join(f"{name}: {' and '.join(config.methods)}" for name, config in model.stored.items()),
                 expected="a BF16, FP16 or FP32 model",
             )
         task = model.tasks[0] if task is None else task

@@ -47,7 +47,7 @@ def quantization(
         raise ConfigError(
             "the weights are stored quantized and cannot be run unquantized",
             where=where,
-            got=", ".join(f"{name}: {config.quant_method}" for name, config in stored.items()),
+            got=", ".join(f"{name}: {' and '.join(config.methods)}" for name, config in stored.items()),
             hint="Load the BF16 model instead, or leave the method out.",
         )
     given = (*keys, *(own or {}))
