@@ -23,7 +23,7 @@ FLOORS = (
     {"ops"},
     {"backends"},
     {"weights", "shards"},
-    {"layers"},
+    {"layers", "embedding"},
     {"quantize"},
     {"conformance", "checkpoint"},
     {"integrations"},

@@ -7,6 +7,7 @@ from mxdit import backends as backends  # register torch.ops.mxdit and its kerne
 from mxdit import ops as ops  # meant to be here
 from mxdit.config import MXConfig
 from mxdit.config.steps import StepPolicy
+from mxdit.embedding import MXEmbedding
 from mxdit.errors import (
     BackendError,
     Cancelled,
@@ -58,6 +59,7 @@ __all__ = [
     "InputError",
     "MXConfig",
     "MXDiTError",
+    "MXEmbedding",
     "MXLinear",
     "ModelError",
     "Packed",

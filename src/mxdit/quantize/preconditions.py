@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mxdit.embedding import MXEmbedding
 from mxdit.errors import ModelError
 from mxdit.layers import MXLinear
 from mxdit.models.skeleton import skeleton_like
@@ -125,8 +126,8 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: 
 
     Each layer checks for itself as well, but torch comes to it when those before it have been overwritten.
     """
-    for path, module in model.named_modules():
-        if isinstance(module, MXLinear):
+    for path, module in model.named_modules(remove_duplicate=False):  # tied embeddings have several names
+        if isinstance(module, (MXLinear, MXEmbedding)):
             module.check_state(state, f"{prefix}{path}.")
 
 
