@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from mxdit.checkpoint.component import Component, Fault, counted, faults_of
 from mxdit.checkpoint.layout import Layout
 from mxdit.checkpoint.layouts import LAYOUTS
 from mxdit.checkpoint.layouts.packed import PACKED
+from mxdit.checkpoint.loras import merged_into
 from mxdit.checkpoint.sources import open_both
 from mxdit.config.steps import StepPolicy
 
@@ -29,6 +30,7 @@ class ComponentInspection:
     notes      what a conversion would lose.
     loaders    runtime -> None where it can load the component, else why not.
     activation_steps  what its config says activations are at some steps, if it does.
+    loras      file, sha256 and scale of each LoRA that its config says was merged into it.
     """
 
     component: str
@@ -40,6 +42,7 @@ class ComponentInspection:
     notes: tuple[str, ...]
     loaders: dict[str, str | None]
     activation_steps: StepPolicy | None
+    loras: tuple[Mapping[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable."""
@@ -53,6 +56,7 @@ class ComponentInspection:
             "notes": list(self.notes),
             "loaders": self.loaders,
             "activation_steps": self.activation_steps.to_dict() if self.activation_steps else None,
+            "loras": [dict(lora) for lora in self.loras],
         }
 
 
@@ -125,6 +129,7 @@ def _inspected(name: str, component: Component, faults: tuple[Fault, ...]) -> Co
         component.lost,
         {runtime: reason or first for runtime, reason in _loaders(component)},
         component.quantization.activation_steps if component.quantization else None,
+        tuple(merged_into(component.config)),
     )
 
 

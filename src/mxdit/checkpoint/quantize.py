@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from mxdit.checkpoint.canonical import read_component
 from mxdit.checkpoint.component import Component
 from mxdit.checkpoint.files import StoredTensor
+from mxdit.checkpoint.loras import Lora, merged
 from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
 from mxdit.checkpoint.sources import open_source, rest_of
 from mxdit.checkpoint.writer import Part, check_destination, shards_of
@@ -35,6 +37,7 @@ def quantize_checkpoint(
     shard_size: int = SHARD,
     variant: str | None = None,
     beside: Mapping[str, Path] | None = None,
+    loras: Mapping[str, Sequence[tuple[Lora, float]]] | None = None,
 ) -> CheckpointPlan:
     """Plan the packed checkpoint of a float one; `.write()` carries it out.
 
@@ -50,6 +53,8 @@ def quantize_checkpoint(
         shard_size: most bytes of a file.
         variant: of the source's weight files, as diffusers' `variant=`; None takes the plain ones, or the one that there is.
         beside: name in the destination -> a file that is put there, too.
+        loras: component -> (LoRA, scale) of each that is merged into its weights, in FP32 and in this order, before they are
+            cast to `dtype`; `integrations.lora_files.read_lora` reads them. config.json says so.
 
     Raises InputError, ConfigError and CheckpointError for what cannot be done, before anything is written.
     """
@@ -68,6 +73,7 @@ def quantize_checkpoint(
         )
     if own and all(own.get(name, config) is None for name in opened.components):
         raise ConfigError("every component is left unquantized", where=str(source))
+    _check_loras(loras or {}, opened.components, calibrated)
     planned = []
     for name in opened.components:
         component = read_component(opened.read(name))
@@ -80,20 +86,43 @@ def quantize_checkpoint(
                 hint="mxdit convert changes its layout.",
             )
         component.require_sound()
+        given = (loras or {}).get(name, ())
+        if given:
+            component = merged(component, given)
         chosen = own.get(name, config)
-        planned.append(
-            _planned(
-                name,
-                component,
-                None if chosen is None else MXConfig.of(chosen),
-                (calibrated or {}).get(name, {}),
-                dtype,
-                device,
-                shard_size,
-            )
+        made = _planned(
+            name,
+            component,
+            None if chosen is None else MXConfig.of(chosen),
+            (calibrated or {}).get(name, {}),
+            dtype,
+            device,
+            shard_size,
         )
+        planned.append(replace(made, reads=(*made.reads, *(lora.file for lora, _ in given))))
     carried, files = rest_of(opened)
     return CheckpointPlan(source, destination, planned, {**carried, **(beside or {})}, files, device=device)
+
+
+def _check_loras(
+    loras: Mapping[str, object], components: Mapping[str, Path], calibrated: Mapping[str, object] | None
+) -> None:
+    """Raise InputError for a LoRA without its component, and one that calibrated weights would be without."""
+    for name in loras:
+        if name not in components:
+            raise InputError(
+                "a LoRA for a component that the checkpoint does not have",
+                field="lora",
+                got=name,
+                expected=" or ".join(filter(None, components)) or "none, the checkpoint is one component",
+            )
+        if calibrated and name in calibrated:
+            raise InputError(
+                "a LoRA beside calibrated weights, which are without it",
+                field="lora",
+                got=name,
+                hint="Merge it first: mxdit calibrate takes the model that has it.",
+            )
 
 
 def _planned(

@@ -18,6 +18,7 @@ from mxdit.cli.console import (
     FallbackBlocks,
     IgnoredLayers,
     LayerMethods,
+    Loras,
     Variant,
     app,
     bytes_of,
@@ -25,6 +26,7 @@ from mxdit.cli.console import (
     dtype_of,
     err,
     layer_methods_of,
+    loras_of,
     need,
     out,
     read_keys,
@@ -71,6 +73,7 @@ def quantize(
         Path | None,
         typer.Option(help="A calibration.json: keep what it keeps, and run steps as it does.", metavar="FILE"),
     ] = None,
+    lora: Loras = None,
     shard_size: ShardSize = "2GiB",
     dtype: Dtype = "bf16",
     device: Annotated[str, typer.Option(help="Where weights are quantized: cpu, cuda, npu, ...")] = "cpu",
@@ -82,9 +85,11 @@ def quantize(
     """Quantize a BF16, FP16 or FP32 checkpoint, streaming, to a directory that loads as it is.
 
     SRC is in diffusers' layout or in Wan's own (high_noise_model/, low_noise_model/). Memory holds one layer at a time.
-    A run that is interrupted goes on when the same command is given again.
+    A run that is interrupted goes on when the same command is given again. With --lora, adapters are merged first, in FP32.
 
         mxdit quantize Wan2.2-T2V-A14B-Diffusers Wan2.2-T2V-A14B-mxfp4 --method mxfp4_dualscale
+
+        mxdit quantize SRC DST --method mxfp4 --lora transformer=high.safetensors --lora transformer_2=low.safetensors:0.8
     """
     from mxdit.checkpoint import quantize_checkpoint
 
@@ -111,6 +116,15 @@ def quantize(
     configs = configs_of(("", *own), method, keys, own)  # the first is that of all others
     shared = configs.pop("")
     assert shared is not None
+    loras: dict[str, list[Any]] = {}
+    if lora:
+        from mxdit.checkpoint.sources import open_source
+        from mxdit.config.loras import assigned
+        from mxdit.integrations.lora_files import read_lora
+
+        opened = open_source(source, variant)
+        for one in assigned(loras_of(lora), opened.components):
+            loras.setdefault(str(one.component), []).append((read_lora(one.file, opened.spec), one.scale))
     plan = quantize_checkpoint(
         source,
         destination,
@@ -120,6 +134,7 @@ def quantize(
         device=device_of(device),
         shard_size=bytes_of("shard_size", shard_size),
         variant=variant,
+        loras=loras,
     )
     _run(plan, copy, dry_run, as_json)
 
@@ -213,6 +228,8 @@ def inspect(
                 say(f"  float inside the blocks: {_some(component.kept)}")
             if component.activation_steps:
                 say(f"  activations by step: {component.activation_steps}")
+            for lora in component.loras:
+                say(f"  merged: {' '.join(f'{key} {value}' for key, value in lora.items())}")
             for note in component.notes:
                 say(f"  note: {note}")
             for fault in component.faults:

@@ -19,6 +19,7 @@ from rich.logging import RichHandler
 
 from mxdit.backends import backends
 from mxdit.config.components import split_keys
+from mxdit.config.loras import LoraFile
 from mxdit.errors import InputError
 from mxdit.models import COMPONENTS
 from mxdit.numerics.formats import FORMATS
@@ -63,6 +64,14 @@ ActivationSteps = Annotated[
     typer.Option(
         help="Activations at some denoising steps, as in '0-1,38-39=mxfp8;20=bf16'. Of a cascade both experts' steps count on.",
         metavar="STEPS=FORMAT",
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="LoRA, a .safetensors file with names that diffusers knows; of a cascade say for which transformer, as in "
+        "'transformer_2=style.safetensors:0.8'. May be repeated.",
+        metavar="[TRANSFORMER=]FILE[:SCALE]",
     ),
 ]
 FallbackBlocks = Annotated[int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")]
@@ -148,6 +157,11 @@ def _read_json(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError("not a JSON object", where=where, got=type(value).__name__)
     return value
+
+
+def loras_of(given: list[str] | None) -> list[LoraFile]:
+    """What --lora says, each time it is there."""
+    return [LoraFile.parse(text, COMPONENTS) for text in given or ()]
 
 
 def dtype_of(name: str) -> torch.dtype:
