@@ -115,7 +115,7 @@ def slim(folder: Path) -> None:
 UNREADABLE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no directory": ("float", shutil.rmtree, "no such directory"),
     "nothing in it": ("float", lambda f: [p.unlink() for p in f.iterdir()], "no checkpoint that mxdit knows"),
-    "no weights": ("mxfp4", lambda f: [p.unlink() for p in f.glob("*.safetensors")], "no checkpoint that mxdit knows"),
+    "no weights": ("mxfp4", lambda f: [p.unlink() for p in f.glob("*.safetensors")], "no weights; expected files named *.safetensors"),
     "weights and no config": ("mxfp4", lambda f: (f / "config.json").unlink(), "no config.json beside the weights"),
     "a config that is no JSON": ("mxfp4", lambda f: (f / "config.json").write_text("{"), "config.json: the file cannot be read"),
     "a config that is a list": ("mxfp4", lambda f: (f / "config.json").write_text("[]"), "config.json: the file holds no JSON object"),

@@ -263,7 +263,7 @@ PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nothing": (lambda tmp: tmp / "none", "no such directory"),
     "an impossible path": (lambda tmp: tmp / ("x" * 5000), "no such directory"),
     "an empty directory": (lambda tmp: tmp, "no checkpoint that mxdit knows"),
-    "a file": (lambda tmp: Path(__file__), "no such directory"),
+    "a file": (lambda tmp: Path(__file__), "not a file that mxdit reads"),
 }
 
 

@@ -84,6 +84,11 @@ def merged(tool: str, base: Path, quantized: Path, out: Path) -> Path:
     return out
 
 
+def kitchen(source: Path, fmt: str, made: Path, decoded: Path) -> None:
+    """A single file in one of ComfyUI's formats, and what comfy-kitchen decodes it to, of a file of floats."""
+    _run(Path(__file__).with_name("kitchen.py"), source, fmt, made, decoded)
+
+
 def numeric(quantized: Path, out: Path) -> Path:
     """The same directory as tools wrote it before they packed: each FP4 value as one float8_e4m3fn."""
     shutil.copytree(quantized, out)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mxdit.checkpoint.checks import as_is, check_dual, check_e4m3, check_mul_scale, check_scale
 from mxdit.checkpoint.component import Component, Stored
-from mxdit.checkpoint.files import StoredTensor
+from mxdit.checkpoint.files import Readable
 from mxdit.checkpoint.fitting import misfit, missing, unplaced
 from mxdit.checkpoint.layouts.numeric import pack
 from mxdit.checkpoint.methods import Reading, methods_of, quantization_of
@@ -88,13 +88,14 @@ def _float(reading: Reading, name: str, want: TensorInfo) -> dict[str, Part]:
         # A base is often FP32: what is filled in has the dtype of what is there.
         dtype = _dtype(reading) if stored is not None and stored.info.dtype in FLOATS else torch.bfloat16
         part = Part(TensorInfo(want.shape, dtype), partial(_cast, stored, dtype)) if stored is not None else None
-    fault = misfit(name, stored.info, want) if stored is not None else missing(name)
+    fills = not reading.stored.about  # a single file is whole
+    fault = misfit(name, stored.info, want) if stored is not None else missing(name, fills=fills)
     if fault:
         reading.faults.append(fault)
     return {} if fault or part is None else {name: part}
 
 
-def _cast(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+def _cast(stored: Readable, dtype: torch.dtype) -> Tensor:
     return stored.read().to(dtype)
 
 
@@ -154,7 +155,7 @@ def stored_forms(row: BlockFormat, leaf: str, info: TensorInfo) -> dict[TensorIn
     return {TensorInfo(shape, dtype): check_mul_scale for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
-def _converted(stored: StoredTensor, convert: Convert) -> Tensor:
+def _converted(stored: Readable, convert: Convert) -> Tensor:
     return convert(stored.read(), f"{stored.file.name}: {stored.name}")
 
 

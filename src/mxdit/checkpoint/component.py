@@ -6,14 +6,14 @@ A layout's reader gives tensors by our names (`Stored`); `canonical.read_compone
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mxdit.checkpoint.files import StoredTensor
+from mxdit.checkpoint.files import Readable
 from mxdit.checkpoint.writer import Part
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError
@@ -33,17 +33,21 @@ class Stored:
     raised     four-bit linears whose activations a description says are MXFP8.
     description  that description.
     lost       what the layout holds and we have no place for.
+    decoded    the tensors that are made of codes when they are read.
+    about      sentences on what a single file is.
     """
 
     folder: Path
     layout: str
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Readable]
     config: Mapping[str, Any] | None
     quantization: MXConfig | None = None
     methods: Mapping[str, str | None] | None = None
     raised: tuple[str, ...] = ()
     description: Mapping[str, Any] | None = None
     lost: tuple[str, ...] = ()
+    decoded: Collection[str] = ()
+    about: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,9 @@ def counted(methods: Mapping[str, str | None]) -> dict[str, int]:
 
 
 def faults_of(component: Component, tensors: Iterable[str]) -> Iterable[Fault]:
-    """Read the quantized ones of these tensors and give what their data is at fault for, one fault a tensor."""
+    """Read those of these tensors that are in codes and give what their data is at fault for, one fault a tensor."""
     for name in tensors:
-        if component.methods.get(name.rpartition(".")[0]):
+        if component.methods.get(name.rpartition(".")[0]) or name in component.stored.decoded:
             try:
                 component.parts[name].read()
             except CheckpointError as error:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from mxdit.checkpoint.canonical import read_component
 from mxdit.checkpoint.component import Component
@@ -10,13 +14,14 @@ from mxdit.checkpoint.layout import Layout, Written
 from mxdit.checkpoint.layouts import LAYOUTS, TARGETS
 from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
 from mxdit.checkpoint.sources import open_both, rest_of
-from mxdit.checkpoint.writer import check_destination, shards_of
+from mxdit.checkpoint.writer import Part, check_destination, shards_of
 from mxdit.errors import CheckpointError, InputError
 from mxdit.models import SPECS
+from mxdit.numerics.formats import TensorInfo
 
 
 def convert_checkpoint(
-    source: Path,
+    source: Path | Mapping[str, Path],
     destination: Path,
     to: str,
     *,
@@ -30,7 +35,7 @@ def convert_checkpoint(
 
     Args:
         source: a quantized checkpoint in any layout: msModelSlim's (packed or numeric, wrapped or not), vLLM-Omni's,
-            SGLang's, or ours.
+            SGLang's, ours, or single files of ComfyUI's with MXFP8 layers: one, or component -> file.
         destination: a directory that does not exist.
         to: one of `layouts.TARGETS`: "packed", "vllm-omni", "sglang" or "modelslim".
         base: the unquantized model, for what `source` lacks: config.json, text encoder, VAE, and layers.
@@ -48,18 +53,13 @@ def convert_checkpoint(
         raise InputError("no base is named to keep layers from", field="fallback_from_base")
     check_destination(destination)
     opened, under = open_both(source, base, variant)
-    if under is not None and set(under.components) != set(opened.components):
-        raise CheckpointError(
-            "the base has other experts",
-            where=str(base),
-            got=", ".join(under.components) or "one expert",
-            expected=", ".join(opened.components) or "one expert",
-        )
     layout, planned, lost, quantized = LAYOUTS[to], [], [], False
     for name in opened.components:
-        stored_base = under.read(name) if under is not None else None
+        # A file is whole: what it lacks is not filled in, and the base may be a pipeline without these weights.
+        stored_base = under.read(name) if under is not None and (fallback_from_base or not opened.files) else None
         component = read_component(opened.read(name), stored_base, fallback=fallback_from_base)
         component.require_sound()
+        component = replace(component, parts={tensor: _half(component, tensor) for tensor in component.parts})
         quantized |= any(component.methods.values())
         made = _written(component, layout)
         config = {key: value for key, value in component.config.items() if key != "quantization_config"}
@@ -70,7 +70,9 @@ def convert_checkpoint(
         planned.append(ComponentPlan(folder, config, shards, made.files, component.methods, component.reads, made.stem))
         lost += [f"{name or 'expert'}: {item}" for item in (*component.lost, *made.lost)]
     if not quantized:
-        raise CheckpointError("the checkpoint is not quantized", where=str(source), hint="mxdit quantize does that.")
+        raise CheckpointError(
+            "the checkpoint is not quantized", where=str(opened.path), hint="mxdit quantize does that."
+        )
     if lost and not allow_loss:
         raise InputError(
             f"{len(lost)} thing{'s' * (len(lost) > 1)} would be lost",
@@ -79,7 +81,15 @@ def convert_checkpoint(
             hint="Add --allow-loss to go on without them.",
         )
     carried, files = ({}, {}) if layout.as_released else rest_of(opened if opened.pipeline or under is None else under)
-    return CheckpointPlan(source, destination, planned, carried, files, tuple(lost))
+    return CheckpointPlan(opened.path, destination, planned, carried, files, tuple(lost))
+
+
+def _half(component: Component, name: str) -> Part:
+    """A tensor as it is written: what was decoded and stays float, in BF16."""
+    part = component.parts[name]
+    if name not in component.stored.decoded or part.info.dtype is not torch.float32:
+        return part
+    return Part(TensorInfo(part.info.shape, torch.bfloat16), lambda: part.read().to(torch.bfloat16))
 
 
 def _written(component: Component, layout: Layout) -> Written:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -53,6 +54,26 @@ MAX_JSON = 1 << 22
 MAX_NAME = 512  # characters; the names of one model's tensors are well below 100
 _REPR = reprlib.Repr()
 _REPR.maxstring = 120
+
+
+class Readable(Protocol):
+    """A tensor that is read when it is asked for: as a file holds it (`StoredTensor`), or made of what a file holds."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        ...
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and dtype of what `read` gives."""
+        ...
+
+    def read(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,11 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name. Raises CheckpointError for anything the format does not allow."""
+    return read_safetensors(path)[0]
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one safetensors file by name, and its metadata. Raises CheckpointError as `read_header` does."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -153,7 +179,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             expected=f"{end} by its header",
             hint="Download or convert it again.",
         )
-    return tensors
+    return tensors, metadata or {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

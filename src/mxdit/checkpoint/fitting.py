@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mxdit.checkpoint.component import Fault
 from mxdit.checkpoint.files import read_header
@@ -23,13 +23,21 @@ from mxdit.layers import MXLinear
 from mxdit.numerics.formats import FLOATS, PARTS, BlockFormat, TensorInfo, block_format
 from mxdit.quantize.preconditions import remedy
 
-GGUF = "Quantize the model's BF16 release, or run the file as it is with diffusers' GGUFQuantizationConfig."
+GGUF = "Load the file with from_single_file, or quantize it with `mxdit quantize`."
 
 
-def missing(name: str, row: BlockFormat | None = None) -> Fault:
-    """The fault of a tensor that is not there; `row` is the format of the quantized linear that it belongs to, if it does."""
+def missing(name: str, row: BlockFormat | None = None, *, fills: bool = True) -> Fault:
+    """The fault of a tensor that is not there.
+
+    Args:
+        name: the tensor's.
+        row: the format of the quantized linear that it belongs to, if it does.
+        fills: whether a base would give it.
+    """
     again = "Fetch or convert the checkpoint again"
-    return Fault(name, "missing tensor", hint=f"{again}." if row else f"{again}, or name its BF16 --base.")
+    return Fault(
+        name, "missing tensor", hint=f"{again}, or name its BF16 --base." if fills and not row else f"{again}."
+    )
 
 
 def unplaced(name: str, got: TensorInfo) -> Fault:
@@ -73,18 +81,6 @@ def read_headers(files: Iterable[str], names: Iterable[str]) -> dict[str, Tensor
     for file in files:
         found.update({name: tensor.info for name, tensor in read_header(Path(file)).items()})
     return found
-
-
-def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo | None]:
-    """Tensor name -> info, of tensors that a host has read. Raises CheckpointError for those of a GGUF file."""
-    for name, tensor in tensors.items():
-        # diffusers tells them by this name too: its class is only to be had with the gguf package.
-        if type(tensor).__name__ == "GGUFParameter":
-            kind = getattr(tensor, "quant_type", None)
-            raise CheckpointError(
-                "the file is GGUF-quantized", where=name, got=getattr(kind, "name", kind), expected="floats", hint=GGUF
-            )
-    return {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, TensorInfo | None], config: MXConfig) -> None:

@@ -28,6 +28,7 @@ class ComponentInspection:
     nbytes     of its tensors on disk.
     faults     what is wrong.
     notes      what a conversion would lose.
+    about      what a single file is, in sentences.
     loaders    runtime -> None where it can load the component, else why not.
     activation_steps  what its config says activations are at some steps, if it does.
     loras      file, sha256 and scale of each LoRA that its config says was merged into it.
@@ -40,6 +41,7 @@ class ComponentInspection:
     nbytes: int
     faults: tuple[Fault, ...]
     notes: tuple[str, ...]
+    about: tuple[str, ...]
     loaders: dict[str, str | None]
     activation_steps: StepPolicy | None
     loras: tuple[Mapping[str, Any], ...]
@@ -54,6 +56,7 @@ class ComponentInspection:
             "bytes": self.nbytes,
             "findings": [str(fault) for fault in self.faults],
             "notes": list(self.notes),
+            "about": list(self.about),
             "loaders": self.loaders,
             "activation_steps": self.activation_steps.to_dict() if self.activation_steps else None,
             "loras": [dict(lora) for lora in self.loras],
@@ -84,7 +87,7 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    path: Path,
+    path: Path | Mapping[str, Path],
     base: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
@@ -93,7 +96,7 @@ def inspect_checkpoint(
     """Read a checkpoint whole and say what it is.
 
     Args:
-        path: a pipeline, a cascade or one component, in any layout.
+        path: a pipeline, a cascade or one component, in any layout; a single file, or component -> file.
         base: the unquantized model, needed for layouts without a config.json.
         progress: told (tensors read, tensors in all).
         variant: of the weight files, as diffusers' `variant=`; None takes the plain ones, or the one that there is.
@@ -101,9 +104,9 @@ def inspect_checkpoint(
     Raises InputError and CheckpointError where it cannot be read at all.
     """
     source, under = open_both(path, base, variant)
+    filled = under if not source.files else None
     read = [
-        (name, read_component(source.read(name), under.read(name) if under and name in under.components else None))
-        for name in source.components
+        (name, read_component(source.read(name), filled.read(name) if filled else None)) for name in source.components
     ]
     total, done = sum(len(component.parts) for _, component in read), 0
     inspected = []
@@ -114,7 +117,7 @@ def inspect_checkpoint(
             done += 1
             progress(done, total)
         inspected.append(_inspected(name, component, tuple(faults)))
-    return Inspection(path, source.pipeline, tuple(inspected))
+    return Inspection(source.path, source.pipeline, tuple(inspected))
 
 
 def _inspected(name: str, component: Component, faults: tuple[Fault, ...]) -> ComponentInspection:
@@ -127,6 +130,7 @@ def _inspected(name: str, component: Component, faults: tuple[Fault, ...]) -> Co
         sum(tensor.nbytes for tensor in component.stored.tensors.values()),
         faults,
         component.lost,
+        component.stored.about,
         {runtime: reason or first for runtime, reason in _loaders(component)},
         component.quantization.activation_steps if component.quantization else None,
         tuple(merged_into(component.config)),
@@ -152,7 +156,8 @@ def _why_not(layout: Layout, component: Component) -> str | None:
         return layout.why_not(component) if layout.why_not else None
     if reason := layout.unmixed(component.methods):
         return reason
-    ways = [] if stored.quantized else ["mxdit quantize"]  # which writes the packed layout
-    if stored.quantized or layout is not PACKED:
+    quantized = stored.quantized or any(component.methods.values())
+    ways = [] if quantized else ["mxdit quantize"]  # which writes the packed layout
+    if quantized or layout is not PACKED:
         ways.append(f"mxdit convert --to {layout.name}")
     return f"the {stored.name} layout: {', then '.join(ways)}"

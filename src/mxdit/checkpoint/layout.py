@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mxdit.checkpoint.component import Component, Stored
-from mxdit.checkpoint.files import StoredTensor
+from mxdit.checkpoint.files import Readable
 from mxdit.checkpoint.writer import STEM, Part
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError
@@ -22,21 +22,23 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Folder:
-    """A component's folder, before it is known which layout it is in.
+    """A component's folder, or the single file that it is, before it is known which layout it is in.
 
     spec      the family that its model is of.
     config    its config.json as it is there, or None.
     tensors   of its weight files, by their own names.
     original  whether these are the names of the model's own release.
     described whether a description beside the weights says what is quantized, and counts (`layouts.description`).
+    metadata  of a single file's header.
     """
 
     path: Path
     spec: ModelSpec
     config: Mapping[str, Any] | None
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Readable]
     original: bool
     described: bool
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stated(self) -> Any:
@@ -48,9 +50,9 @@ class Folder:
         """Whether tensors have diffusers' names and config.json alone says what they are."""
         return self.config is not None and not self.original and not self.described
 
-    def renamed(self, ours: Callable[[str], str]) -> dict[str, StoredTensor]:
+    def renamed(self, ours: Callable[[str], str]) -> dict[str, Readable]:
         """The tensors by our names. Raises CheckpointError where two would have one."""
-        found: dict[str, StoredTensor] = {}
+        found: dict[str, Readable] = {}
         for name, tensor in self.tensors.items():
             if ours(name) in found:
                 raise CheckpointError(
@@ -101,6 +103,7 @@ class Layout:
     filler       whether a tensor of a linear, given the linear's format and the tensor's leaf name, is one that `write` fills
                  in and that says nothing.
     scale_alg    `mxfp4_scale_alg` of single-scale components, where its files do not say.
+    suffix       of the files where it stores a component in one file that is no folder's; None where it stores folders.
     """
 
     name: str
@@ -116,8 +119,9 @@ class Layout:
     by_runtime_names: bool = False
     as_released: bool = False
     floats: Callable[[MXConfig, nn.Module], Mapping[str, bool]] | None = None
-    filler: Callable[[BlockFormat, str, StoredTensor], bool] | None = None
+    filler: Callable[[BlockFormat, str, Readable], bool] | None = None
     scale_alg: int | None = None
+    suffix: str | None = None
 
     def unmixed(self, methods: Mapping[str, str | None]) -> str | None:
         """Why it cannot hold a component of these methods (linear -> method, None for float); None where it can."""

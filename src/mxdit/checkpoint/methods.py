@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mxdit.checkpoint.component import Fault, Stored
-from mxdit.checkpoint.files import StoredTensor
+from mxdit.checkpoint.files import Readable
 from mxdit.checkpoint.layout import CONFIG
 from mxdit.checkpoint.layouts import LAYOUTS
 from mxdit.config import MXConfig
@@ -35,7 +35,7 @@ class Reading:
     base: Stored | None
     spec: ModelSpec
     fallback: bool
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, Readable]
     faults: list[Fault] = field(default_factory=list)
     from_base: set[str] = field(default_factory=set)
 

@@ -15,7 +15,7 @@ from mxdit.checkpoint.component import Component
 from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.loras import Lora, merged
 from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
-from mxdit.checkpoint.sources import open_source, rest_of
+from mxdit.checkpoint.sources import open_both, rest_of
 from mxdit.checkpoint.writer import Part, check_destination, shards_of
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import CheckpointError, ConfigError, FormatError, InputError
@@ -26,11 +26,12 @@ from mxdit.weights import quantize_weight
 
 
 def quantize_checkpoint(
-    source: Path,
+    source: Path | Mapping[str, Path],
     destination: Path,
     config: ConfigLike,
     overrides: Mapping[str, ConfigLike | None] | None = None,
     *,
+    base: Path | None = None,
     calibrated: Mapping[str, Mapping[str, StoredTensor]] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
@@ -43,9 +44,12 @@ def quantize_checkpoint(
 
     Args:
         source: a BF16, FP16 or FP32 checkpoint in diffusers or the original layout: a pipeline, a cascade, or one component.
+            Or single files, whose FP8, NVFP4 and GGUF weights are decoded: one, or component -> file.
         destination: a directory that does not exist.
         config: how every component is quantized.
         overrides: component -> its own config, or None to keep it in `dtype`.
+        base: a directory for what `source` lacks beside the weights: config.json of single files, and text encoder, VAE and the
+            rest of a pipeline.
         calibrated: component -> name -> a tensor that is written in place of what would be made: those of a linear's record
             all or none, and floats that go with them. What a config leaves in `dtype` is not replaced.
         dtype: of what is not quantized; weights are cast to it before they are quantized, as an online load does.
@@ -61,18 +65,18 @@ def quantize_checkpoint(
     if dtype not in FLOATS:
         raise InputError("no dtype of a model", where="dtype", got=dtype, expected=" or ".join(map(str, FLOATS)))
     check_destination(destination)
-    opened = open_source(source, variant)
+    opened, under = open_both(source, base, variant)
     own = dict(overrides or {})
     unknown = [name for name in own if name not in opened.components]
     if unknown:
         raise ConfigError(
             "a config for a component that the checkpoint does not have",
-            where=str(source),
+            where=str(opened.path),
             got=unknown[0],
             expected=" or ".join(opened.components) or "none, the checkpoint is one component",
         )
     if own and all(own.get(name, config) is None for name in opened.components):
-        raise ConfigError("every component is left unquantized", where=str(source))
+        raise ConfigError("every component is left unquantized", where=str(opened.path))
     _check_loras(loras or {}, opened.components, calibrated)
     planned = []
     for name in opened.components:
@@ -100,8 +104,8 @@ def quantize_checkpoint(
             shard_size,
         )
         planned.append(replace(made, reads=(*made.reads, *(lora.file for lora, _ in given))))
-    carried, files = rest_of(opened)
-    return CheckpointPlan(source, destination, planned, {**carried, **(beside or {})}, files, device=device)
+    carried, files = rest_of(opened if opened.pipeline or under is None else under)
+    return CheckpointPlan(opened.path, destination, planned, {**carried, **(beside or {})}, files, device=device)
 
 
 def _check_loras(

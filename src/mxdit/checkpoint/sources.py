@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mxdit.checkpoint.coded import PREFIXES, unprefixed
 from mxdit.checkpoint.component import Stored
-from mxdit.checkpoint.files import read_json
+from mxdit.checkpoint.files import Readable, read_json, read_safetensors
 from mxdit.checkpoint.folders import (
     choose_variant,
     is_index,
@@ -22,6 +23,7 @@ from mxdit.checkpoint.folders import (
     taken,
     unreadable,
 )
+from mxdit.checkpoint.gguf import read_gguf
 from mxdit.checkpoint.layout import CONFIG, Folder
 from mxdit.checkpoint.layouts import LAYOUTS
 from mxdit.checkpoint.layouts.description import DESCRIPTION, WEIGHTS, described
@@ -29,15 +31,17 @@ from mxdit.errors import CheckpointError, InputError
 from mxdit.models import COMPONENTS, SPECS, ModelSpec
 
 INDEX = "model_index.json"
+SUFFIXES = tuple(layout.suffix for layout in LAYOUTS.values() if layout.suffix)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A directory of a checkpoint.
+    """A directory of a checkpoint, or the single files of its components.
 
-    components  name -> folder; the name is "" for a directory that is one component itself.
+    components  name -> folder or file; the name is "" for a directory or a file that is one component itself.
     pipeline    whether the directory is a diffusers pipeline, with text encoder and the rest.
     variant     of the weight files, where a folder has it; None for plain ones.
+    described   component -> folder whose config.json describes a component that is a file.
     """
 
     path: Path
@@ -45,10 +49,20 @@ class Source:
     components: Mapping[str, Path]
     pipeline: bool
     variant: str | None = None
+    described: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def files(self) -> bool:
+        """Whether a component is a file of its own."""
+        return any(path.is_file() for path in self.components.values())
 
     def read(self, component: str) -> Stored:
         """The component of that name, as its layout says. Raises CheckpointError."""
-        folder = open_folder(self.components[component], self.spec, self.variant)
+        path = self.components[component]
+        if path.is_file():
+            file = open_file(path, self.spec, self.described.get(component))
+            return next(layout.read(file) for layout in LAYOUTS.values() if layout.suffix == path.suffix)
+        folder = open_folder(path, self.spec, self.variant)
         for layout in LAYOUTS.values():
             if layout.recognizes(folder):
                 return layout.read(folder)
@@ -57,18 +71,23 @@ class Source:
         )
 
 
-def open_source(path: Path, variant: str | None = None, *, optional: bool = False) -> Source:
-    """Find the components of a checkpoint's directory.
+def open_source(path: Path | Mapping[str, Path], variant: str | None = None, *, optional: bool = False) -> Source:
+    """Find the components of a checkpoint.
 
     Args:
-        path: a pipeline, a cascade or one component.
+        path: a directory that is a pipeline, a cascade or one component; a single file that is one; or component -> its file
+            or folder.
         variant: of its weight files, "fp16" as in diffusers; None takes the plain ones, or the one variant that there is.
         optional: whether a variant that there is none of is passed over.
 
     Raises:
-        InputError: there is no such directory, or no such variant, or more than one to choose from.
+        InputError: there is no such directory or file, or no such variant, or more than one to choose from.
         CheckpointError: it holds no component that mxdit knows.
     """
+    if isinstance(path, Mapping):
+        return _components_of(path)
+    if os.path.isfile(path):
+        return _components_of({"": path})
     if not os.path.isdir(path):  # which a path of any length may be asked
         raise InputError("no such directory", where=str(path))
     found = next(filter(None, (_components(path, spec) for spec in _families(path))), None)
@@ -83,14 +102,69 @@ def open_source(path: Path, variant: str | None = None, *, optional: bool = Fals
     return replace(found, variant=choose_variant(path, variant, optional=optional))
 
 
+def _components_of(paths: Mapping[str, Path]) -> Source:
+    """The source of components that are named one by one."""
+    specs: dict[str, ModelSpec] = {}
+    for name, path in paths.items():
+        if not os.path.isfile(path):
+            raise InputError("no such file", where=str(path))
+        if path.suffix not in SUFFIXES:
+            raise InputError(
+                "not a file that mxdit reads",
+                where=str(path),
+                expected=" or ".join(SUFFIXES),
+                hint="PyTorch .bin and .pth files are not read.",
+            )
+        tensors, _ = _read_file(path)
+        fits = [spec for spec in SPECS.values() if _original(spec, tensors)]
+        # Where the names are diffusers' it is the base's config.json that says of which family they are.
+        specs[name] = fits[0] if fits else next(iter(SPECS.values()))
+    spec = next(iter(specs.values()))
+    if unknown := [name for name in paths if name and name not in spec.components]:
+        raise InputError("no such component", where=unknown[0], expected=" or ".join(spec.components))
+    if len(paths) > 1 and len({path.resolve() for path in paths.values()}) < len(paths):
+        raise InputError("one file for two components", where=str(next(iter(paths.values()))))
+    (first, *_) = paths.values()
+    return Source(first if len(paths) == 1 else first.parent, spec, dict(paths), False)
+
+
+def _read_file(path: Path) -> tuple[dict[str, Readable], dict[str, str]]:
+    """The tensors of a single file, by names without a prefix, and its metadata."""
+    tensors, metadata = read_gguf(path) if path.suffix == ".gguf" else read_safetensors(path)
+    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), "")
+    others = [name for name in tensors if not name.startswith(prefix)]
+    if others:
+        raise CheckpointError(
+            f"the file holds more than the model: {len(others)} tensors do not begin with {prefix}",
+            where=f"{path}: {others[0]}",
+            hint="Take a file of the transformer alone.",
+        )
+    return {unprefixed(name): tensor for name, tensor in tensors.items()}, metadata
+
+
+def _original(spec: ModelSpec, tensors: Mapping[str, Readable]) -> bool:
+    """Whether tensors have the names of the family's own release."""
+    marked = spec.original_mark is not None and any(name.startswith(spec.original_mark) for name in tensors)
+    return marked and any(spec.from_original(name) not in (None, name) for name in tensors)
+
+
+def open_file(path: Path, spec: ModelSpec, base: Path | None) -> Folder:
+    """What a component's single file holds, with the config.json of a base's folder. Raises CheckpointError."""
+    tensors, metadata = _read_file(path)
+    config = read_json(base / CONFIG) if base is not None else None
+    return Folder(path, spec, config, tensors, _original(spec, tensors), False, metadata)
+
+
 def _families(path: Path) -> list[ModelSpec]:
     """The family that a config.json names, the only one to look for then; all where none does, as in an original release."""
-    for folder in (path, *(path / name for name in COMPONENTS)):
-        if (folder / CONFIG).is_file():
-            named = read_json(folder / CONFIG).get("_class_name")
-            if isinstance(named, str) and named in SPECS:
-                return [SPECS[named]]
-    return list(SPECS.values())
+    named = (_named(folder) for folder in (path, *(path / name for name in COMPONENTS)))
+    return next(([SPECS[name]] for name in named if name in SPECS), list(SPECS.values()))
+
+
+def _named(folder: Path) -> str | None:
+    """The class that a folder's config.json names, if it has one."""
+    named = read_json(folder / CONFIG).get("_class_name") if (folder / CONFIG).is_file() else None
+    return named if isinstance(named, str) else None
 
 
 def _components(path: Path, spec: ModelSpec) -> Source | None:
@@ -116,27 +190,41 @@ def _components(path: Path, spec: ModelSpec) -> Source | None:
     there = {name: path / name for name in spec.components if (path / name / CONFIG).is_file()}
     if there:  # components without the rest of a pipeline, as the original layout has them
         return Source(path, spec, there, False)
-    if any(path.glob("*.safetensors*")) or any(
-        path.glob(DESCRIPTION)
-    ):  # the files, or an index of files that are missing
+    # The files, or an index of files that are missing; or a base of which no more than config.json is there.
+    if any(any(path.glob(pattern)) for pattern in ("*.safetensors*", DESCRIPTION)) or _named(path) == spec.transformer:
         return Source(path, spec, {"": path}, False)
     return None
 
 
-def open_both(path: Path, base: Path | None, variant: str | None = None) -> tuple[Source, Source | None]:
+def open_both(
+    path: Path | Mapping[str, Path], base: Path | None, variant: str | None = None
+) -> tuple[Source, Source | None]:
     """A checkpoint and its base, with one name for the component where each has just one: TI2V-5B's lies in no folder.
 
-    `variant` is that of whichever has it.
+    `variant` is that of whichever has it. Raises InputError and CheckpointError as `open_source`, and CheckpointError for a base
+    that has other components.
     """
     if base is None:
         return open_source(path, variant), None
     source, under = (open_source(p, variant, optional=True) for p in (path, base))
     if variant not in (None, source.variant, under.variant):
-        choose_variant(path, variant)  # says what there is
+        choose_variant(source.path, variant)  # says what there is
     if len(source.components) == len(under.components) == 1:
         name = max(*source.components, *under.components)  # "" where the directory is the component itself
         source = replace(source, components=dict.fromkeys([name], *source.components.values()))
         under = replace(under, components=dict.fromkeys([name], *under.components.values()))
+    if set(under.components) != set(source.components):
+        raise CheckpointError(
+            "the base has other experts",
+            where=str(base),
+            got=", ".join(under.components) or "one expert",
+            expected=", ".join(filter(None, source.components)) or "one expert",
+            hint="Say which each file is, as in transformer=FILE transformer_2=FILE; or name one expert's folder of the base."
+            if source.files
+            else None,
+        )
+    if source.files:
+        source = replace(source, spec=under.spec, described=under.components)
     return source, under
 
 
@@ -144,9 +232,7 @@ def open_folder(path: Path, spec: ModelSpec, variant: str | None) -> Folder:
     """What a component's folder holds, by the names of its files' headers. Raises CheckpointError for damaged files."""
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
     tensors = open_tensors(path, WEIGHTS if any(path.glob(WEIGHTS)) else "*.safetensors", variant)
-    original = spec.original_mark is not None and any(name.startswith(spec.original_mark) for name in tensors)
-    original = original and any(spec.from_original(name) not in (None, name) for name in tensors)
-    return Folder(path, spec, config, tensors, original, described(path, config))
+    return Folder(path, spec, config, tensors, _original(spec, tensors), described(path, config))
 
 
 def rest_of(source: Source) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]]:

@@ -37,11 +37,19 @@ from mxdit.config import DEFAULT_SCALE_ALG, SCALE_RULES
 from mxdit.config.components import configs_of
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
+from mxdit.models import COMPONENTS
 from mxdit.quantize.report import in_words
 
 RULES = {name: number for number, name in reversed(SCALE_RULES.items())}
 
-Source = Annotated[Path, typer.Argument(help="A pipeline, its transformers alone, or one of them.", metavar="SRC")]
+Source = Annotated[
+    list[str],
+    typer.Argument(
+        help="A pipeline, its transformers alone, or one of them: a directory, or a .safetensors or .gguf file as ComfyUI takes "
+        "it. Two files: transformer=FILE transformer_2=FILE.",
+        metavar="SRC",
+    ),
+]
 Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist.", metavar="DST")]
 ShardSize = Annotated[str, typer.Option(help="Largest file, such as 2GiB or 500MB.", metavar="SIZE")]
 Copy = Annotated[bool, typer.Option("--copy", help="Copy what is carried over instead of hard-linking it.")]
@@ -69,6 +77,13 @@ def quantize(
     ] = None,
     activation_steps: ActivationSteps = None,
     config: Config = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="A pipeline, or one expert's folder, for what SRC lacks beside weights: config.json, VAE, text encoder.",
+            metavar="DIR",
+        ),
+    ] = None,
     keep_by_budget: Annotated[
         Path | None,
         typer.Option(help="A calibration.json: keep what it keeps, and run steps as it does.", metavar="FILE"),
@@ -84,10 +99,13 @@ def quantize(
 ) -> None:
     """Quantize a BF16, FP16 or FP32 checkpoint, streaming, to a directory that loads as it is.
 
-    SRC is in diffusers' layout or in Wan's own (high_noise_model/, low_noise_model/). Memory holds one layer at a time.
-    A run that is interrupted goes on when the same command is given again. With --lora, adapters are merged first, in FP32.
+    SRC is in diffusers' layout or in Wan's own (high_noise_model/, low_noise_model/), or single files: ComfyUI's in BF16, FP8
+    (scaled or cast) and NVFP4, or GGUF, which are decoded. Memory holds one layer at a time. A run that is interrupted goes on
+    when the same command is given again. With --lora, adapters are merged first, in FP32.
 
         mxdit quantize Wan2.2-T2V-A14B-Diffusers Wan2.2-T2V-A14B-mxfp4 --method mxfp4_dualscale
+
+        mxdit quantize transformer=high.gguf transformer_2=low.gguf DST --method mxfp4 --base Wan2.2-T2V-A14B-Diffusers
 
         mxdit quantize SRC DST --method mxfp4 --lora transformer=high.safetensors --lora transformer_2=low.safetensors:0.8
     """
@@ -118,18 +136,19 @@ def quantize(
     assert shared is not None
     loras: dict[str, list[Any]] = {}
     if lora:
-        from mxdit.checkpoint.sources import open_source
+        from mxdit.checkpoint.sources import open_both
         from mxdit.config.loras import assigned
         from mxdit.integrations.lora_files import read_lora
 
-        opened = open_source(source, variant)
+        opened, _ = open_both(_source(source), base, variant)
         for one in assigned(loras_of(lora), opened.components):
             loras.setdefault(str(one.component), []).append((read_lora(one.file, opened.spec), one.scale))
     plan = quantize_checkpoint(
-        source,
+        _source(source),
         destination,
         shared,
         configs,
+        base=base,
         dtype=dtype_of(dtype),
         device=device_of(device),
         shard_size=bytes_of("shard_size", shard_size),
@@ -168,7 +187,8 @@ def convert(
 ) -> None:
     """Bring a quantized checkpoint into another layout, streaming, bit for bit where the formats allow it.
 
-    Reads msModelSlim's directories (packed or numeric, wrapped or not), vLLM-Omni's, SGLang's and ours.
+    Reads msModelSlim's directories (packed or numeric, wrapped or not), vLLM-Omni's, SGLang's and ours, and ComfyUI's single
+    files with MXFP8 layers.
 
         mxdit convert msmodelslim-out Wan2.2-T2V-A14B-mxfp4 --base Wan2.2-T2V-A14B-Diffusers
         mxdit convert Wan2.2-T2V-A14B-mxfp4 for-vllm --to vllm-omni
@@ -179,7 +199,7 @@ def convert(
 
     need("diffusers")
     plan = convert_checkpoint(
-        source,
+        _source(source),
         destination,
         to,
         base=base,
@@ -193,7 +213,13 @@ def convert(
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A checkpoint in any layout.")],
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            help="A checkpoint in any layout: a directory, a file, or transformer=FILE transformer_2=FILE.",
+            metavar="SRC",
+        ),
+    ],
     base: Annotated[
         Path | None, typer.Option(help="The unquantized model, for layouts without a config.json.", metavar="DIR")
     ] = None,
@@ -212,7 +238,7 @@ def inspect(
     ) as progress:
         bar = progress.add_task("", total=None)
         found = inspect_checkpoint(
-            directory,
+            _source(source),
             base,
             lambda done, total: progress.update(bar, completed=done, total=total),
             variant=variant,
@@ -223,7 +249,9 @@ def inspect(
         for component in found.components:
             linears = in_words(component.linears)
             size = f"{component.nbytes / 2**20:.1f} MiB"
-            say(f"{component.component or directory}: {component.layout} layout, linears: {linears}; {size}")
+            say(f"{component.component or found.path}: {component.layout} layout, linears: {linears}; {size}")
+            for line in component.about:
+                say(f"  {line}")
             if component.kept:
                 say(f"  float inside the blocks: {_some(component.kept)}")
             if component.activation_steps:
@@ -239,6 +267,21 @@ def inspect(
         say("clean" if found.clean else f"{sum(len(c.faults) for c in found.components)} findings")
     if not found.clean:
         raise typer.Exit(1)
+
+
+def _source(given: list[str]) -> Path | dict[str, Path]:
+    """What SRC names: a directory or a file, or component -> file."""
+    named = [
+        (name, Path(path))
+        for name, equals, path in (text.partition("=") for text in given)
+        if equals and name in COMPONENTS
+    ]
+    if not named and len(given) == 1:
+        return Path(given[0])
+    if len(named) < len(given) or len(dict(named)) < len(named):
+        expected = f"one directory or file, or NAME=FILE with different names of {', '.join(COMPONENTS)}"
+        raise InputError("more than one source", where="SRC", got=" ".join(given), expected=expected)
+    return dict(named)
 
 
 def _run(plan: Any, copy: bool, dry_run: bool, as_json: bool) -> None:

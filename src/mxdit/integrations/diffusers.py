@@ -18,11 +18,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from mxdit.checkpoint.checks import SMALL
-from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, infos_of, read_headers
+from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
 from mxdit.config import ALIASES, STEPS_OF_W4A8, ConfigLike, Method, MXConfig
 from mxdit.config.choices import near_names
 from mxdit.config.components import configs_of, split_keys
 from mxdit.errors import CheckpointError, ConfigError, FormatError, ModelError
+from mxdit.integrations.diffusers_files import Codes, take_codes
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS
 from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
@@ -57,6 +58,7 @@ class MXQuantizer(DiffusersQuantizer):
         self.quantization_config: MXConfig = config
         self.decisions: dict[str, Decision] = {}
         self.tensors: dict[str, TensorInfo | None] = {}
+        self.codes = Codes({}, {})
         self.holders: set[str] = set()
         self.as_stored = False
 
@@ -123,12 +125,17 @@ class MXQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+        self, model: nn.Module, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
         self.decisions = plan(model, config)
         if state_dict is not None:  # from_single_file, which has read and renamed the tensors by now
-            self.tensors = infos_of(state_dict)
+            if not self.pre_quantized:
+                name, method = type(model).__name__, str(config.quant_method)
+                self.codes = take_codes(
+                    state_dict, method, lambda p: self._is_quantized(f"{p}.weight", ("weight",)), name
+                )
+            self.tensors = {name: TensorInfo.of(tensor) for name, tensor in state_dict.items()}
         if self.pre_quantized:
             # Online, the nn.Linear stays until its weight arrives: the host takes a tensor of another shape than the
             # skeleton's only from a checkpoint that is quantized already.
@@ -161,7 +168,9 @@ class MXQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
     ) -> bool:
-        return self._is_quantized(param_name, PARTS if self.pre_quantized else ("weight",))
+        return param_name in self.codes.values or self._is_quantized(
+            param_name, PARTS if self.pre_quantized else ("weight",)
+        )
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Called for a misshapen tensor whose file told no shapes beforehand."""
@@ -192,8 +201,21 @@ class MXQuantizer(DiffusersQuantizer):
             except FormatError as error:  # of a file that told no dtypes beforehand
                 raise CheckpointError(error.what, where=param_name, got=error.got, expected=error.expected) from error
             return
+        coded = self.codes.values.pop(param_name, None)
+        if coded is not None:  # `param_value` is its stand-in, in the dtype that the host wants
+            param_value = coded.read().to(param_value.dtype)
+        if not self._is_quantized(param_name, ("weight",)):
+            parameter = getattr(module, name)
+            value = nn.Parameter(param_value.to(target_device), requires_grad=parameter.requires_grad)
+            setattr(module, name, value)
+            return
         assert isinstance(module, nn.Linear)
-        new = quantized(param_value.to(target_device), None, self.quantization_config, self.decisions[path], path)
+        parts = self.codes.parts.pop(path, None)
+        if parts is not None:
+            new = self._skeleton(module, path, self.decisions[path])
+            new.load({leaf: part.to(target_device) for leaf, part in parts.items()})
+        else:
+            new = quantized(param_value.to(target_device), None, self.quantization_config, self.decisions[path], path)
         if module.bias is not None:  # loaded before its weight, or still to come
             new.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
         swap(model, path, new)

@@ -118,6 +118,9 @@ class ModelSpec:
     original_mark        prefix of a tensor's name that only such a transformer has, in the release and in diffusers.
     original_components  folder of a component in the model's own release -> ours.
     original_config      makes our transformer's config of the release's, given (config, tensor name -> shape).
+    original_sizes       the release's config of a model that was published in these shapes, given (tensor name -> shape); None
+                 where there is none: a file without a config.json says no more.
+    gguf         `general.architecture` of its GGUF files.
     runtimes     runtime -> {linear, by its path inside a block or its whole path outside them -> its name there}; others
                  are called as here. A runtime that is not here does not run the family, as far as mxdit knows.
     """
@@ -136,6 +139,8 @@ class ModelSpec:
     original_mark: str | None = None
     original_components: Mapping[str, str] = field(default_factory=dict)
     original_config: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
+    original_sizes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any] | None] | None = None
+    gguf: str | None = None
     runtimes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def place_of(self, path: str) -> Place | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
@@ -31,6 +32,30 @@ def _original_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int
         "added_kv_proj_dim": width if image else None,
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": positions[1] if positions else None,
+    }
+
+
+# dim, ffn_dim and num_layers of what was published -> num_heads, which no tensor's shape tells; eps is 1e-6 in all of them.
+# Source: the releases' config.json of Wan2.1 1.3B and 14B, and Wan2.2 5B and A14B (docs/wan22.md).
+_PUBLISHED = {(1536, 8960, 30): 12, (3072, 14336, 30): 24, (5120, 13824, 40): 40}
+
+
+def _original_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """The config.json of the release that a model of these shapes is of, None for sizes that were not published."""
+    patch = shapes["patch_embedding.weight"]
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    size = (patch[0], shapes["blocks.0.ffn.0.weight"][0], len(blocks))
+    if size not in _PUBLISHED:
+        return None
+    return {
+        "dim": size[0],
+        "ffn_dim": size[1],
+        "num_layers": size[2],
+        "num_heads": _PUBLISHED[size],
+        "eps": 1e-6,
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "in_dim": patch[1],
+        "out_dim": shapes["head.head.weight"][0] // prod(patch[2:]),
     }
 
 
@@ -137,6 +162,8 @@ WAN = ModelSpec(
     },
     original_components={"high_noise_model": "transformer", "low_noise_model": "transformer_2"},
     original_config=_original_config,
+    original_sizes=_original_sizes,
+    gguf="wan",
     runtimes={
         "vllm-omni": {  # fuses q, k and v of self-attention
             "attn1.to_q": "attn1.to_qkv",

@@ -8,9 +8,10 @@ from mxdit.checkpoint.layouts.modelslim import MODELSLIM
 from mxdit.checkpoint.layouts.original import ORIGINAL
 from mxdit.checkpoint.layouts.packed import PACKED
 from mxdit.checkpoint.layouts.sglang import SGLANG
+from mxdit.checkpoint.layouts.single_file import COMFYUI, GGUF
 from mxdit.checkpoint.layouts.vllm_omni import VLLM_OMNI
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (PACKED, VLLM_OMNI, SGLANG, MODELSLIM, ORIGINAL, DIFFUSERS)
+    layout.name: layout for layout in (PACKED, VLLM_OMNI, SGLANG, MODELSLIM, ORIGINAL, DIFFUSERS, COMFYUI, GGUF)
 }
 TARGETS = tuple(name for name, layout in LAYOUTS.items() if layout.write)

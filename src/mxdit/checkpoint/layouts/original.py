@@ -15,7 +15,7 @@ def recognizes(folder: Folder) -> bool:
 
 
 def read(folder: Folder) -> Stored:
-    spec, shapes = folder.spec, {name: tensor.shape for name, tensor in folder.tensors.items()}
+    spec, shapes = folder.spec, {name: tensor.info.shape for name, tensor in folder.tensors.items()}
     assert spec.original_config is not None and folder.config is not None
     try:
         config = spec.original_config(folder.config, shapes)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mxdit.checkpoint.component import Component, Stored
-from mxdit.checkpoint.files import StoredTensor
+from mxdit.checkpoint.files import Readable
 from mxdit.checkpoint.layout import CONFIG, Folder, Layout, Written
 from mxdit.checkpoint.layouts.numeric import as_e4m3, values_of
 from mxdit.checkpoint.writer import Part
@@ -108,7 +108,7 @@ def floats(config: MXConfig, skeleton: nn.Module) -> dict[str, bool]:
     return {path: spec.runtime_name(path, NAME) in listed for path in linears if spec.place_of(path)}
 
 
-def filler(row: BlockFormat, leaf: str, tensor: StoredTensor) -> bool:
+def filler(row: BlockFormat, leaf: str, tensor: Readable) -> bool:
     """It wants factors in every dual-scale layer; where there is no smoothing a converter writes ones.
 
     Single-scale layers take ones of themselves, so that ones in a file are the file's own.
@@ -137,7 +137,7 @@ def why_not(component: Component) -> str | None:
         if name in listed:
             return f"{path} is quantized, and ignored_layers lists {name}"
         weight, row = stored.tensors.get(f"{path}.weight"), block_format(quantized)
-        if weight is None or len(weight.shape) != 2:
+        if weight is None or len(weight.info.shape) != 2:
             continue  # a fault says so
         if weight.info.dtype is torch.uint8:
             return f"{path}.weight is uint8, which it would take for the numbers 0 to 255"
@@ -146,8 +146,8 @@ def why_not(component: Component) -> str | None:
                 return f"{path}.mul_scale is missing: every dual-scale layer needs one, if of ones"
             if config.get("require_smooth_scale"):
                 return f"{path}.mul_scale is missing, and require_smooth_scale asks for it"
-        if row.bits == 4 and row.blocks(weight.shape[1]) % 2:
-            return f"{path} has {row.blocks(weight.shape[1])} scales a row, and it takes pairs"
+        if row.bits == 4 and row.blocks(weight.info.shape[1]) % 2:
+            return f"{path} has {row.blocks(weight.info.shape[1])} scales a row, and it takes pairs"
     return None
 
 
