@@ -13,7 +13,7 @@ from torch.nn.utils import prune as pruning
 
 import mxdit
 import tiny
-from mxdit import CheckpointError, ModelError, MXConfig, MXLinear
+from mxdit import CheckpointError, ModelError, MXConfig
 
 UNLOAD = r"It has adapters: before quantizing, call unload_lora_weights\(\)"
 LORA = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
@@ -155,14 +155,6 @@ def test_a_saved_model_with_adapters_says_so(tmp_path):
     memory.save_pretrained(tmp_path / "memory")  # diffusers saves it without asking
     with pytest.raises(CheckpointError, match=r"missing from the checkpoint.* It has adapters: before saving, call"):
         WanTransformer3DModel.from_pretrained(tmp_path / "memory")
-
-
-def test_a_quantized_layer_takes_no_adapter():
-    model = tiny.transformer().bfloat16()
-    mxdit.quantize_(model, "mxfp4")
-    with pytest.raises(ValueError, match=r"MXLinear.* is not supported"):
-        model.add_adapter(LORA)
-    assert isinstance(model.blocks[0].attn1.to_q, MXLinear)
 
 
 @pytest.mark.parametrize(

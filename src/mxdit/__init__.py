@@ -33,11 +33,13 @@ from mxdit.weights import quantize_weight
 if TYPE_CHECKING:
     from mxdit.generation.request import Request
     from mxdit.generation.session import Result, Session
+    from mxdit.integrations.diffusers_adapters import load_lora_weights
 
 register_when_imported()
 
 # Imported when they are first asked for, so that `import mxdit` stays as fast for those who only quantize.
 _LATER = {
+    "load_lora_weights": "mxdit.integrations.diffusers_adapters",
     "Request": "mxdit.generation.request",
     "Result": "mxdit.generation.session",
     "Session": "mxdit.generation.session",
@@ -73,6 +75,7 @@ __all__ = [
     "__version__",
     "decode",
     "encode",
+    "load_lora_weights",
     "pipeline_config",
     "plan",
     "quantize_",

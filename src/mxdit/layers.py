@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from mxdit.backends import Layout, layout_for
 from mxdit.errors import FormatError
 from mxdit.numerics.codec import Packed
-from mxdit.numerics.formats import PARTS, Scheme, TensorInfo, block_format, scheme_for
-from mxdit.weights import quantize_weight
+from mxdit.numerics.formats import FLOATS, PARTS, Scheme, TensorInfo, block_format, scheme_for
+from mxdit.weights import Codes, quantize_weight
 
 
-class MXLinear(nn.Module):
+class MXLinear(nn.Linear):
     """``y = x @ W.T + b`` with W stored in a microscaling format and x quantized on the fly.
 
-    The packed weight lies in buffers, bytes as uint8: a host that casts or reads a model's floating parameters
-    (diffusers does both) leaves it alone. ``state_dict()`` is the canonical layout on every device.
+    It is an `nn.Linear`, so that peft puts its adapters beside it (`mxdit.quantize.adapters`), with one difference: the packed
+    weight lies in buffers, bytes as uint8. A host that casts or reads a model's floating parameters (diffusers does both)
+    leaves it alone. ``state_dict()`` is the canonical layout on every device.
     The weight is frozen; gradients flow to x, as they would through the decoded weight, with the rounding of x taken for the
     identity (straight through), and to a bias that wants one.
 
@@ -43,7 +44,6 @@ class MXLinear(nn.Module):
         FormatError: for a method, activation, rule or shape that does not exist.
     """
 
-    weight: Tensor
     weight_scale: Tensor
     weight_dual_scale: Tensor | None
     mul_scale: Tensor | None
@@ -61,7 +61,7 @@ class MXLinear(nn.Module):
         dtype: torch.dtype | None = None,
         smooth: bool = False,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a float weight
         row = block_format(method, where="MXLinear")
         self.record = row.tensors(out_features, in_features, smooth=smooth, where="MXLinear")
         if rule is not None and rule not in row.rules:
@@ -110,6 +110,18 @@ class MXLinear(nn.Module):
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
 
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] - of nn.Linear, where it is a parameter
+        """The buffer of that name, as `Codes`: nobody takes it for the float weight of a linear."""
+        codes = self._buffers.get("weight")
+        if codes is None:
+            raise AttributeError("weight")
+        return codes.as_subclass(Codes)
+
+    @property
+    def _codes(self) -> Tensor:
+        return cast(Tensor, self._buffers["weight"])
+
     def load(self, parts: Mapping[str, Tensor]) -> None:
         """Take tensors of the record as they are, without a copy; those that are not given stay.
 
@@ -135,7 +147,7 @@ class MXLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The weight in canonical layout, (N, K) to `mxdit.decode`."""
-        codes = self.weight if self._layout is None else self._layout.unpack(self.weight)
+        codes = self._codes if self._layout is None else self._layout.unpack(self._codes)
         dual = self.weight_dual_scale
         return Packed(codes, self.weight_scale, None if dual is None else dual.squeeze(-1), self.method)
 
@@ -199,19 +211,19 @@ class MXLinear(nn.Module):
 
         Quantizing, loading and moving a layer do so. It takes no second copy, and `state_dict()` stays canonical.
         """
-        layout = layout_for(self.weight.device, self.method) if self._layout is None else None
+        layout = layout_for(self._codes.device, self.method) if self._layout is None else None
         if layout is not None:
-            self.weight, self._layout = layout.pack(self.weight), layout
+            self._buffers["weight"], self._layout = layout.pack(self._codes), layout
 
     def _unpack(self) -> None:
         """The inverse of `prepack`."""
         if self._layout is not None:
-            self.weight, self._layout = self._layout.unpack(self.weight), None
+            self._buffers["weight"], self._layout = self._layout.unpack(self._codes), None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._layout is not None:
-            destination[f"{prefix}weight"] = self._layout.unpack(self.weight)
+            destination[f"{prefix}weight"] = self._layout.unpack(self._codes)
 
     def check_state(self, state: Mapping[str, Tensor], prefix: str) -> None:
         """Raise FormatError unless what a state_dict holds for this layer is of its very shapes and dtypes.
@@ -242,6 +254,12 @@ class MXLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.prepack()
 
+    def reset_parameters(self) -> None:
+        """Refused: a packed weight has no distribution to be drawn from."""
+        raise FormatError(
+            "a packed weight cannot be initialized", where="MXLinear", hint="Quantize a weight: MXLinear.from_weight."
+        )
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -250,16 +268,36 @@ class MXLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MXLinear:
-        """``nn.Module._apply``, which serves every move and cast; the fp32 scales are moved but never cast."""
+        """``nn.Module._apply``, which serves every move and cast; the fp32 scales are moved but never cast.
+
+        Nor is the bias to a dtype that is none to compute with: diffusers' layerwise casting stores linears in eight bits.
+        """
         self._unpack()  # another device has another layout, or none
         before = {name: self._buffers[name] for name in PARTS}
+        bias = None if self.bias is None else self.bias.data
         super()._apply(fn, recurse)
+        if bias is not None and self.bias is not None and self.bias.dtype not in FLOATS and bias.dtype in FLOATS:
+            self.bias.data = bias.to(self.bias.device)
         for name, kept in before.items():
             moved = self._buffers[name]
             if kept is not None and moved is not None and moved.dtype is not kept.dtype:
                 self._buffers[name] = kept.to(moved.device)
         self.prepack()
         return self
+
+
+def linears_of(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Linear]]:
+    """(path, linear) of every linear of a model, in its order. Adapters are seen through: a linear that has some is found at
+    its own path, and theirs are none of the model's."""
+    if isinstance(model, nn.Linear):
+        yield path, model
+        return
+    base = getattr(model, "base_layer", None)  # as every tuner layer of peft calls what it stands beside
+    if isinstance(base, nn.Module):
+        yield from linears_of(base, path)
+        return
+    for name, child in model.named_children():
+        yield from linears_of(child, f"{path}.{name}" if path else name)
 
 
 class _StraightThrough(torch.autograd.Function):

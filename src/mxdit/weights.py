@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,3 +89,29 @@ def _finite(weight: Tensor, packed: Packed, scales: Scales | None, where: str) -
         )
     lost = (packed.scale == 0xFF).repeat_interleave(packed.format.block, -1)[:, : weight.shape[1]]
     return weight.masked_fill(lost, 0.0)
+
+
+NOT_FUSED = (
+    "Keep an adapter beside the packed weight, as it is; or fuse it into the model in BF16 and quantize that: "
+    "`mxdit quantize SRC DST --lora transformer=FILE[:scale]`."
+)
+
+
+class Codes(Tensor):
+    """The packed weight as others see it: a tensor of bytes that is not to be read, added to or replaced as a linear's floats.
+
+    Libraries that know `nn.Linear` do so to its ``weight.data`` (peft merges adapters into it, diffusers fuses projections and
+    widens layers), or cast it (DoRA). Everything else goes through, and gives plain tensors.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            made = func(*args, **(kwargs or {}))
+        if func in _OF_FLOATS or (func in _CASTS and made.is_floating_point()):
+            raise FormatError("a packed weight is taken for a float one", where="MXLinear.weight", hint=NOT_FUSED)
+        return made
+
+
+_OF_FLOATS = {Tensor.data.__get__, Tensor.data.__set__}  # pyright: ignore[reportAttributeAccessIssue]
+_CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type_as}

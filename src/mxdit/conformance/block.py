@@ -80,7 +80,7 @@ class BlockCase:
 
 
 def _linears(block: nn.Module) -> list[tuple[str, Any]]:
-    return [(path, module) for path, module in block.named_modules() if isinstance(module, (nn.Linear, MXLinear))]
+    return [(path, module) for path, module in block.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _block() -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mxdit.config import ACTIVATIONS, check_activation
 from mxdit.errors import ConfigError, ModelError
-from mxdit.layers import MXLinear
+from mxdit.layers import MXLinear, linears_of
 from mxdit.models import spec_of, uncompiled
 from mxdit.numerics.formats import scheme_for
 from mxdit.quantize.plan import Decision, check_groups, resolve
@@ -35,7 +35,7 @@ def set_activation(model: nn.Module, activation: str, layers: Iterable[str] | No
     """
     model = uncompiled(model)
     spec = spec_of(model)
-    quantized_layers = {path: module for path, module in model.named_modules() if isinstance(module, MXLinear)}
+    quantized_layers = {path: module for path, module in linears_of(model) if isinstance(module, MXLinear)}
     if not quantized_layers:
         raise ModelError(
             "the model has no quantized linear", where=type(model).__name__, hint="Quantize it first: mxdit.quantize_."

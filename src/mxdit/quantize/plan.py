@@ -13,7 +13,7 @@ from torch import nn
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.config.choices import near_names
 from mxdit.errors import ConfigError, ModelError
-from mxdit.layers import MXLinear
+from mxdit.layers import linears_of
 from mxdit.models import ModelSpec, spec_of, uncompiled
 from mxdit.numerics.formats import block_format, scheme_for
 
@@ -49,7 +49,8 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
     """
     model, config = uncompiled(model), MXConfig.of(config)
     spec = spec_of(model)
-    linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, MXLinear))]
+    found = dict(linears_of(model))
+    linears = list(found)
     ignored = resolve(model, linears, config.ignored_layers, "ignored_layers")
     raised = resolve(model, linears, config.w4a8_fallback_layers, "w4a8_fallback_layers")
     others = _others(model, linears, config)
@@ -70,7 +71,7 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
             decisions[path] = Decision(reason=f"ignored_layers{pattern}")
         elif before[place.blocks] + place.index < first and (config.num_bf16_fallback_layers or path not in others):
             decisions[path] = Decision(reason=f"num_bf16_fallback_layers: {first}")
-        elif _features(model, path) % block_format(method).per_byte:
+        elif found[path].in_features % block_format(method).per_byte:
             decisions[path] = Decision(reason="odd number of input features")
         elif any(fnmatchcase(place.inside, pattern) for pattern in spec.keep):
             decisions[path] = Decision(reason=f"kept by the spec of {spec.transformer}")
@@ -139,12 +140,6 @@ def _check_methods(model: nn.Module, linears: list[str], config: MXConfig, decis
             got=f"quant_method '{config.quant_method}', and layer_methods of {' and '.join(config.layer_methods)}",
             hint="Name the method that most layers have as quant_method, and the exceptions in layer_methods.",
         )
-
-
-def _features(model: nn.Module, path: str) -> int:
-    linear = model.get_submodule(path)
-    assert isinstance(linear, (nn.Linear, MXLinear))
-    return linear.in_features
 
 
 def block_counts(model: nn.Module, spec: ModelSpec) -> dict[str, int]:

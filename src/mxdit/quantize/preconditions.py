@@ -19,7 +19,8 @@ from mxdit.numerics.formats import FLOATS
 CHANGES = {
     "base_layer": (
         "adapters",
-        "call unload_lora_weights() of the pipeline (unload_lora() of the model), after fuse_lora() if their effect is to stay",
+        "call unload_lora_weights() of the pipeline (unload_lora() of the model), after fuse_lora() if their effect is to stay "
+        "(which a model in BF16 can do, and a quantized one cannot)",
     ),
     **dict.fromkeys(
         ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mxdit.config.steps import ranges
-from mxdit.layers import MXLinear
+from mxdit.layers import MXLinear, linears_of
 from mxdit.models import spec_of, uncompiled
 from mxdit.quantize.plan import OUTSIDE, Decision, plan
 from mxdit.quantize.recorded import recorded_config
@@ -122,9 +122,7 @@ def report_of(model: nn.Module, decisions: Mapping[str, Decision] | None = None)
         decisions = plan(model, recorded) if recorded else {}
     float_size = next((p.element_size() for p in model.parameters() if p.is_floating_point()), torch.bfloat16.itemsize)
     layers = []
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, MXLinear)):
-            continue
+    for path, module in linears_of(model):
         shape = (module.out_features, module.in_features)
         after = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
         if isinstance(module, MXLinear):

@@ -1,0 +1,280 @@
+"""Adapters (LoRA) beside quantized linears: what of diffusers' and peft's calls a quantized model answers differently.
+
+peft wraps an `MXLinear` as it wraps any `nn.Linear`: its product is computed as ever, and the adapter's, in floats on the
+unquantized input, is added. What is left to see to is what would touch the packed weight, and what a load that fails leaves
+behind: diffusers leaves empty tuner layers in the model, and where one cannot be wrapped, adapters of uninitialized memory that
+are active.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mxdit.errors import ModelError
+from mxdit.layers import MXLinear, linears_of
+from mxdit.weights import NOT_FUSED
+
+PREFIX = "transformer"  # of the tensors in an adapter's file, whichever expert it goes to
+PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
+# What a peft LoraConfig may say. Every other field must be as it is by default: it would read, replace or add to the model's
+# own weights (DoRA, PiSSA, OLoRA, LoftQ, bias="all", modules_to_save), or nobody has checked it beside a quantized linear.
+PLAIN = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "lora_bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *(
+        "peft_type",
+        "peft_version",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("init_lora_weights", "runtime_config", "fan_in_fan_out"),
+}
+INITS = (True, False, "gaussian")
+
+
+class AdaptersBeside:
+    """The methods of diffusers' `PeftAdapterMixin` that a quantized model has of its own (`beside`)."""
+
+    def load_lora_adapter(
+        self: Any,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = PREFIX,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """diffusers' own, all or nothing: a file that does not fit is refused, and whatever fails leaves the model as it was.
+
+        The adapter is kept in the model's float dtype.
+
+        Raises ModelError for tensors that do not fit the model, hold NaN or inf, or make another adapter than a LoRA, and what
+        diffusers raises.
+        """
+        with unchanged(self, kwargs.get("_pipeline")):
+            source = pretrained_model_name_or_path_or_dict
+            if isinstance(source, Mapping):
+                check_lora(self, named(source, prefix), where="load_lora_adapter")
+            _check_choices(named(kwargs.get("metadata") or {}, prefix))
+            before = set() if hotswap else set(getattr(self, "peft_config", {}))
+            cast(Any, super()).load_lora_adapter(source, prefix=prefix, hotswap=hotswap, **kwargs)
+            for name in set(getattr(self, "peft_config", {})) - before:
+                _settle(self, name, self.dtype)
+
+    def add_adapter(self: Any, adapter_config: Any, adapter_name: str = "default") -> None:
+        """diffusers' own, for a plain LoRA, whose weights peft makes in FP32. Raises ModelError for anything else."""
+        with unchanged(self):
+            _check_choices(getattr(adapter_config, "to_dict", dict)())
+            cast(Any, super()).add_adapter(adapter_config, adapter_name)
+            _settle(self, adapter_name, None)
+
+    def fuse_lora(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Refused where an adapter is beside a packed weight, which cannot take it up; nothing is changed then."""
+        for path, layer in tuners(self):
+            if isinstance(layer.get_base_layer(), MXLinear):
+                raise ModelError("an adapter cannot be fused into a packed weight", where=path, hint=NOT_FUSED)
+        cast(Any, super()).fuse_lora(*args, **kwargs)
+
+    def delete_adapters(self: Any, adapter_names: list[str] | str) -> None:
+        """diffusers' own; with the last adapter, peft's layers go as well, and the model is what it was before the first."""
+        cast(Any, super()).delete_adapters(adapter_names)
+        if not getattr(self, "peft_config", None):
+            self.unload_lora()
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        make, (_, *rest), *state = super().__reduce_ex__(protocol)
+        return _again, (make, type(self).__mro__[2], rest), *state  # a class that is made cannot be found by its name
+
+
+def beside(model: nn.Module) -> None:
+    """Let a quantized diffusers model answer adapters' calls as `AdaptersBeside` says: its class gets that in front.
+
+    The class keeps its name, module and everything else. A model that takes no adapters is left alone.
+    """
+    if hasattr(model, "load_lora_adapter") and not isinstance(model, AdaptersBeside):
+        model.__class__ = _class_beside(type(model))
+
+
+@cache
+def _class_beside(cls: type) -> type:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (AdaptersBeside, cls), names)
+
+
+def _again(make: Any, cls: type, rest: list[Any]) -> Any:
+    return make(_class_beside(cls), *rest)
+
+
+def check_lora(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Raise ModelError unless the tensors are those of a LoRA for `model`, whole and finite.
+
+    Args:
+        model: a transformer, float or quantized, on any device, `meta` too; with adapters or without.
+        state: ``PATH.lora_A.weight`` (r, K), ``PATH.lora_B.weight`` (N, r), ``PATH.lora_B.bias`` (N,) of each linear.
+        where: what they were read from, for the error.
+    """
+    linears, others = dict(linears_of(model)), dict(model.named_modules())
+    if not state:
+        raise ModelError(
+            "no tensor of an adapter", where=where, hint=f"Names look like {PREFIX}.{next(iter(linears))}{PARTS[0]}."
+        )
+    for name, tensor in state.items():
+        part = next((part for part in PARTS if name.endswith(part)), None)
+        path = name.removesuffix(part or "")
+        if part is None:
+            raise ModelError(
+                "a tensor that is none of a LoRA's",
+                where=f"{where}: {name}",
+                expected=" or ".join(f"*{part}" for part in PARTS),
+                hint="Beside quantized linears there can be a plain LoRA: no DoRA, LoHa, LoKr, or changes of norms.",
+            )
+        if path not in linears and path not in others:
+            raise ModelError(
+                "an adapter for a module that the model does not have",
+                where=f"{where}: {name}",
+                got=path,
+                expected=f"one like {next(iter(linears))}",
+                hint="It was made for another model.",
+            )
+        pair = [state.get(path + part) for part in PARTS[:2]]
+        if pair[0] is None or pair[1] is None:
+            raise ModelError(
+                "half of an adapter",
+                where=f"{where}: {path}",
+                got=name,
+                expected=" and ".join(path + p for p in PARTS[:2]),
+            )
+        if path in linears:
+            n, k, r = linears[path].out_features, linears[path].in_features, pair[0].shape[0]
+            shape = ((r, k), (n, r), (n,))[PARTS.index(part)]
+            if tuple(tensor.shape) != shape or not r:
+                raise ModelError(
+                    "a misshapen adapter",
+                    where=f"{where}: {name}",
+                    got=tuple(tensor.shape),
+                    expected=shape,
+                    hint="It was made for another model, or its two matrices differ in rank.",
+                )
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            got = "NaN or inf" if tensor.is_floating_point() else tensor.dtype
+            raise ModelError("an adapter that holds no finite numbers", where=f"{where}: {name}", got=got)
+
+
+@contextmanager
+def unchanged(*models: Any) -> Iterator[None]:
+    """Give models back as they were if the block raises: modules, hooks, adapters and their bits, and what is trained.
+
+    Args:
+        models: modules, pipelines with their components, or None. Only the adapters' tensors are copied, to the CPU.
+    """
+    roots = [part for model in models for part in getattr(model, "components", {"": model}).values()]
+    modules = list({id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values())
+    names = [(vars(module), dict(vars(module))) for module in modules]
+    inside = [
+        (held, copy(held)) for _, before in names for held in before.values() if type(held) in (dict, OrderedDict, list)
+    ]
+    wanting = [(tensor, tensor.requires_grad) for module in modules for tensor in module.parameters(recurse=False)]
+    bits = [(tensor, tensor.detach().cpu().clone()) for module in modules for tensor in _tensors_of_adapters(module)]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            for now, before in names:
+                now.clear()
+                now.update(before)
+            for now, before in inside:
+                now.clear()
+                now.extend(before) if isinstance(now, list) else now.update(before)
+            for tensor, wanted in wanting:
+                tensor.requires_grad_(wanted)
+            for tensor, before in bits:
+                tensor.data = before.to(tensor.device)
+
+
+def named(given: Mapping[str, Any], prefix: str | None) -> dict[str, Any]:
+    """What of an adapter's tensors, or of its metadata, is for a transformer: by peft's names, without the prefix."""
+    start = f"{prefix}." if prefix else ""
+    found = {name.removeprefix(start): value for name, value in given.items() if name.startswith(start)}
+    if any(isinstance(value, Tensor) for value in found.values()) and not any("lora_A" in name for name in found):
+        from diffusers.utils import convert_unet_state_dict_to_peft
+
+        return convert_unet_state_dict_to_peft(found)
+    return found
+
+
+def _check_choices(choices: Mapping[str, Any]) -> None:
+    """Raise ModelError for an adapter of another kind than a plain LoRA, told from the fields of its peft config."""
+    from peft import LoraConfig
+
+    kind = str(getattr(kind := choices.get("peft_type") or "LORA", "value", kind))
+    usual = LoraConfig().to_dict()
+    odd = {key: value for key, value in choices.items() if key not in PLAIN and value and value != usual.get(key)}
+    if choices.get("init_lora_weights", True) not in INITS:
+        odd["init_lora_weights"] = choices["init_lora_weights"]
+    if kind != "LORA":
+        odd = {"peft_type": kind}
+    if odd:
+        raise ModelError(
+            "an adapter that cannot be beside quantized linears",
+            where="its peft config",
+            got=", ".join(f"{key}={value!r}" for key, value in odd.items()),
+            expected="a plain LoRA, which leaves the model's own weights alone",
+            hint="Use it on the model in BF16.",
+        )
+
+
+def _settle(model: nn.Module, name: str, dtype: torch.dtype | None) -> None:
+    """Check an adapter that has come to be, and cast it to `dtype` beside quantized linears."""
+    from peft.tuners.lora import Linear
+
+    for path, layer in tuners(model):
+        if isinstance(layer.get_base_layer(), MXLinear) and (type(layer) is not Linear or layer.lora_variant.get(name)):
+            variant = getattr(layer, "lora_variant", {}).get(name, layer)
+            raise ModelError(
+                "an adapter that cannot be beside a quantized linear",
+                where=path,
+                got=type(variant).__name__,
+                expected="a plain LoRA",
+            )
+        for part, holder in _adapters_of(layer):
+            if part != name:
+                continue
+            for tensor in holder.parameters():
+                if tensor.is_meta or not torch.isfinite(tensor).all():
+                    got = "no data" if tensor.is_meta else "NaN or inf"
+                    raise ModelError("an adapter that holds no finite numbers", where=path, got=got)
+            if dtype is not None and isinstance(layer.get_base_layer(), MXLinear):
+                holder.to(dtype)
+
+
+def tuners(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of peft's layers in a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield path, module
+
+
+def _adapters_of(layer: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module with its tensors) of the adapters in a layer of peft."""
+    for held in layer.adapter_layer_names:
+        if isinstance(holders := getattr(layer, held, None), nn.ModuleDict):
+            yield from holders.items()
+
+
+def _tensors_of_adapters(module: Any) -> Iterator[Tensor]:
+    if hasattr(module, "adapter_layer_names"):
+        for _, holder in _adapters_of(module):
+            yield from holder.parameters()

@@ -1,0 +1,148 @@
+"""LoRAs beside quantized linears, by diffusers' own calls: methods x ways to be quantized x operations, to the bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from torch.nn.functional import linear
+
+import mxdit
+import tiny
+from adapted import Untouched, lora, smoothed
+from mxdit.layers import MXLinear, linears_of
+from mxdit.quantize.adapters import tuners
+
+METHODS = ("mxfp4", "mxfp4_dualscale", "mxfp8")
+WAYS = ("online", "packed", "memory", "smoothed")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("source") / "t2v")
+
+
+@pytest.fixture(scope="module")
+def load(source, tmp_path_factory):
+    """A pipeline with both experts quantized in one of the ways."""
+    dtypes = {"vae": torch.float32, "default": torch.bfloat16}
+
+    def loaded(method: str, way: str = "memory") -> WanPipeline:
+        if way in ("online", "packed"):
+            config = mxdit.pipeline_config(method, num_bf16_fallback_layers=0)
+            pipe = WanPipeline.from_pretrained(source, torch_dtype=dtypes, quantization_config=config)
+            if way == "packed":
+                directory = tmp_path_factory.mktemp("packed")
+                pipe.save_pretrained(directory)
+                pipe = WanPipeline.from_pretrained(directory, torch_dtype=dtypes)
+        else:
+            pipe = WanPipeline.from_pretrained(source, torch_dtype=dtypes)
+            for model in (pipe.transformer, pipe.transformer_2):
+                mxdit.quantize_(model, {"quant_method": method, "num_bf16_fallback_layers": 0})
+                if way == "smoothed":
+                    smoothed(model, method)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return loaded
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_operation(load, method, way):
+    if way == "smoothed" and method == "mxfp8":
+        pytest.skip("mxfp8 takes no multipliers")
+    pipe = load(method, way)
+    model, other = pipe.transformer, pipe.transformer_2
+    before, before_other = Untouched(model), Untouched(other)
+
+    pipe.load_lora_weights(lora(model), adapter_name="a")
+    with_a = tiny.forward(model)
+    assert not torch.equal(with_a, before.output) and torch.equal(tiny.forward(other), before_other.output)
+    pipe.load_lora_weights(lora(other, 8, seed=1), adapter_name="b", load_into_transformer_2=True)
+    pipe.load_lora_weights(lora(model, 8, seed=2), adapter_name="b")
+    assert pipe.get_list_adapters() == {"transformer": ["a", "b"], "transformer_2": ["b"]}
+
+    pipe.set_adapters("a")
+    assert torch.equal(tiny.forward(model), with_a) and torch.equal(tiny.forward(other), before_other.output)
+    pipe.set_adapters(["a", "b"], [0.5, 2.0])
+    with_both = tiny.forward(model)
+    assert not torch.equal(with_both, with_a) and not torch.equal(tiny.forward(other), before_other.output)
+    pipe.set_adapters(["a", "b"], [0.0, 0.0])
+    assert torch.equal(tiny.forward(model), before.output)
+    pipe.set_adapters(["a", "b"], [0.5, 2.0])
+    assert torch.equal(tiny.forward(model), with_both)
+
+    pipe.disable_lora()
+    assert torch.equal(tiny.forward(model), before.output) and torch.equal(tiny.forward(other), before_other.output)
+    pipe.enable_lora()
+    assert torch.equal(tiny.forward(model), with_both)
+
+    pipe.set_adapters("a")
+    pipe.delete_adapters("b")
+    assert torch.equal(tiny.forward(model), with_a)
+    before_other.check(trained=False)
+    pipe.delete_adapters("a")
+    before.check(trained=False)
+
+    pipe.load_lora_weights(lora(model), adapter_name="a")
+    assert torch.equal(tiny.forward(model), with_a)
+    pipe.unload_lora_weights()
+    before.check(trained=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapter_is_added_to_the_quantized_product_of_the_same_input(load, method):
+    """In the activations' dtype, on the input before it is multiplied and quantized."""
+    pipe = load(method, "memory" if method == "mxfp8" else "smoothed")
+    model, state, seen = pipe.transformer, lora(pipe.transformer), {}
+    pipe.load_lora_weights(state, adapter_name="a")
+    pipe.set_adapters("a", 0.5)
+    for path, layer in tuners(model):
+        layer.register_forward_hook(
+            lambda layer, inputs, output, path=path: seen.update({path: (layer, *inputs, output)})
+        )
+    tiny.forward(model)
+    over_packed = 0
+    for path, (layer, x, y) in seen.items():
+        a, b = (state[f"transformer.{path}.lora_{part}.weight"].bfloat16() for part in "AB")
+        with torch.no_grad():
+            assert torch.equal(y, layer.base_layer(x) + linear(linear(x, a), b) * 0.5), path
+        over_packed += isinstance(layer.base_layer, MXLinear)
+    assert over_packed == 10 and len(seen) == 11
+
+
+def test_a_clip_changes_and_changes_back(load):
+    pipe = load("mxfp4", "packed")
+    plain = tiny.generate(pipe)
+    files = {"transformer": lora(pipe.transformer), "transformer_2": lora(pipe.transformer_2, seed=1)}
+    mxdit.load_lora_weights(pipe, files, "style")
+    assert pipe.get_list_adapters() == {"transformer": ["style"], "transformer_2": ["style"]}
+    assert (tiny.generate(pipe) != plain).any()
+    pipe.unload_lora_weights()
+    assert (tiny.generate(pipe) == plain).all()
+
+
+def test_what_mxdit_says_of_a_model_is_the_same_with_adapters(load):
+    pipe = load("mxfp4")
+    model, plain = pipe.transformer, str(mxdit.report_of(pipe.transformer))
+    pipe.load_lora_weights(lora(model), adapter_name="a")
+    assert str(mxdit.report_of(model)) == plain
+    assert mxdit.plan(model, "mxfp4").keys() == {path for path, _ in linears_of(model)}
+    mxdit.set_activation(model, "mxfp8", ["blocks.0.attn1.to_*"])
+    assert model.blocks[0].attn1.to_q.base_layer.scheme == "w4a8"
+
+
+def test_copies_have_their_own_adapters(load):
+    pipe = load("mxfp4")
+    pipe.load_lora_weights(lora(pipe.transformer), adapter_name="a")
+    adapted = tiny.forward(pipe.transformer)
+    for other in (copy.deepcopy(pipe.transformer), pickle.loads(pickle.dumps(pipe.transformer))):
+        assert type(other) is type(pipe.transformer) and torch.equal(tiny.forward(other), adapted)
+        with pytest.raises(mxdit.ModelError, match="cannot be fused"):
+            other.fuse_lora()
+        other.unload_lora()
+    assert torch.equal(tiny.forward(pipe.transformer), adapted)
