@@ -194,17 +194,17 @@ def test_a_converted_directory_loads_as_the_readme_shows(source, tmp_path, impor
 def test_importing_mxdit_imports_no_host_and_leaves_its_modules_as_they_are():
     program = """
 import sys, mxdit
-from mxdit.integrations.diffusers_hook import HOST, register_when_imported
+from mxdit.integrations.hook import register_when_imported
 print(*(name for name in ("diffusers", "transformers", "accelerate", "safetensors") if name in sys.modules))
 register_when_imported()
 print(sum(type(finder).__module__.startswith("mxdit.") for finder in sys.meta_path))
-import diffusers.quantizers.auto as auto, importlib.machinery, inspect
+import diffusers.quantizers.auto as auto, transformers.quantizers.auto, importlib.machinery, inspect
 print(sum(type(finder).__module__.startswith("mxdit.") for finder in sys.meta_path))
 print(type(auto.__loader__).__name__, type(auto.__spec__.loader).__name__)
 print("class DiffusersAutoQuantizer" in inspect.getsource(auto), "mxfp4" in auto.AUTO_QUANTIZER_MAPPING)
 """
     lines = output_of("-c", program).splitlines()
-    assert lines == ["", "1", "0", "SourceFileLoader SourceFileLoader", "True True"]
+    assert lines == ["", "2", "0", "SourceFileLoader SourceFileLoader", "True True"]
 
 
 @pytest.mark.slow

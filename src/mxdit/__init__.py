@@ -18,8 +18,8 @@ from mxdit.errors import (
     ModelError,
     MXDiTError,
 )
-from mxdit.integrations.diffusers_hook import pipeline_config, register_when_imported
 from mxdit.integrations.diffusers_steps import step_policy
+from mxdit.integrations.hook import pipeline_config, register_when_imported
 from mxdit.layers import MXLinear
 from mxdit.numerics.codec import Packed, Scales, decode, encode
 from mxdit.quantize.activations import set_activation

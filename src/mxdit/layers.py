@@ -118,10 +118,6 @@ class MXLinear(nn.Linear):
             raise AttributeError("weight")
         return codes.as_subclass(Codes)
 
-    @property
-    def _codes(self) -> Tensor:
-        return cast(Tensor, self._buffers["weight"])
-
     def load(self, parts: Mapping[str, Tensor]) -> None:
         """Take tensors of the record as they are, without a copy; those that are not given stay.
 
@@ -144,6 +140,11 @@ class MXLinear(nn.Linear):
             if name == "weight":
                 self._layout = None
                 self.prepack()
+
+    @property
+    def _codes(self) -> Tensor:
+        """The buffer itself, whatever `weight` shows of it."""
+        return cast(Tensor, self._buffers["weight"])
 
     def packed(self) -> Packed:
         """The weight in canonical layout, (N, K) to `mxdit.decode`."""
@@ -298,6 +299,26 @@ def linears_of(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Linea
         return
     for name, child in model.named_children():
         yield from linears_of(child, f"{path}.{name}" if path else name)
+
+
+class HostedLinear(MXLinear):
+    """The layer in a model of transformers, which looks at the dtype of `weight`.
+
+    T5's and UMT5's feed-forward casts what it gives to `wo` to that dtype unless it is int8, which is how transformers tells
+    weights that another library quantized: uint8 would turn activations into bytes. So the codes read as int8. What is
+    stored, moved and multiplied is the buffer, uint8 as ever.
+    """
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The codes as int8, in the same memory."""
+        codes = self._buffers.get("weight")
+        if codes is None:
+            raise AttributeError("weight")  # nn.Module asks before it registers a buffer of that name
+        seen = codes.view(torch.int8)
+        if not torch.compiler.is_compiling():
+            seen._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]  # or it would draw initial values
+        return seen
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -22,10 +22,11 @@ from mxdit.checkpoint.fitting import adopt_dtypes, check_tensors, read_headers
 from mxdit.config import ALIASES, STEPS_OF_W4A8, ConfigLike, Method, MXConfig
 from mxdit.config.choices import near_names
 from mxdit.config.components import configs_of, split_keys
+from mxdit.config.encoders import encoder_config
 from mxdit.errors import CheckpointError, ConfigError, FormatError, ModelError
 from mxdit.integrations.diffusers_files import Codes, take_codes
 from mxdit.layers import MXLinear
-from mxdit.models import COMPONENTS
+from mxdit.models import COMPONENTS, TEXT_ENCODERS
 from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
@@ -276,8 +277,10 @@ def pipeline_config(method: str, **overrides: Any) -> Any:
 
     Args:
         method: "mxfp4", "mxfp4_dualscale" or "mxfp8".
-        overrides: keys of `MXConfig` for every component, and per component (`transformer`, `transformer_2`) a dictionary of keys
-            that differ there, an MXConfig that replaces all, or None to leave that component as it is.
+        overrides: keys of `MXConfig` for every transformer, and per transformer (`transformer`, `transformer_2`) a dictionary
+            of keys that differ there, an MXConfig that replaces all, or None to leave it as it is. `text_encoder`,
+            `text_encoder_2` and `text_encoder_3` are left as they are, unless they are given a method's name, a dictionary
+            with `quant_method`, or an MXConfig of their own; their activations are not quantized unless it says so.
 
     Returns:
         A diffusers PipelineQuantizationConfig. A component that the pipeline does not have is passed over by diffusers.
@@ -286,25 +289,39 @@ def pipeline_config(method: str, **overrides: Any) -> Any:
         ConfigError: an unknown method, key or component.
 
         >>> pipeline_config("mxfp4", ignored_layers=["blocks.0.*"], transformer_2={"activation": "mxfp8"})
+        >>> pipeline_config("mxfp4", text_encoder="mxfp8")
     """
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
+    overrides, encoders = split_keys(overrides, TEXT_ENCODERS)
     shared, own = split_keys(overrides, COMPONENTS)
     keys = {f.name for f in fields(MXConfig)} | {*ALIASES, STEPS_OF_W4A8}
     for key, value in shared.items():
         if key not in keys:
-            known = COMPONENTS if isinstance(value, (Mapping, MXConfig)) else [*keys, *COMPONENTS]
-            hint = near_names(key, known) or f"Components: {', '.join(COMPONENTS)}. Keys: {', '.join(sorted(keys))}."
+            names = [*COMPONENTS, *TEXT_ENCODERS]
+            known = names if isinstance(value, (Mapping, MXConfig)) else [*keys, *names]
+            hint = near_names(key, known) or f"Components: {', '.join(names)}. Keys: {', '.join(sorted(keys))}."
             raise ConfigError(
                 "neither a key of the config nor a component", where="pipeline_config", got=repr(key), hint=hint
             )
     found = configs_of(COMPONENTS, method, shared, own)
     mapping: dict[str, Any] = {name: config for name, config in found.items() if config is not None}
+    mapping |= encoders_of(encoders)
     if not mapping:
         raise ConfigError(
             "every component is left as it is", where="pipeline_config", hint="Load without quantization_config."
         )
     return PipelineQuantizationConfig(quant_mapping=mapping)
+
+
+def encoders_of(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Text encoder -> what transformers' `from_pretrained` is given for it, of those that are quantized."""
+    given = {name: value for name, value in own.items() if value is not None}
+    if not given:
+        return {}
+    from mxdit.integrations.transformers import EncoderConfig  # for those who have transformers
+
+    return {name: EncoderConfig(encoder_config(value, name)) for name, value in given.items()}
 
 
 def _reconciled(stored: MXConfig, asked: object) -> MXConfig:

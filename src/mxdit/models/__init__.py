@@ -1,10 +1,11 @@
-"""The model families that mxdit knows: one `ModelSpec` each, found by the class name of a transformer."""
+"""The model families that mxdit knows: one `ModelSpec` each, found by the class name of a transformer or a text encoder."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from mxdit.errors import ModelError
+from mxdit.models.encoders import TEXT_ENCODERS, encoder_spec
 from mxdit.models.flux import FLUX
 from mxdit.models.hunyuan import HUNYUAN_VIDEO_15
 from mxdit.models.spec import ModelSpec
@@ -43,10 +44,13 @@ def tasks() -> tuple[str, ...]:
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """The spec of a transformer, which may be of a subclass. Raises ModelError for a class that no spec names."""
+    """The spec of a transformer or a text encoder, which may be of a subclass. Raises ModelError for a class without one."""
     for cls in type(model).__mro__:
         if cls.__name__ in SPECS:
             return SPECS[cls.__name__]
+    encoder = encoder_spec(model)
+    if encoder is not None:
+        return encoder
     if not isinstance(model, nn.Module):
         hint = "Pass the transformer itself rather than a pipeline: pipe.transformer."
     else:
@@ -68,4 +72,4 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-__all__ = ["COMPONENTS", "SPECS", "ModelSpec", "register_family", "spec_of", "tasks", "uncompiled"]
+__all__ = ["COMPONENTS", "SPECS", "TEXT_ENCODERS", "ModelSpec", "register_family", "spec_of", "tasks", "uncompiled"]

@@ -14,7 +14,7 @@ from mxdit.layers import MXLinear, linears_of
 from mxdit.models import spec_of, uncompiled
 from mxdit.numerics.formats import scheme_for
 from mxdit.quantize.plan import Decision, check_groups, resolve
-from mxdit.quantize.recorded import recorded_config
+from mxdit.quantize.recorded import note, recorded_config
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def set_activation(model: nn.Module, activation: str, layers: Iterable[str] | No
 
 
 def _note_activations(model: nn.Module, layers: Mapping[str, MXLinear]) -> None:
-    """Bring a diffusers model's recorded config up to date with the activations that its layers now have."""
+    """Bring a model's recorded config up to date with the activations that its layers now have."""
     recorded = recorded_config(model)
     if recorded is None:
         return
@@ -86,8 +86,7 @@ def _note_activations(model: nn.Module, layers: Mapping[str, MXLinear]) -> None:
             recorded.effective_activation,
         )
         return
-    updated = replace(updated, w4a8_fallback_layers=tuple(raised))
-    model.register_to_config(quantization_config=updated)  # pyright: ignore[reportCallIssue]
+    note(model, replace(updated, w4a8_fallback_layers=tuple(raised)))
 
 
 def _pattern_list(layers: Iterable[str]) -> list[str]:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import ConfigError, FormatError, ModelError
-from mxdit.layers import MXLinear
-from mxdit.models import spec_of, uncompiled
+from mxdit.layers import HostedLinear, MXLinear
+from mxdit.models import TEXT_ENCODERS, spec_of, uncompiled
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.preconditions import check_modules, check_state, check_weights
 from mxdit.quantize.recorded import record
@@ -25,7 +25,7 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
     projections): see `preconditions`.
     """
     model, config = uncompiled(model), MXConfig.of(config)
-    spec_of(model)
+    layer = HostedLinear if spec_of(model).components == TEXT_ENCODERS else MXLinear
     if config.is_checkpoint_serialized:
         raise ConfigError(
             "the config is one of a serialized checkpoint, and this model is to be quantized now",
@@ -42,22 +42,29 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
         if decision.scheme:
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)
-            swap(model, path, quantized(linear.weight, linear.bias, config, decision, path))
+            swap(model, path, quantized(linear.weight, linear.bias, config, decision, path, layer))
             del linear  # or its weight would live until the next one is quantized
     model.register_load_state_dict_pre_hook(check_state)
     record(model, config, decisions)
     return report_of(model, decisions)
 
 
-def quantized(weight: Tensor, bias: Tensor | None, config: MXConfig, decision: Decision, path: str) -> MXLinear:
-    """The layer that `decision` makes of the float weight (N, K) and bias (N,) or None of `path`, on the weight's device.
+def quantized(
+    weight: Tensor,
+    bias: Tensor | None,
+    config: MXConfig,
+    decision: Decision,
+    path: str,
+    layer: type[MXLinear] = MXLinear,
+) -> MXLinear:
+    """The `layer` that `decision` makes of the float weight (N, K) and bias (N,) or None of `path`, on the weight's device.
 
     Raises ModelError, with the path, for a weight that cannot be quantized: one that holds an inf or a NaN.
     """
     method = decision.method
     assert method is not None
     try:
-        return MXLinear.from_weight(
+        return layer.from_weight(
             weight, bias, method=method, activation=decision.activation, rule=config.rule_of(method)
         )
     except FormatError as error:

@@ -1,4 +1,4 @@
-"""Registering with diffusers when it is imported, without importing it."""
+"""Registering with diffusers and transformers when they are imported, without importing them."""
 
 from __future__ import annotations
 
@@ -15,46 +15,53 @@ if TYPE_CHECKING:
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
 
-# diffusers' table of quantizers lives here. It has no entry point for guests and asks them to be imported.
-HOST = "diffusers.quantizers.auto"
-GUEST = "mxdit.integrations.diffusers"
+# Where each host's table of quantizers lives, and the guest. They have no entry point for guests and ask to import them.
+HOSTS = {
+    "diffusers.quantizers.auto": "mxdit.integrations.diffusers",
+    "transformers.quantizers.auto": "mxdit.integrations.transformers",
+}
 
 
 def pipeline_config(method: str, **overrides: Any) -> PipelineQuantizationConfig:
     """The `quantization_config=` of a pipeline's `from_pretrained`; see `mxdit.integrations.diffusers.pipeline_config`."""
-    return importlib.import_module(GUEST).pipeline_config(method, **overrides)
+    return importlib.import_module("mxdit.integrations.diffusers").pipeline_config(method, **overrides)
 
 
 def register_when_imported() -> None:
-    """Register with diffusers as soon as it is imported, or now if it is, so that `import mxdit` is all a user writes.
+    """Register with each host as soon as it is imported, or now if it is, so that `import mxdit` is all a user writes.
 
     Without this, `import mxdit` followed by a plain `from_pretrained` of a converted directory would fail with "Unknown
     quantization type", unless mxdit imported all of diffusers (seconds) or every user a module of ours by its long name.
     """
-    if HOST in sys.modules:
-        importlib.import_module(GUEST)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    waiting = {finder.host for finder in sys.meta_path if isinstance(finder, _Finder)}
+    for host, guest in HOSTS.items():
+        if host in sys.modules:
+            importlib.import_module(guest)
+        elif host not in waiting:
+            sys.meta_path.insert(0, _Finder(host))
 
 
 class _Finder(MetaPathFinder):
     """Python's own import hook: sees the host's first import, lets it happen as ever, and imports the guest after it."""
 
+    def __init__(self, host: str) -> None:
+        self.host = host
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != HOST:
+        if fullname != self.host:
             return None
         sys.meta_path.remove(self)  # once is enough, and the search below must not meet this finder again
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, HOSTS[self.host])
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, inner: Loader) -> None:
-        self.inner = inner
+    def __init__(self, inner: Loader, guest: str) -> None:
+        self.inner, self.guest = inner, guest
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.inner.create_module(spec)
@@ -65,4 +72,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.inner
         self.inner.exec_module(module)
-        importlib.import_module(GUEST)
+        importlib.import_module(self.guest)
