@@ -35,7 +35,7 @@ ROUTES = ("int8", "bf16", "fp4")
 # All but what differs from another case in the rounding mode alone, and takes the interpreter long.
 SLOW = [f"mxfp4_dualscale {mode}" for mode in ("round", "floor", "rint: every fp16", "rint with mul_scale: every bf16")]
 SLOW += [f"mxfp4 {rule} {mode}" for rule in ("even6", "even7") for mode in ("round", "floor")] + ["K = 13824"]
-SLOW += [f"linear {scheme} {fmt}: Wan's K" for scheme in SCHEMES for fmt in FORMATS]  # made of the ops of other cases
+SLOW += [f"linear {scheme} {fmt}: Wan's K" for scheme in SCHEMES for fmt in FORMATS]  # K = 96 has the same kernels
 CASES = [case for case in cases() if not any(name in case.name for name in SLOW)]
 
 
@@ -89,6 +89,22 @@ def test_every_route_gives_the_same_bits(monkeypatch, route, fmt):
         for bias in (None, torch.randn(n)):
             args = (a, w, bias, torch.bfloat16)
             assert torch.equal(multiply(*args), expected(*args)), (m, n, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_float_activations_meet_every_eight_bit_weight(dtype):
+    """Each finite code under each byte, one by one: x is the identity. bf16 holds them from byte 3 on."""
+    byte = torch.arange(3 if dtype is torch.bfloat16 else 0, 247).to(torch.uint8)  # above, the largest exceed fp32
+    codes = torch.arange(256).to(torch.uint8).repeat(len(byte), 1)
+    codes[:, [0x7F, 0xFF]] = 0
+    w = Packed(codes, byte[:, None].repeat(1, 8), None, "mxfp8")
+    got = torch.ops.mxdit.linear(torch.eye(256).to(dtype), codes, w.scale, None, None, None, "w8a16", "ocp", "packed")
+    limit = torch.finfo(dtype).max
+    assert torch.equal(got, decode(w).T.clamp(-limit, limit).to(dtype))
+    codes, scale = codes[:12].clone(), w.scale[:12].clone()
+    codes[7, 40], scale[9, 2] = 0x7F, 0xFF
+    got = torch.ops.mxdit.linear(torch.ones(3, 256).to(dtype), codes, scale, None, None, None, "w8a16", "ocp", "packed")
+    assert all(row.nonzero().flatten().tolist() == [7, 9] for row in got.isnan())
 
 
 def test_fallback_tiles_may_be_smaller(monkeypatch):

@@ -248,7 +248,8 @@ Linear some_product(Random& random) {
   const bool dual = random.one_in(3);
   job.w_format = dual || !random.one_in(3) ? MX_FP4 : MX_FP8;
   static const int over_four[] = {MX_FP4, MX_FP4, MX_FP8, MX_FLOAT};
-  job.a_format = job.w_format == MX_FP8 ? static_cast<int>(MX_FP8) : random.of(over_four);
+  job.a_format = random.of(over_four);
+  if (job.w_format == MX_FP8) job.a_format = random.one_in(2) ? MX_FLOAT : MX_FP8;
   const bool two_levels = dual && job.a_format == MX_FP4;
   job.k = some_k(random, job.w_format == MX_FP4);
   job.m = random.between(1, random.one_in(3) ? 40 : 9);
