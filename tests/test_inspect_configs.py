@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch as library
+import torch
 
 import layouts
 from layouts import OUT, UP, Config, Q, change, change_json
@@ -53,8 +54,8 @@ SAID: dict[str, tuple[str, str, Callable[[Config], Any], str]] = {
     "vLLM-Omni: factors that it asks for": ("mxfp4 vllm-omni", "config.json", lambda c: c["quantization_config"].update(require_smooth_scale=True), f"{Q}.mul_scale: missing tensor"),
     "a block fewer": ("mxfp4", "config.json", lambda c: c.update(num_layers=1), "blocks.1."),
     "another width": ("mxfp4", "config.json", lambda c: c.update(ffn_dim=640), "(576, 32) uint8; expected (640, 32) uint8"),
-    "eight bits by its description": ("mxfp4 sglang", DESCRIPTION, describe("W8A8_MXFP8", *(f"{UP}.{x}" for x in ("weight", "weight_scale"))), f"{UP}: 1 layers are stored in another method than the rest; got mxfp8 in blocks 1; expected mxfp4"),
-    "four bits by its description": ("mxfp8 sglang", DESCRIPTION, describe("W4A4_MXFP4", f"{UP}.weight"), f"{UP}: 1 layers are stored in another method"),
+    "eight bits by its description": ("mxfp4 sglang", DESCRIPTION, describe("W8A8_MXFP8", *(f"{UP}.{x}" for x in ("weight", "weight_scale"))), f"{UP}.weight: misshapen or mistyped tensor of a mxfp8 layer"),
+    "four bits by its description": ("mxfp8 sglang", DESCRIPTION, describe("W4A4_MXFP4", f"{UP}.weight"), f"{UP}.weight: a value that FP4 does not have"),
     "dual by its description": ("mxfp4 sglang", DESCRIPTION, lambda d: d.update({n: k + "_DUALSCALE" for n, k in d.items() if k == "W4A4_MXFP4"}), ".weight_dual_scale: missing tensor"),
     "float by its description": ("mxfp4 sglang", DESCRIPTION, describe("FLOAT", f"{UP}.weight"), f"{UP}.weight_scale: the description calls this layer float; got scales"),
     "quantized by its description": ("dual sglang", DESCRIPTION, describe("W4A4_MXFP4_DUALSCALE", f"{OUT}.weight"), f"{OUT}.weight: the description says mxfp4_dualscale; got (64, 64) bfloat16"),
@@ -86,7 +87,7 @@ def test_a_quantized_layer_that_is_lost_is_not_the_bases_to_give(monkeypatch, ca
     ]
 
 
-def test_a_block_of_eight_bits_among_four_is_offered_from_the_base(monkeypatch, capsys, experts, tmp_path):
+def test_a_block_of_eight_bits_among_four_is_a_mixture_or_comes_from_the_base(monkeypatch, capsys, experts, tmp_path):
     folder = shutil.copytree(experts["mxfp4 sglang"], tmp_path / "mixed")
     eight = library.load_file(next(experts["mxfp8 sglang"].glob("*.safetensors")))
     names = [
@@ -96,9 +97,13 @@ def test_a_block_of_eight_bits_among_four_is_offered_from_the_base(monkeypatch, 
     change_json(folder / DESCRIPTION, describe("W8A8_MXFP8", *(n for n in names if "weight" in n)))
     code, out, _ = layouts.inspect(monkeypatch, capsys, folder, "--json")
     (expert,) = json.loads(out)["experts"]
-    (finding,) = expert["findings"]
-    assert code == 1 and "10 layers are stored in another method than the rest; got mxfp8 in blocks 0" in finding
-    assert "--fallback-from-base" in finding and expert["linears"] == {"float": 6, "mxfp4": 10, "mxfp8": 10}
+    assert code == 0 and expert["linears"] == {"float": 6, "mxfp4": 10, "mxfp8": 10}
+    convert_checkpoint(folder, tmp_path / "packed", "packed").write()
+    packed = library.load_file(next((tmp_path / "packed").glob("*.safetensors")))
+    four, whole = (library.load_file(next(experts[of].glob("*.safetensors"))) for of in ("mxfp4", "mxfp8"))
+    assert packed.keys() == four.keys()
+    for name, tensor in packed.items():
+        assert torch.equal(tensor, (whole if name in names else four)[name]), name
     convert_checkpoint(folder, tmp_path / "out", "packed", base=experts["float"], fallback_from_base=True).write()
     found = inspect_checkpoint(tmp_path / "out").components[0]
     assert found.linears == {"float": 16, "mxfp4": 10} and not found.faults

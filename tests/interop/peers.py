@@ -41,6 +41,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w4a8": {"method": "w4a8", "saver": "ascendv1"},
     "mxfp8": {"method": "mxfp8"},
     "mxfp8-some-float": {"method": "mxfp8, searched", "methods": {"blocks.1.*": "float"}},
+    # Two methods in one expert.
+    "single-and-mxfp8": {"method": "single, searched", "methods": {"blocks.0.*": "mxfp8, searched"}},
+    "dual-and-mxfp8": {"method": "dual", "smooth": ["blocks.1.*"], "methods": {"blocks.0.*": "mxfp8"}},
+    "mxfp8-and-w4a8": {"method": "mxfp8", "methods": {"blocks.1.cross_attn.*": "w4a8"}, "saver": "ascendv1"},
     # What has no place in a packed expert, wholly or in part.
     "dual-float-smoothed": {
         "method": "dual",

@@ -56,19 +56,22 @@ def test_a_directory_of_a_merge_tool(mxdit, base, quantized, tmp_path):
     assert mxdit("inspect", tmp_path / "packed")[0] == 0
 
 
-def test_the_public_recipe_needs_two_decisions(mxdit, base, quantized, tmp_path):
+@pytest.mark.parametrize(
+    ("chosen", "linears"),
+    [((), "6 float, 10 mxfp8, 10 mxfp4"), (("--fallback-from-base",), "16 float, 10 mxfp4")],
+    ids=["mixed", "from the base"],
+)
+def test_the_public_recipe_needs_a_decision(mxdit, base, quantized, tmp_path, chosen, linears):
     source, out = quantized / "public", tmp_path / "packed"
     code, printed, _ = mxdit("inspect", source, "--base", base)
-    assert code == 1 and "mxfp8 in blocks 0" in printed
-    code, _, err = mxdit("convert", source, out, "--base", base)
-    assert code == 2 and "--fallback-from-base" in err and "Traceback" not in err
-    code, _, err = mxdit("convert", source, out, "--base", base, "--fallback-from-base")
+    assert code == 0 and printed.count("linears: 6 float, 10 mxfp8, 10 mxfp4") == 2
+    code, _, err = mxdit("convert", source, out, "--base", base, *chosen)
     assert code == 2 and "--allow-loss" in err and not out.exists()
-    decided = (source, out, "--base", base, "--fallback-from-base", "--allow-loss")
+    decided = (source, out, "--base", base, *chosen, "--allow-loss")
     code, printed, err = mxdit("convert", *decided, "--dry-run")
     assert code == 0 and "would be written" in printed and not out.exists()
-    code, _, err = mxdit("convert", *decided)
-    assert code == 0 and err.count("lost: ") == 4
+    code, printed, err = mxdit("convert", *decided)
+    assert code == 0 and err.count("lost: ") == 4 and printed.count(f"linears: {linears}") == 2
     assert mxdit("inspect", out)[0] == 0
 
 

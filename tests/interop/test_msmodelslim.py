@@ -23,25 +23,25 @@ from mxdit.checkpoint.sources import open_source
 from mxdit.errors import CheckpointError, InputError
 
 READABLE = {
-    "dual": "mxfp4_dualscale",
-    "dual-smoothed": "mxfp4_dualscale",
-    "dual-calibrated": "mxfp4_dualscale",
-    "dual-some-float": "mxfp4_dualscale",
-    "dual-shards": "mxfp4_dualscale",
-    "dual-ascendv1": "mxfp4_dualscale",
-    "single": "mxfp4",
-    "single-smoothed": "mxfp4",
-    "single-some-float": "mxfp4",
-    "w4a8": "mxfp4",
-    "mxfp8": "mxfp8",
-    "mxfp8-some-float": "mxfp8",
+    "dual": {"mxfp4_dualscale"},
+    "dual-smoothed": {"mxfp4_dualscale"},
+    "dual-calibrated": {"mxfp4_dualscale"},
+    "dual-some-float": {"mxfp4_dualscale"},
+    "dual-shards": {"mxfp4_dualscale"},
+    "dual-ascendv1": {"mxfp4_dualscale"},
+    "dual-and-mxfp8": {"mxfp4_dualscale", "mxfp8"},
+    "single": {"mxfp4"},
+    "single-smoothed": {"mxfp4"},
+    "single-some-float": {"mxfp4"},
+    "single-and-mxfp8": {"mxfp4", "mxfp8"},
+    "w4a8": {"mxfp4"},
+    "mxfp8": {"mxfp8"},
+    "mxfp8-some-float": {"mxfp8"},
+    "mxfp8-and-w4a8": {"mxfp4", "mxfp8"},
 }
-VARIANTS = [
-    (name, kind)
-    for name in READABLE
-    for kind in ("packed", "numeric")
-    if (READABLE[name], kind) != ("mxfp8", "numeric")
-]
+MIXED = [name for name, methods in READABLE.items() if len(methods) > 1]
+NUMERIC = [name for name, methods in READABLE.items() if methods != {"mxfp8"}]  # whose older files hold values
+VARIANTS = [*((name, "packed") for name in READABLE), *((name, "numeric") for name in NUMERIC)]
 ATTENTION = (("to_q", "to_k", "to_v"), ("to_out.0",)), (("to_q",), ("to_k", "to_v"), ("to_out.0",))
 SHARING = [  # linears of a block that are smoothed together
     *([f"blocks.1.attn{n}.{name}" for name in names] for n, groups in enumerate(ATTENTION, 1) for names in groups),
@@ -105,7 +105,7 @@ def test_every_value_is_msmodelslims_own(base, made):
         assert expert.faults == () and expert.lost == ()
         theirs = oracle(made, folder)
         assert_equal(decoded(expert), theirs)
-        assert {m for m in expert.methods.values() if m} == {READABLE[made.name]}
+        assert {m for m in expert.methods.values() if m} == READABLE[made.name]
         # Everything that it left float is the model's own, in BF16; biases of quantized layers are in FP32.
         float_tensors = original.transformer(component).state_dict()
         for name, part in expert.parts.items():
@@ -134,8 +134,10 @@ def test_the_converted_directory_loads_and_computes_with_these_values(base, made
         theirs = oracle(made, folder)
         layers = {path: m for path, m in model.named_modules() if isinstance(m, mxdit.MXLinear)}
         assert {f"{path}.weight" for path in layers} == {name for name in theirs if name.endswith(".weight")}
-        assert {layer.activation for layer in layers.values()} == {"mxfp8" if "8" in made.name else "mxfp4"}
-        if "mxfp8" not in READABLE[made.name]:
+        four = "mxfp8" if "w4a8" in made.name else "mxfp4"
+        assert {layer.method for layer in layers.values()} == READABLE[made.name]
+        assert all(layer.activation == ("mxfp8" if layer.method == "mxfp8" else four) for layer in layers.values())
+        if READABLE[made.name] != {"mxfp8"}:
             mxdit.set_activation(model, "bf16")
         exact = original.transformer(component)
         for name, weight in theirs.items():
@@ -154,7 +156,7 @@ def test_the_pipeline_runs(base, quantized, tmp_path):
     assert frames.shape == (1, 5, 16, 16, 3) and frames.std() > 0
 
 
-@pytest.mark.parametrize("name", [name for name, method in READABLE.items() if method != "mxfp8"])
+@pytest.mark.parametrize("name", NUMERIC)
 def test_packed_and_numeric_files_convert_to_the_same_bytes(base, quantized, tmp_path, name):
     older = peers.numeric(quantized / name, tmp_path / "numeric")
     written = []
@@ -170,8 +172,7 @@ def test_packed_and_numeric_files_convert_to_the_same_bytes(base, quantized, tmp
     ("name", "message"),
     [
         ("dual-float-smoothed", r"blocks\.0\.attn1\.to_q\.mul_scale: a float layer was smoothed.*--fallback-from-base"),
-        ("dual-mxfp8-smoothed", r"blocks\.0\.attn1\.to_q: 10 layers are stored in another method.*mxfp8 in blocks 0"),
-        ("public", r"blocks\.0\.attn1\.to_q: 10 layers are stored in another method.*mxfp8 in blocks 0.*--fallback-from-base"),
+        ("dual-mxfp8-smoothed", r"blocks\.0\.attn1\.to_q\.mul_scale: mxfp8 is not smoothed.*--fallback-from-base"),
     ],
 )  # fmt: skip
 def test_what_has_no_place_is_refused_by_name(base, quantized, tmp_path, name, message):
@@ -209,6 +210,44 @@ def test_the_base_gives_what_has_no_place(base, quantized, tmp_path, name, kept)
         for path, tensor in original.transformer(component).state_dict().items():
             if path.startswith(kept):
                 assert torch.equal(expert.parts[path].read(), tensor.bfloat16()), path
+        assert torch.isfinite(tiny.forward(tiny.load(tmp_path / "packed" / component))).all()
+
+
+@pytest.mark.parametrize(("name", "to"), [(name, to) for name in MIXED for to in ("packed", "sglang")])
+def test_each_layer_of_a_mixture_keeps_its_method(base, quantized, tmp_path, name, to):
+    convert_checkpoint(quantized / name, tmp_path / "out", to, base=base, allow_loss=to == "sglang").write()
+    main = max(READABLE[name], key=lambda method: name.startswith("mxfp8") == (method == "mxfp8"))
+    source = open_source(tmp_path / "out")
+    for folder, component in original.EXPERTS.items():
+        expert = read_component(source.read(component))
+        assert expert.faults == () and expert.quantization is not None
+        assert_equal(decoded(expert), oracle(quantized / name, folder))
+        assert expert.quantization.quant_method == main
+        (others,) = expert.quantization.layer_methods.values()
+        assert others == tuple(path for path, method in expert.methods.items() if method not in (None, main))
+    with pytest.raises(InputError, match="vllm-omni has one method for a transformer"):
+        convert_checkpoint(quantized / name, tmp_path / "vllm", "vllm-omni", base=base)
+
+
+def test_the_public_recipe_becomes_a_mixture(base, quantized, tmp_path):
+    """Blocks in MXFP8, the rest in MXFP4; only what its quantized attention leaves in the files has no place."""
+    with pytest.raises(
+        InputError, match=r"4 things would be lost.*2 marks of.*MXFP4_DYNAMIC.*4 rotations.*--allow-loss"
+    ):
+        convert_checkpoint(quantized / "public", tmp_path / "packed", "packed", base=base)
+    convert_checkpoint(quantized / "public", tmp_path / "packed", "packed", base=base, allow_loss=True).write()
+    assert inspect_checkpoint(tmp_path / "packed").clean
+    convert_checkpoint(tmp_path / "packed", tmp_path / "slim", "modelslim").write()
+    source = open_source(tmp_path / "packed")
+    for folder, component in original.EXPERTS.items():
+        expert = read_component(source.read(component))
+        assert_equal(decoded(expert), oracle(quantized / "public", folder))
+        assert all(method == "mxfp8" for path, method in expert.methods.items() if path.startswith("blocks.0."))
+        theirs, ours = stored(quantized / "public" / folder), stored(tmp_path / "slim" / folder)
+        attention = {name for name in theirs[0] if name.endswith(("q_rot", "k_rot"))}
+        assert len(attention) == 4 and ours[0].keys() == theirs[0].keys() - attention
+        assert all(torch.equal(as_bytes(ours[0][name]), as_bytes(theirs[0][name])) for name in ours[0])
+        assert {name: theirs[1][name] for name in ours[0]} == {name: ours[1][name] for name in ours[0]}
         assert torch.isfinite(tiny.forward(tiny.load(tmp_path / "packed" / component))).all()
 
 
@@ -286,7 +325,8 @@ def test_what_we_write_in_its_layout_is_what_it_wrote(base, quantized, tmp_path,
         for said in types:  # its two savers differ in what they call the bias of a quantized layer
             said.update({key: "FLOAT" for key in said if key.endswith(".bias")})
         assert types[0] == types[1]
-        assert ours[1]["model_quant_type"] == theirs[1]["model_quant_type"]
+        if name != "mxfp8-and-w4a8":  # of two types its saver for Wan takes the last layer's, the other one the W4A8
+            assert ours[1]["model_quant_type"] == theirs[1]["model_quant_type"]
 
 
 def stored(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -62,9 +62,15 @@ def _smooth(source: Path, folder: Path, config: MXConfig) -> None:
         )
         for path in group:
             weight = (weights[f"{path}.weight"].float() / factors).bfloat16()
-            parts = quantize_weight(weight, config.quant_method, rule=config.rule, mul_scale=factors)
+            method = method_of(config, path)
+            parts = quantize_weight(weight, method, rule=config.rule_of(method), mul_scale=factors)
             held.update({f"{path}.{name}": part for name, part in parts.items()})
     save_file(held, folder / tiny.WEIGHTS, {"format": "pt"})
+
+
+def method_of(config: MXConfig, path: str) -> str:
+    """The method of a linear whose path a packed config lists where it is an exception."""
+    return next((method for method, paths in config.layer_methods.items() if path in paths), str(config.quant_method))
 
 
 class Definition:
@@ -92,7 +98,7 @@ class Definition:
         """The tensors that a rank of a layer holds, and the zeros in front of its input."""
         parallel = "row" if kind == "RowParallelLinear" else "column"
         shards = [
-            mxdit.shard(self.parts(path), str(self.config.quant_method), parallel, rank, degree)
+            mxdit.shard(self.parts(path), method_of(self.config, path), parallel, rank, degree)
             for path in self.paths[name]
         ]
         parts = {
@@ -104,14 +110,15 @@ class Definition:
     def partial(self, name: str, kind: str, rank: int, degree: int, x: Tensor, activation: str | None = None) -> Tensor:
         """What a rank's method returns for its input x, before the ranks' results are summed."""
         parts, phase = self.held(name, kind, rank, degree)
+        method = method_of(self.config, self.paths[name][0])
         rows = parts["weight"].shape[0]
         layer = mxdit.MXLinear(
             x.shape[-1] + phase,
             rows,
             bias=False,
-            method=str(self.config.quant_method),
-            activation=activation or self.config.activation,
-            rule=self.config.rule,
+            method=method,
+            activation=activation or self.config.activation_of(method),
+            rule=self.config.rule_of(method),
             smooth="mul_scale" in parts,
         )
         layer.load(parts)

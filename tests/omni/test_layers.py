@@ -225,6 +225,36 @@ def test_layers_have_names_of_the_engine_and_of_diffusers(pattern, ignored):
         assert found == ignored, key
 
 
+@pytest.mark.parametrize("pattern", [QKV, "blocks.0.attn1.to_[qkv]", "blocks.0.attn1.*"])
+@pytest.mark.parametrize(("main", "other"), [("mxfp4", "mxfp8"), ("mxfp8", "mxfp4_dualscale")])
+def test_a_layer_has_its_own_method(on_npu, main, other, pattern):
+    """Also where the engine has linears of its own: its configs have one method."""
+    keys = {"layer_methods": {other: [pattern]}, "activation_steps": {"bf16": [0]} if main == "mxfp4" else None}
+    with building():
+        made_by = {
+            name: made(kind, K, *size, name=name, method=main, keys=keys).quant_method
+            for (name, kind), size in zip(NAMES.items(), ((8, HEADS), (K,)), strict=True)
+        }
+    assert {name: method.method for name, method in made_by.items()} == {QKV: other, DOWN: main}
+    assert {type(method).__name__ for method in made_by.values()} == {"MXLinearMethod"}
+
+
+def test_at_a_step_a_layer_takes_what_goes_with_its_weight(monkeypatch):
+    monkeypatch.setattr("mxdit.integrations.vllm_omni.linear.current_step", lambda prefix: (0, 4))
+    keys = {"layer_methods": {"mxfp8": [DOWN]}, "activation_steps": {"bf16": [0]}}
+    with building():
+        methods = [
+            made(ReplicatedLinear, K, K, name=name, method="mxfp4", keys=keys).quant_method for name in (UP, DOWN)
+        ]
+    assert [method.activation_now() for method in methods] == ["bf16", "mxfp8"]
+
+
+def test_a_layer_of_two_methods_is_refused():
+    keys = {"layer_methods": {"mxfp8": [QKV], "mxfp4_dualscale": ["blocks.0.attn1.to_q"]}}
+    with building(), pytest.raises(ConfigError, match=r"a layer has two methods; got 'blocks\.0\.attn1\.to_q'"):
+        made(ReplicatedLinear, K, K, name=UP, method="mxfp4", keys=keys)
+
+
 def test_a_linear_that_diffusers_does_not_have_is_not_quantized():
     with building():
         layer = made(ReplicatedLinear, K, K, name="blocks.0.gate", method="mxfp4")

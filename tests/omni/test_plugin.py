@@ -33,6 +33,13 @@ UOS = {"quant_method": "mxfp4", "mxfp4_scale_alg": 2, "activation": "mxfp8"}
 DUAL = {"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0}
 DUAL_ONE_BLOCK = {"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 1}
 DUAL_DEFAULT = {"quant_method": "mxfp4_dualscale"}
+MIXED = {"quant_method": "mxfp4", "mxfp4_scale_alg": 0, "layer_methods": {"mxfp8": ["blocks.0.*"]}}
+DUAL_MIXED = {
+    "quant_method": "mxfp4_dualscale",
+    "layer_methods": {"mxfp8": ["*.attn2.*"], "mxfp4": ["blocks.0.ffn.*"]},
+    "mxfp4_scale_alg": 0,
+    "activation": "bf16",
+}
 EIGHT = {"quant_method": "mxfp8", "ignored_layers": ["blocks.0.attn1.*"]}
 
 
@@ -49,7 +56,10 @@ class Case:
     def name(self) -> str:
         return f"{self.task}-" + "-".join(
             [
-                *(f"{(c or {}).get('quant_method', 'bf16')}" for c in self.configs.values()),
+                *(
+                    "+".join([(c or {}).get("quant_method", "bf16"), *(c or {}).get("layer_methods", ())])
+                    for c in self.configs.values()
+                ),
                 self.layout,
                 *["smooth"] * self.smooth,
             ]
@@ -67,6 +77,8 @@ CASES = [
     Case(experts(EIGHT, OCP), "packed"),
     Case(experts(OCP, DUAL), "numeric", smooth=True),
     Case(experts(EIGHT, UOS), "numeric"),
+    Case(experts(MIXED, DUAL_MIXED), "online"),
+    Case(experts(DUAL_MIXED, MIXED), "packed"),
     Case(experts(DUAL_ONE_BLOCK, None), "packed", task="i2v"),
     Case(experts(DUAL_DEFAULT, UOS), "online", task="deep"),
     Case(experts(DUAL_DEFAULT, DUAL_DEFAULT), "packed", smooth=True, task="deep"),

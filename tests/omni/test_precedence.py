@@ -88,9 +88,11 @@ def test_steps_under_either_name_replace_those_under_either():
 
 
 def test_the_rule_is_the_engines_but_for_packed_files():
-    assert resolved({"method": "mxfp4"}, NUMERIC).rule == "ocp"
-    assert resolved({"method": "mxfp4"}, PACKED).rule == "uos"
-    assert ours(build_quant_config("mxfp4")).rule == "ocp"
+    assert resolved({"method": "mxfp4"}, NUMERIC).rule_of("mxfp4") == "ocp"
+    assert resolved({"method": "mxfp4"}, PACKED).rule_of("mxfp4") == "uos"
+    assert ours(build_quant_config("mxfp4")).rule_of("mxfp4") == "ocp"
+    mixed = {"quant_method": "mxfp8", "layer_methods": {"mxfp4": ["blocks.0.*"]}}
+    assert ours(build_quant_config(mixed)).rule_of("mxfp4") == "ocp"
 
 
 def test_components_that_are_to_run_differently_are_refused():

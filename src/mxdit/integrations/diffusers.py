@@ -32,7 +32,7 @@ from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.preconditions import check_state, remedy
 from mxdit.quantize.recorded import record
-from mxdit.quantize.report import in_words, report_of
+from mxdit.quantize.report import report_of
 
 logger = logging.getLogger(__name__)
 
@@ -242,10 +242,9 @@ class MXQuantizer(DiffusersQuantizer):
         self.report = report_of(model, self.decisions)
         self.tensors, self.holders = {}, _holders(model.state_dict())
         logger.info(
-            "%s: %d linears quantized (%s), %d kept",
+            "%s: %s, %d kept",
             self.report.model,
-            len(self.report.quantized),
-            in_words(self.report.methods),
+            ", ".join(f"{count} linears quantized to {method}" for method, count in self.report.methods.items()),
             len(self.report.kept),
         )
         return model

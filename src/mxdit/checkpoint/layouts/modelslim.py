@@ -43,8 +43,8 @@ def write(component: Component) -> Written:
         for path, method in component.methods.items()
     }
     smoothed = {name.removesuffix(".mul_scale") for name in component.parts if name.endswith(".mul_scale")}
-    # Its savers name the files after the type of a quantized layer.
-    kind = next((kind for kind in kinds.values() if kind != "FLOAT"), "FLOAT")
+    # Its saver for Wan names the files after the type of the last quantized layer.
+    kind = next((kind for kind in reversed(kinds.values()) if kind != "FLOAT"), "FLOAT")
     description: dict[str, Any] = {"model_quant_type": kind}
     parts: dict[str, Part] = {}
     for name, part in component.parts.items():
