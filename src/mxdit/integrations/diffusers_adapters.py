@@ -41,15 +41,10 @@ def load_lora_weights(pipe: Any, files: Mapping[str, Source], adapter_name: str)
         ModelError: a file that does not fit its model, or is more than a LoRA.
     """
     models = {component: _model(pipe, component, adapter_name) for component in files}
-    if (
-        not models or "." in adapter_name or adapter_name in "lora_"
-    ):  # the last is how peft tells its tensors from others
-        raise InputError(
-            "nothing to load" if not models else "no name for an adapter",
-            field="files" if not models else "adapter_name",
-            got=repr(adapter_name) if models else None,
-            expected="a word" if models else " or ".join(COMPONENTS),
-        )
+    if not models:
+        raise InputError("nothing to load", field="files", expected=" or ".join(COMPONENTS))
+    if not adapter_name or "." in adapter_name:  # it becomes a part of tensors' names
+        raise InputError("no name for an adapter", field="adapter_name", got=repr(adapter_name), expected="a word")
     loads = {}
     for component, source in files.items():
         where = f"{component}, {'the tensors' if isinstance(source, Mapping) else source}"
