@@ -6,6 +6,7 @@ that only the data shows are raised when a tensor is read.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -62,7 +63,10 @@ def read_component(stored: Stored, base: Stored | None = None, *, fallback: bool
     reading = Reading(stored, base, spec, fallback, dict(stored.tensors))
     linears = {path: module for path, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     methods = methods_of(reading, linears)
-    wanted = {name: TensorInfo.of(tensor) for name, tensor in skeleton.state_dict().items()}
+    held = skeleton.state_dict(keep_vars=True)
+    present = {id(tensor) for name, tensor in held.items() if name in reading.tensors}
+    # A tensor of two names, as the tied embeddings of a T5 have, may be stored under one.
+    wanted = {n: TensorInfo.of(t) for n, t in held.items() if n in reading.tensors or id(t) not in present}
     parts: dict[str, Part] = {}
     for name, want in wanted.items():
         path, _, leaf = name.rpartition(".")
@@ -71,6 +75,9 @@ def read_component(stored: Stored, base: Stored | None = None, *, fallback: bool
             parts.update(_quantized(reading, path, linears[path], block_format(method)))
         else:
             parts.update(_float(reading, name, want))
+    for pattern in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ():
+        # What transformers passes over, as the decoder of a whole T5, is not the encoder's.
+        reading.tensors = {n: t for n, t in reading.tensors.items() if n in held or not re.search(pattern, n)}
     lost = [*stored.lost, *_extra(reading, {*parts, *wanted})]
     _check_sharing(reading, parts, methods)
     quantization = quantization_of(reading, skeleton, methods)

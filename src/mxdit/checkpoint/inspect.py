@@ -13,8 +13,11 @@ from mxdit.checkpoint.layout import Layout
 from mxdit.checkpoint.layouts import LAYOUTS
 from mxdit.checkpoint.layouts.packed import PACKED
 from mxdit.checkpoint.loras import merged_into
-from mxdit.checkpoint.sources import open_both
+from mxdit.checkpoint.sources import is_packed, open_both
 from mxdit.config.steps import StepPolicy
+from mxdit.models import TEXT_ENCODERS
+
+ENCODERS = "transformers + mxdit"  # who loads a text encoder, in a pipeline of diffusers or alone
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ def inspect_checkpoint(
     read = [
         (name, read_component(source.read(name), filled.read(name) if filled else None)) for name in source.components
     ]
+    packed = [
+        name for name, folder in source.encoders.items() if is_packed(folder)
+    ]  # float ones are transformers' own affair
+    read += [(name, read_component(source.read(name))) for name in packed]
     total, done = sum(len(component.parts) for _, component in read), 0
     inspected = []
     for name, component in read:
@@ -139,6 +146,9 @@ def _inspected(name: str, component: Component, faults: tuple[Fault, ...]) -> Co
 
 def _loaders(component: Component) -> Iterator[tuple[str, str | None]]:
     """Each runtime, and why it does not load a component as it is stored, None where it does."""
+    if component.spec.components == TEXT_ENCODERS:
+        yield ENCODERS, None
+        return
     for layout in LAYOUTS.values():
         if layout.runtime:
             yield layout.runtime, _why_not(layout, component)

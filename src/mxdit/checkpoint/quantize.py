@@ -16,9 +16,12 @@ from mxdit.checkpoint.files import StoredTensor
 from mxdit.checkpoint.loras import Lora, merged
 from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
 from mxdit.checkpoint.sources import open_both, rest_of
-from mxdit.checkpoint.writer import Part, check_destination, shards_of
+from mxdit.checkpoint.writer import ENCODER_STEM, STEM, Part, check_destination, shards_of
 from mxdit.config import ConfigLike, MXConfig
+from mxdit.config.encoders import stated
 from mxdit.errors import CheckpointError, ConfigError, FormatError, InputError
+from mxdit.models import TEXT_ENCODERS
+from mxdit.models.encoders import PLAIN
 from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
 from mxdit.quantize.plan import plan
 from mxdit.version import __version__
@@ -39,6 +42,7 @@ def quantize_checkpoint(
     variant: str | None = None,
     beside: Mapping[str, Path] | None = None,
     loras: Mapping[str, Sequence[tuple[Lora, float]]] | None = None,
+    encoders: Mapping[str, MXConfig] | None = None,
 ) -> CheckpointPlan:
     """Plan the packed checkpoint of a float one; `.write()` carries it out.
 
@@ -59,6 +63,7 @@ def quantize_checkpoint(
         beside: name in the destination -> a file that is put there, too.
         loras: component -> (LoRA, scale) of each that is merged into its weights, in FP32 and in this order, before they are
             cast to `dtype`; `integrations.lora_files.read_lora` reads them. config.json says so.
+        encoders: text encoder -> how it is quantized; others are carried over as they are.
 
     Raises InputError, ConfigError and CheckpointError for what cannot be done, before anything is written.
     """
@@ -75,16 +80,27 @@ def quantize_checkpoint(
             got=unknown[0],
             expected=" or ".join(opened.components) or "none, the checkpoint is one component",
         )
-    if own and all(own.get(name, config) is None for name in opened.components):
+    encoders = encoders or {}
+    if own and not encoders and all(own.get(name, config) is None for name in opened.components):
         raise ConfigError("every component is left unquantized", where=str(opened.path))
+    rest = opened if opened.pipeline or under is None else under
+    for name in encoders:
+        if name not in rest.encoders:
+            raise ConfigError(
+                "no text encoder that mxdit packs",
+                where=str(rest.path / name),
+                expected=f"one of {', '.join(rest.encoders)}" if rest.encoders else " or ".join(PLAIN),
+                hint="Others are quantized while they load: mxdit.pipeline_config(..., text_encoder=...), then "
+                "save_pretrained.",
+            )
     _check_loras(loras or {}, opened.components, calibrated)
     planned = []
-    for name in opened.components:
-        component = read_component(opened.read(name))
+    for name in (*opened.components, *encoders):
+        component = read_component((rest if name in encoders else opened).read(name))
         if component.quantization is not None or any(component.methods.values()):
             raise CheckpointError(
                 "the checkpoint is quantized already",
-                where=str(opened.components[name]),
+                where=str(component.stored.folder),
                 got=component.stored.layout,
                 expected="a BF16, FP16 or FP32 checkpoint",
                 hint="mxdit convert changes its layout.",
@@ -93,7 +109,7 @@ def quantize_checkpoint(
         given = (loras or {}).get(name, ())
         if given:
             component = merged(component, given)
-        chosen = own.get(name, config)
+        chosen = encoders[name] if name in encoders else own.get(name, config)
         made = _planned(
             name,
             component,
@@ -104,7 +120,7 @@ def quantize_checkpoint(
             shard_size,
         )
         planned.append(replace(made, reads=(*made.reads, *(lora.file for lora, _ in given))))
-    carried, files = rest_of(opened if opened.pipeline or under is None else under)
+    carried, files = rest_of(rest, encoders)
     return CheckpointPlan(opened.path, destination, planned, {**carried, **(beside or {})}, files, device=device)
 
 
@@ -145,7 +161,12 @@ def _planned(
             raise ConfigError("the config is one of a serialized checkpoint", where=name or "quantize")
         decisions = plan(component.skeleton, config)
         methods = {path: decision.method for path, decision in decisions.items()}
-        written["quantization_config"] = config.serialized(methods, {"mxdit": __version__}).to_dict()
+        serialized = config.serialized(methods, {"mxdit": __version__})
+        encoder = component.spec.components == TEXT_ENCODERS
+        written["quantization_config"] = stated(serialized) if encoder else serialized.to_dict()
+        if encoder:
+            key = "torch_dtype" if "torch_dtype" in written else "dtype"  # 4.55 and older, and newer
+            written[key] = str(dtype).removeprefix("torch.")
     parts: dict[str, Part] = {}
     for tensor, part in component.parts.items():
         path, _, leaf = tensor.rpartition(".")
@@ -158,7 +179,8 @@ def _planned(
             parts[tensor] = Part(TensorInfo(own.shape, dtype), partial(_kept, Part(own.info, own.read), dtype, tensor))
         else:
             parts[tensor] = Part(TensorInfo(part.info.shape, dtype), partial(_kept, part, dtype, tensor))
-    return ComponentPlan(name, written, shards_of(parts, shard_size), {}, methods, component.reads)
+    stem = ENCODER_STEM if component.spec.components == TEXT_ENCODERS else STEM
+    return ComponentPlan(name, written, shards_of(parts, shard_size, stem), {}, methods, component.reads, stem)
 
 
 def _calibrated(path: str, calibrated: Mapping[str, StoredTensor]) -> dict[str, Part]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from mxdit.checkpoint.gguf import read_gguf
 from mxdit.checkpoint.layout import CONFIG, Folder
 from mxdit.checkpoint.layouts import LAYOUTS
 from mxdit.checkpoint.layouts.description import DESCRIPTION, WEIGHTS, described
+from mxdit.config.encoders import is_stated
 from mxdit.errors import CheckpointError, InputError
-from mxdit.models import COMPONENTS, SPECS, ModelSpec
+from mxdit.models import COMPONENTS, SPECS, TEXT_ENCODERS, ModelSpec
+from mxdit.models.encoders import PLAIN
 
 INDEX = "model_index.json"
 SUFFIXES = tuple(layout.suffix for layout in LAYOUTS.values() if layout.suffix)
@@ -40,6 +42,7 @@ class Source:
 
     components  name -> folder or file; the name is "" for a directory or a file that is one component itself.
     pipeline    whether the directory is a diffusers pipeline, with text encoder and the rest.
+    encoders    name -> folder of its text encoders whose files mxdit reads.
     variant     of the weight files, where a folder has it; None for plain ones.
     described   component -> folder whose config.json describes a component that is a file.
     """
@@ -49,6 +52,7 @@ class Source:
     components: Mapping[str, Path]
     pipeline: bool
     variant: str | None = None
+    encoders: Mapping[str, Path] = field(default_factory=dict)
     described: Mapping[str, Path] = field(default_factory=dict)
 
     @property
@@ -57,12 +61,13 @@ class Source:
         return any(path.is_file() for path in self.components.values())
 
     def read(self, component: str) -> Stored:
-        """The component of that name, as its layout says. Raises CheckpointError."""
-        path = self.components[component]
+        """The component or text encoder of that name, as its layout says. Raises CheckpointError."""
+        path = self.components.get(component) or self.encoders[component]
+        spec = self.spec if component in self.components else ModelSpec(transformer=component, blocks=())
         if path.is_file():
-            file = open_file(path, self.spec, self.described.get(component))
+            file = open_file(path, spec, self.described.get(component))
             return next(layout.read(file) for layout in LAYOUTS.values() if layout.suffix == path.suffix)
-        folder = open_folder(path, self.spec, self.variant)
+        folder = open_folder(path, spec, self.variant)
         for layout in LAYOUTS.values():
             if layout.recognizes(folder):
                 return layout.read(folder)
@@ -177,7 +182,12 @@ def _components(path: Path, spec: ModelSpec) -> Source | None:
         if absent:
             raise CheckpointError("a folder that the pipeline names is missing", where=str(path / absent[0]))
         if present:
-            return Source(path, spec, {name: path / name for name in present}, True)
+            encoders = {
+                name: path / name
+                for name in TEXT_ENCODERS
+                if isinstance(of := index.get(name), list) and of and of[-1] in PLAIN and (path / name).is_dir()
+            }
+            return Source(path, spec, {name: path / name for name in present}, True, encoders=encoders)
     folders = {ours: path / theirs for theirs, ours in spec.original_components.items()}
     there = {name: folder for name, folder in folders.items() if folder.is_dir()}
     if there:
@@ -235,8 +245,13 @@ def open_folder(path: Path, spec: ModelSpec, variant: str | None) -> Folder:
     return Folder(path, spec, config, tensors, _original(spec, tensors), described(path, config))
 
 
-def rest_of(source: Source) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]]:
-    """What a pipeline holds beside its components.
+def is_packed(folder: Path) -> bool:
+    """Whether a text encoder's config.json says that mxdit packed it. Raises CheckpointError for a damaged one."""
+    return (folder / CONFIG).is_file() and is_stated(read_json(folder / CONFIG).get("quantization_config"))
+
+
+def rest_of(source: Source, beside: Collection[str] = ()) -> tuple[dict[str, Path], dict[str, Mapping[str, Any]]]:
+    """What a pipeline holds beside its components, and beside text encoders that are named.
 
     Of weights that a folder has in variants, one is taken, under its plain name.
 
@@ -249,11 +264,12 @@ def rest_of(source: Source) -> tuple[dict[str, Path], dict[str, Mapping[str, Any
         return {}, {}
     carried: dict[str, Path] = {}
     indexes: dict[str, Mapping[str, Any]] = {}
+    left = {*source.components, *beside}
     seen = {source.path.resolve()}  # a folder may be a link, as a hub's cache has them, and a link may lead in circles
     for folder, folders, files in os.walk(source.path, onerror=_refuse, followlinks=True):
         inside = Path(folder).relative_to(source.path)
         inner = {name: (Path(folder) / name).resolve() for name in sorted(folders) if not name.startswith(".")}
-        folders[:] = [n for n, real in inner.items() if real not in seen and str(inside / n) not in source.components]
+        folders[:] = [n for n, real in inner.items() if real not in seen and str(inside / n) not in left]
         seen.update(inner[name] for name in folders)
         for file, plain in taken(sorted(files), source.variant).items():
             path, name = Path(folder) / file, str(inside / plain)

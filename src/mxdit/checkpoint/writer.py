@@ -27,6 +27,7 @@ from mxdit.errors import CheckpointError, InputError, MXDiTError
 from mxdit.numerics.formats import TensorInfo
 
 STEM = "diffusion_pytorch_model"
+ENCODER_STEM = "model"  # in transformers' folders
 PLAN = "plan.sha256"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -19,6 +19,7 @@ from mxdit.cli.console import (
     IgnoredLayers,
     LayerMethods,
     Loras,
+    TextEncoder,
     Variant,
     app,
     bytes_of,
@@ -34,10 +35,11 @@ from mxdit.cli.console import (
     tell,
 )
 from mxdit.config import DEFAULT_SCALE_ALG, SCALE_RULES
-from mxdit.config.components import configs_of
+from mxdit.config.components import configs_of, split_keys
+from mxdit.config.encoders import encoder_config
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
-from mxdit.models import COMPONENTS
+from mxdit.models import COMPONENTS, TEXT_ENCODERS
 from mxdit.quantize.report import in_words
 
 RULES = {name: number for number, name in reversed(SCALE_RULES.items())}
@@ -76,6 +78,7 @@ def quantize(
         str | None, typer.Option(help="Activations the checkpoint asks for: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
     ] = None,
     activation_steps: ActivationSteps = None,
+    text_encoder: TextEncoder = None,
     config: Config = None,
     base: Annotated[
         Path | None,
@@ -114,6 +117,7 @@ def quantize(
     need("diffusers")
     keys, own = read_keys(
         config,
+        text_encoder,
         ignored_layers=list(ignored_layers) if ignored_layers else None,
         layer_methods=layer_methods_of(layer_methods),
         num_bf16_fallback_layers=num_bf16_fallback_layers,
@@ -131,6 +135,7 @@ def quantize(
         keys["mxfp4_scale_alg"] = RULES[rule]
     if keep_by_budget is not None:
         own = _kept(keep_by_budget, own)
+    own, encoders = split_keys(own, TEXT_ENCODERS)
     configs = configs_of(("", *own), method, keys, own)  # the first is that of all others
     shared = configs.pop("")
     assert shared is not None
@@ -154,6 +159,7 @@ def quantize(
         shard_size=bytes_of("shard_size", shard_size),
         variant=variant,
         loras=loras,
+        encoders={name: encoder_config(value, name) for name, value in encoders.items() if value is not None},
     )
     _run(plan, copy, dry_run, as_json)
 

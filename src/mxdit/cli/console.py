@@ -21,7 +21,7 @@ from mxdit.backends import backends
 from mxdit.config.components import split_keys
 from mxdit.config.loras import LoraFile
 from mxdit.errors import InputError
-from mxdit.models import COMPONENTS
+from mxdit.models import COMPONENTS, TEXT_ENCODERS
 from mxdit.numerics.formats import FORMATS
 
 app = typer.Typer(
@@ -44,8 +44,16 @@ Model = Annotated[str, typer.Argument(help="A pipeline's directory, or 'bundled'
 Config = Annotated[
     str | None,
     typer.Option(
-        help="More keys, as JSON or a JSON file; under 'transformer' or 'transformer_2' for that one only.",
+        help="More keys, as JSON or a JSON file; under 'transformer' or 'transformer_2' for that one only, and under "
+        "'text_encoder', 'text_encoder_2', ... those of a text encoder.",
         metavar="JSON|FILE",
+    ),
+]
+TextEncoder = Annotated[
+    str | None,
+    typer.Option(
+        help="Method of the text encoder's weights. Its activations stay as they are. Default: not quantized.",
+        metavar="METHOD",
     ),
 ]
 IgnoredLayers = Annotated[
@@ -122,9 +130,14 @@ def path_of(directory: str) -> Path | None:
     return None if directory == "bundled" else Path(directory)
 
 
-def read_keys(config: str | None, **given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(keys for every transformer, transformer -> keys for it alone) of --config, and of other options where they are given."""
-    keys, own = split_keys(_read_json(config), COMPONENTS)
+def read_keys(
+    config: str | None, text_encoder: str | None = None, **given: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(keys for every transformer, transformer or text encoder -> keys for it alone) of --config, and of other options where
+    they are given."""
+    keys, own = split_keys(_read_json(config), (*COMPONENTS, *TEXT_ENCODERS))
+    if text_encoder is not None:
+        own["text_encoder"] = {**(own.get("text_encoder") or {}), "quant_method": text_encoder}
     return {**keys, **{key: value for key, value in given.items() if value is not None}}, own
 
 

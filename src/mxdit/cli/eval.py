@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MODES = ", ".join(mode.name for mode in STANDARD)
 COLUMNS = (
-    "sqnr_db", "velocity_error", "accumulated_error", "latent_error", "psnr_db", "ssim", "ms_ssim", "cvvdp_jod", "flip", "flicker", "lpips", "fvd", "digit",
+    "sqnr_db", "embedding_error", "velocity_error", "accumulated_error", "latent_error", "psnr_db", "ssim", "ms_ssim", "cvvdp_jod", "flip", "flicker", "lpips", "fvd", "digit",
     "color", "direction", "first_frame_psnr_db",
 )  # fmt: skip
 

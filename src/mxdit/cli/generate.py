@@ -25,6 +25,7 @@ from mxdit.cli.console import (
     LayerMethods,
     Model,
     Size,
+    TextEncoder,
     Variant,
     app,
     check_output,
@@ -93,6 +94,7 @@ def generate(
         str | None, typer.Option(help="Activations over the same weights: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
     ] = None,
     activation_steps: ActivationSteps = None,
+    text_encoder: TextEncoder = None,
     config: Config = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance, of a cascade its first expert's.")] = None,
@@ -128,6 +130,7 @@ def generate(
         check_output(output, *media.KINDS)
     keys, own = read_keys(
         config,
+        text_encoder,
         ignored_layers=list(ignored_layers) if ignored_layers else None,
         layer_methods=layer_methods_of(layer_methods),
         num_bf16_fallback_layers=num_bf16_fallback_layers,
@@ -171,6 +174,8 @@ def generate(
     for name, report in reports.items():
         by_step = f"; activations by step: {policies[name]}" if name in policies else ""
         tell(f"  {name}: {loading.summary(report)}{by_step}")
+    for name, report in session.encoder_reports().items():
+        tell(f"  {name}: {loading.summary(report)}")
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("", total=request.steps)
@@ -218,7 +223,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, backends and why not; for a directory, how each of its transformers is quantized."""
-    from mxdit.generation.directory import bundled, describe, open_model
+    from mxdit.generation.directory import bundled, describe, describe_encoders, open_model
 
     packages = ("mxdit", "torch", "diffusers", "transformers", "safetensors", "av")
     figures: dict[str, Any] = {
@@ -237,6 +242,7 @@ def info(
             "tasks": list(model.tasks),
             "settings": dict(model.settings),
             "experts": describe(model),
+            "text_encoders": describe_encoders(model),
         }
     if as_json:
         out.print_json(json.dumps(figures))
@@ -248,8 +254,8 @@ def info(
         described = figures["model"]
         settings = "".join(f", {key} {value}" for key, value in described["settings"].items() if value is not None)
         say(f"\n{described['path']}: {described['preset']}, {' and '.join(described['tasks'])}{settings}")
-        table = Table("transformer", "weights", "quantized linears", "kept", "MiB of files")
-        for name, row in described["experts"].items():
+        table = Table("component", "weights", "quantized linears", "kept", "MiB of files")
+        for name, row in {**described["experts"], **described["text_encoders"]}.items():
             schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items()) or "-"
             size = f"{row['bytes'] / 2**20:.1f}"
             methods = in_words(row["methods"]) if len(row["methods"]) > 1 else row["quant_method"]

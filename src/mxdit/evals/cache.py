@@ -116,9 +116,7 @@ def digest_of_experts(experts: Mapping[str, nn.Module]) -> str:
     """Hash of the configs, the weights and what each quantized linear computes: equal for a model quantized now or loaded so."""
     found = hashlib.sha256()
     for name, model in experts.items():
-        config = {
-            key: value for key, value in dict(getattr(model, "config", {})).items() if key != "quantization_config"
-        }
+        config = {key: value for key, value in _config(model).items() if key != "quantization_config"}
         found.update(digest_of(_own(config)).encode())
         recorded = recorded_config(model)
         if recorded is not None and recorded.activation_steps:
@@ -130,6 +128,12 @@ def digest_of_experts(experts: Mapping[str, nn.Module]) -> str:
             found.update(f"{name} {path} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             _add(found, tensor)
     return found.hexdigest()
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """A model's config as JSON: of diffusers a mapping, of transformers an object that says so itself."""
+    config: Any = getattr(model, "config", {})
+    return dict(config) if isinstance(config, Mapping) else config.to_dict()
 
 
 def digest_of_files(root: Path, besides: Collection[str]) -> str:

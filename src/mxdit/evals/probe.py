@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ def compare(value: Tensor, reference: Tensor) -> tuple[float, float]:
     a, b = value.detach().cpu().double().flatten(), reference.cpu().double().flatten()
     norms = float(a.norm() * b.norm())
     return float((a - b).norm() / b.norm()), float(a @ b) / norms if norms else 0.0
+
+
+def embeddings_of(pipeline: Any, prompt: str) -> list[Tensor]:
+    """What the pipeline's text encoders make of a prompt: every float tensor that it gives to its transformers, on the CPU."""
+    taken = signature(pipeline.encode_prompt).parameters
+    given = {
+        name: None for name, of in taken.items() if of.default is Parameter.empty
+    }  # FLUX: `prompt_2`, the same prompt
+    if "do_classifier_free_guidance" in taken:
+        given["do_classifier_free_guidance"] = False  # nothing for the empty prompt
+    with torch.no_grad():
+        made = pipeline.encode_prompt(**{**given, "prompt": prompt})
+    return [part.float().cpu() for part in made if isinstance(part, Tensor) and part.is_floating_point()]
 
 
 def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]], guidance: Mapping[str, float]) -> dict[str, Any]:

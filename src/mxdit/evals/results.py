@@ -65,7 +65,7 @@ def collect(
         head = {
             key: value
             for key, value in found.items()
-            if key not in ("figures", "velocities", "compared", "adapted", "judged")
+            if key not in ("figures", "embeddings", "velocities", "compared", "adapted", "judged")
         }
         modes.append(head | parts)
     request, preset = settings.videos[0].request, settings.model.preset(settings.task)
@@ -115,6 +115,8 @@ def _parts(settings: Settings, found: Mapping[str, Any]) -> dict[str, Any]:
             for name in ("velocity_error", "velocity_cosine"):
                 sample[name] = sum(step[name] for step in taken["steps"]) / len(taken["steps"])
             sample |= {name: value for name, value in taken.items() if name != "steps"}
+        if found["embeddings"]:
+            sample["embedding_error"] = found["embeddings"][i]
         if found["compared"]:
             sample |= found["compared"][i]
         sample |= {name: values[i] for name, values in found["adapted"].items() if len(values) == len(settings.videos)}

@@ -26,7 +26,7 @@ from mxdit.evals.cache import Cache, digest_of, digest_of_code, digest_of_expert
 from mxdit.evals.metrics.networks import ADAPTERS, measure
 from mxdit.evals.metrics.video_metrics import video_metrics
 from mxdit.evals.modes import BF16, Mode
-from mxdit.evals.probe import capture_layers, compare, layer_errors, velocity_errors
+from mxdit.evals.probe import capture_layers, compare, embeddings_of, layer_errors, velocity_errors
 from mxdit.evals.samples import Video
 from mxdit.evals.settings import Settings
 from mxdit.evals.velocities import guidance_of
@@ -37,7 +37,7 @@ from mxdit.version import installed
 Progress = Callable[[str, float, int], None]  # (what is being done, how much is done, of how much)
 HOSTS = ("torch", "diffusers", "transformers")
 UNPAIRED = ("vbench",)  # adapters that look at a clip alone, so that BF16's own figures are what to compare with
-CLIP, FIGURES, LATENTS, CALLS = "clip.npy", "figures.json", "latents.pt", "calls.pt"
+CLIP, FIGURES, LATENTS, CALLS, EMBEDDINGS = "clip.npy", "figures.json", "latents.pt", "calls.pt", "embeddings.pt"
 
 
 class Run:
@@ -56,6 +56,7 @@ class Run:
         self._clips: dict[str, list[Path]] = {}
         self._reference: list[Path] = []  # BF16's clips, and what its layers saw
         self._captured: list[Path] = []
+        self._bf16_embeddings = Path()
 
     def results(self) -> dict[str, Any]:
         """Everything computed, or taken from the cache, JSON-serializable, in the schema of `results`."""
@@ -81,13 +82,14 @@ class Run:
         )
         session = Session.open(directory, task=settings.task, dtype=settings.dtype, device=settings.device, **online)
         pipeline = session.load()
-        run = self._run(pipeline, directory)
+        run = self._run(session, directory)
         loading = time.perf_counter() - started
         head = {"run": run, **results.describe(mode, pipeline, session.reports()), "same_as": owners.get(run)}
         if run in owners:
             self._clips[mode.name] = self._clips[owners[run]]
             return head | {"seconds": loading + self.cache.seconds - spent}
 
+        embedded = self._embedded(session, mode, run)
         clips = [self._video(session, mode, run, video) for video in settings.videos]
         self._clips[mode.name] = clips
         if mode is BF16:
@@ -103,6 +105,7 @@ class Run:
         compared = [] if mode is BF16 else [self._compared(mode, i) for i in range(len(clips))]
         return head | {
             "figures": figures,
+            "embeddings": embedded,
             "velocities": velocities,
             "layers": layers,
             "compared": compared,
@@ -133,10 +136,11 @@ class Run:
         }
         return self.cache.entry(key | {"method": mode.method, "keys": dict(mode.keys)}, make) / "model"
 
-    def _run(self, pipeline: Any, directory: Path) -> str:
+    def _run(self, session: Session, directory: Path) -> str:
         """Hash of everything but the request that a video depends on."""
+        pipeline, encoders = session.load(), session.model.encoders
         if directory not in self._digests:
-            self._digests[directory] = digest_of_files(directory, self.settings.model.components)
+            self._digests[directory] = digest_of_files(directory, {*self.settings.model.components, *encoders})
         # Classes of the parts, and the pipeline's own settings.
         config = {key: value for key, value in dict(pipeline.config).items() if not key.startswith("_")}
         return digest_of(
@@ -146,7 +150,9 @@ class Run:
                 "dtype": str(self.settings.dtype),
                 "pipeline": [type(pipeline).__name__, config],
                 "parts": self._digests[directory],
-                "experts": digest_of_experts(transformers_of(pipeline)),
+                "experts": digest_of_experts(
+                    {**transformers_of(pipeline), **{name: getattr(pipeline, name) for name in encoders}}
+                ),
             }
         )
 
@@ -178,6 +184,26 @@ class Run:
 
         key = {"kind": "video", "run": run, "request": video.request.to_dict(), "calls": keep_calls}
         return self.cache.entry(key | {"reference": reference and reference.name}, make)
+
+    def _embedded(self, session: Session, mode: Mode, run: str) -> list[float]:
+        """How far the embedding of each video's prompt is from BF16's; none where the text encoders are not quantized."""
+        quantized = {**session.encoders, **session.model.stored_encoders}
+        if not session.model.encoders or not (quantized or mode is BF16):
+            return []
+        prompts = list(dict.fromkeys(video.request.prompt for video in self.settings.videos))
+
+        def make(directory: Path) -> None:
+            with session.lock:
+                torch.save([embeddings_of(session.load(), prompt) for prompt in prompts], directory / EMBEDDINGS)
+
+        made = self.cache.entry({"kind": "embeddings", "run": run, "prompts": prompts}, make) / EMBEDDINGS
+        if mode is BF16:
+            self._bf16_embeddings = made
+            return []
+        both = (torch.load(path, weights_only=True) for path in (made, self._bf16_embeddings))
+        flat = [[torch.cat([part.flatten() for part in parts]) for parts in found] for found in both]
+        errors = {prompt: compare(*pair)[0] for prompt, *pair in zip(prompts, *flat, strict=True)}
+        return [errors[video.request.prompt] for video in self.settings.videos]
 
     def _layers_of(self, pipeline: Any, clip: Path) -> Path:
         """The entry of what BF16's linears saw while they made a clip."""

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from mxdit.config import MXConfig
+from mxdit.config.components import split_keys
 from mxdit.errors import InputError
 from mxdit.evals.metrics.judge import Judge
 from mxdit.evals.metrics.networks import FVD_FRAMES
 from mxdit.evals.modes import QUICK, Mode, choose
 from mxdit.evals.samples import Video, choose_videos
 from mxdit.generation.directory import ModelDirectory, open_model
-from mxdit.generation.loading import quantization
+from mxdit.generation.loading import encoders, quantization
+from mxdit.models import TEXT_ENCODERS
 from mxdit.models.skeleton import skeleton_of
 from mxdit.quantize.plan import plan
 
@@ -143,8 +146,13 @@ class Settings:
     def _check_plans(self) -> None:
         """Plan every mode on models without weights: a component or a layer that does not exist is said before anything runs."""
         skeletons = {name: skeleton_of(config, name) for name, config in self.model.components.items()}
-        for mode in (mode for mode in self.modes if mode.method is not None):
-            for name, config in quantization(self.model, mode.method, mode.keys, mode.components).items():
+        skeletons |= {name: skeleton_of(config, name) for name, config in self.model.encoders.items()}
+        for mode in self.modes:
+            own, of_encoders = split_keys(mode.components, TEXT_ENCODERS)
+            planned: dict[str, MXConfig | None] = dict(encoders(self.model, of_encoders))
+            if mode.method is not None:
+                planned |= quantization(self.model, mode.method, mode.keys, own)
+            for name, config in planned.items():
                 if config is not None:
                     plan(skeletons[name], config)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from torch import nn
 
 from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
+from mxdit.config.encoders import is_stated, read_stated
 from mxdit.errors import CheckpointError, InputError
-from mxdit.models import SPECS
+from mxdit.models import SPECS, TEXT_ENCODERS
+from mxdit.models.encoders import BLOCKS
 from mxdit.models.skeleton import skeleton_of
 from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
 from mxdit.quantize.plan import Decision, plan
@@ -35,6 +37,7 @@ class ModelDirectory:
         spec: its family.
         pipelines: task -> name of the pipeline class that does it, the directory's own first.
         components: name of a transformer -> its config.json.
+        encoders: name of a text encoder that mxdit knows -> its config.json.
         geometry: the sizes that it takes.
         settings: what its model_index.json says beside its components, as a cascade's boundary_ratio.
     """
@@ -45,6 +48,7 @@ class ModelDirectory:
     components: Mapping[str, Mapping[str, Any]]
     geometry: Geometry
     settings: Mapping[str, Any]
+    encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -59,6 +63,12 @@ class ModelDirectory:
             for name, config in self.components.items()
             if config.get("quantization_config")
         }
+
+    @property
+    def stored_encoders(self) -> dict[str, MXConfig]:
+        """The quantization config of each text encoder that is stored quantized."""
+        stated = {name: config.get("quantization_config") for name, config in self.encoders.items()}
+        return {name: read_stated(values) for name, values in stated.items() if values and is_stated(values)}
 
     @property
     def flow_shift(self) -> float | None:
@@ -168,25 +178,41 @@ def open_model(path: Path) -> ModelDirectory:
     if spec.shared and settings.get(spec.shared):
         for name, made in spec.pipelines.items():
             pipelines.setdefault(made.task, name)
-    return ModelDirectory(path, spec, pipelines, components, geometry, settings)
+    encoders = {
+        name: read_json(path / name / "config.json")
+        for name in TEXT_ENCODERS
+        if isinstance(of := index.get(name), list) and of and of[-1] in BLOCKS
+    }
+    return ModelDirectory(path, spec, pipelines, components, geometry, settings, encoders)
 
 
 def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:
     """Per transformer, from the JSON and the tensors' sizes alone: method, linears by scheme, linears kept, activations
     by step, bytes of files."""
+    return _described(model.path, model.components, model.stored)
+
+
+def describe_encoders(model: ModelDirectory) -> dict[str, dict[str, Any]]:
+    """The same of each text encoder that mxdit knows."""
+    return _described(model.path, model.encoders, model.stored_encoders)
+
+
+def _described(
+    path: Path, configs: Mapping[str, Mapping[str, Any]], quantized: Mapping[str, MXConfig]
+) -> dict[str, dict[str, Any]]:
     described = {}
-    for name, config in model.components.items():
-        stored, skeleton = model.stored.get(name), skeleton_of(config, str(model.path / name / "config.json"))
-        linears = [path for path, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    for name, config in configs.items():
+        stored, skeleton = quantized.get(name), skeleton_of(config, str(path / name / "config.json"))
+        linears = [at for at, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
         decisions = plan(skeleton, stored) if stored else dict.fromkeys(linears, Decision())
-        quantized = [decision for decision in decisions.values() if decision.scheme]
+        packed = [decision for decision in decisions.values() if decision.scheme]
         described[name] = {
             "quant_method": stored and str(stored.quant_method),
-            "methods": dict(Counter(decision.method for decision in quantized)),
-            "schemes": dict(Counter(decision.scheme for decision in quantized)),
-            "kept": len(decisions) - len(quantized),
+            "methods": dict(Counter(decision.method for decision in packed)),
+            "schemes": dict(Counter(decision.scheme for decision in packed)),
+            "kept": len(decisions) - len(packed),
             "activation_steps": stored.activation_steps.to_dict() if stored and stored.activation_steps else None,
-            "bytes": sum(file.stat().st_size for file in _weights_in(model.path / name)),
+            "bytes": sum(file.stat().st_size for file in _weights_in(path / name)),
         }
     return described
 

@@ -13,6 +13,7 @@ import torch
 from mxdit.checkpoint.folders import choose_variant
 from mxdit.config import MXConfig
 from mxdit.config.components import configs_of
+from mxdit.config.encoders import encoder_config
 from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.offload import offload
@@ -90,6 +91,33 @@ def quantization(
     return configs
 
 
+def encoders(model: ModelDirectory, own: Mapping[str, Any]) -> dict[str, MXConfig]:
+    """Text encoder -> the config that it is quantized with while it loads, of those that `own` names.
+
+    Raises:
+        ConfigError: a text encoder that the model does not have or mxdit does not know, one that is stored quantized, or what
+            `encoder_config` refuses.
+    """
+    stored = model.stored_encoders
+    configs = {name: encoder_config(value, name) for name, value in own.items() if value is not None}
+    for name, config in configs.items():
+        if name not in model.encoders:
+            raise ConfigError(
+                "a config for a text encoder that the model does not have, or that mxdit does not know",
+                where=str(model.path),
+                got=name,
+                expected=" or ".join(model.encoders) or "none",
+            )
+        if name in stored:
+            raise ConfigError(
+                "the text encoder is stored quantized",
+                where=str(model.path / name),
+                got=f"{stored[name].quant_method}, and {config.quant_method} asked for",
+                hint="Leave it out, or load the float model to quantize it otherwise.",
+            )
+    return configs
+
+
 def load(
     model: ModelDirectory,
     task: str,
@@ -99,6 +127,7 @@ def load(
     device: str = "cpu",
     variant: str | None = None,
     offloaded: bool = False,
+    encoders: Mapping[str, MXConfig] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline for `task`, on `device`, in `dtype` but for the components that its spec wants in FP32.
 
@@ -106,6 +135,7 @@ def load(
         configs: from `quantization`.
         variant: diffusers' own word for one set of weight files, such as "fp16"; None takes the plain files, or the one
             variant that there is.
+        encoders: from `encoders`.
         offloaded: leave the weights on the CPU, to be on `device` for as long as they are used.
 
     Raises:
@@ -117,9 +147,12 @@ def load(
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
     from safetensors import SafetensorError
 
+    from mxdit.integrations.diffusers import encoders_of
+
     with _without_import_warnings():
         pipeline_class = getattr(diffusers, model.pipelines[task])
     mapping: Any = {name: config for name, config in configs.items() if config is not None}
+    mapping |= encoders_of(encoders or {})
     options: dict[str, Any] = (
         {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)} if mapping else {}
     )

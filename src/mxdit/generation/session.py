@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mxdit.config import MXConfig, check_activation
+from mxdit.config.components import split_keys
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import Cancelled, InputError, ModelError
 from mxdit.generation import loading, media
@@ -25,6 +26,7 @@ from mxdit.generation.memory import Sampler
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request, make_request, policy_of
 from mxdit.integrations.diffusers_steps import step_policy
+from mxdit.models import TEXT_ENCODERS
 from mxdit.quantize.report import QuantReport, report_of
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ class Session:
         model: what the directory holds.
         task: what is made: "t2v", "i2v", "t2i".
         configs: transformer -> the config it is quantized with while it loads, or None to load it as it is.
+        encoders: text encoder -> the same, of those that are quantized while they load.
         dtype: of everything that is not quantized.
         device: name of a torch device.
         variant: of the weight files.
@@ -93,9 +96,10 @@ class Session:
         device: str,
         variant: str | None = None,
         offload: bool = False,
+        encoders: Mapping[str, MXConfig] | None = None,
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
-        self.variant, self.offload = variant, offload
+        self.variant, self.offload, self.encoders = variant, offload, encoders or {}
         self.lock = threading.RLock()
         self._running = False
         self._pipeline: DiffusionPipeline | None = None
@@ -123,7 +127,7 @@ class Session:
                 means as they are stored.
             keys: keys of `MXConfig` for every transformer.
             components: name of a transformer -> keys that differ there, an MXConfig that replaces all, or None to leave it
-                as it is.
+                as it is. Name of a text encoder -> a method's name, keys with `quant_method`, or an MXConfig.
             dtype: of everything that is not quantized.
             device: name of a torch device.
             offload: keep weights on the CPU, and each on the device for as long as it is used, of a transformer a block at a
@@ -138,8 +142,10 @@ class Session:
         model = open_model(bundled(task or "t2v") if path is None else Path(path))
         task = model.tasks[0] if task is None else task
         model.check_task(task)
-        configs = loading.quantization(model, method, keys or {}, components)
-        return cls(model, task, configs, dtype, device, variant, offload)
+        own, of_encoders = split_keys(components or {}, TEXT_ENCODERS)
+        encoders = loading.encoders(model, of_encoders)
+        configs = loading.quantization(model, method, keys or {}, own)
+        return cls(model, task, configs, dtype, device, variant, offload, encoders)
 
     def request(self, **fields: Any) -> Request:
         """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which, and
@@ -183,6 +189,7 @@ class Session:
                     "device": self.device,
                     "variant": self.variant,
                     "offloaded": self.offload,
+                    "encoders": self.encoders,
                 }
                 self._pipeline = loading.load(self.model, self.task, self.configs, **options)
             return self._pipeline
@@ -190,6 +197,11 @@ class Session:
     def reports(self) -> dict[str, QuantReport]:
         """What the linears of each transformer are."""
         return {name: report_of(model) for name, model in transformers_of(self.load()).items()}
+
+    def encoder_reports(self) -> dict[str, QuantReport]:
+        """The same of each text encoder that is quantized."""
+        names, pipeline = {**self.model.stored_encoders, **self.encoders}, self.load()
+        return {name: report_of(getattr(pipeline, name)) for name in names}
 
     def run(
         self,

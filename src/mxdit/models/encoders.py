@@ -40,6 +40,9 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     "Gemma3ForConditionalGeneration": _SEEING,
 }
 
+# Those whose files have the names of their modules, in every version: a checkpoint of theirs is read without transformers.
+PLAIN = ("UMT5EncoderModel", "T5EncoderModel")
+
 
 def encoder_spec(model: nn.Module) -> ModelSpec | None:
     """The spec of a text encoder, which may be of a subclass; None for a class that is not in the table."""

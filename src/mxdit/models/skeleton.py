@@ -1,4 +1,4 @@
-"""A transformer of a model that mxdit knows, built from its config.json without memory."""
+"""A transformer or text encoder of a model that mxdit knows, built from its config.json without memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from torch import nn
 
 from mxdit.errors import CheckpointError, InputError, ModelError
 from mxdit.models import SPECS
+from mxdit.models.encoders import BLOCKS
 
 # What classes raise for a config that they cannot build from.
 UNBUILDABLE = (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError, AttributeError, LookupError)
 
 
 def skeleton_of(config: Mapping[str, Any], where: str) -> nn.Module:
-    """The transformer that a config.json describes, without memory. Raises CheckpointError, or InputError without diffusers."""
+    """The model that a config.json describes, without memory. Raises CheckpointError, or InputError without its library."""
+    encoder = encoder_class(config)
+    if encoder is not None:
+        return _encoder(encoder, config, where)
     if find_spec("diffusers") is None:
         raise InputError("a package is not installed", where="diffusers", hint="pip install 'mxdit[diffusers]'.")
     import diffusers
@@ -29,6 +33,26 @@ def skeleton_of(config: Mapping[str, Any], where: str) -> nn.Module:
         )
     try:
         return _built(getattr(diffusers, name), config)
+    except UNBUILDABLE as error:
+        raise CheckpointError("no model can be built from this config", where=where, got=_said(error)) from None
+
+
+def encoder_class(config: Mapping[str, Any]) -> str | None:
+    """The class of the text encoder that a config.json of transformers describes; None for one that mxdit does not know."""
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    return name if isinstance(name, str) and name in BLOCKS else None
+
+
+def _encoder(name: str, config: Mapping[str, Any], where: str) -> nn.Module:
+    if find_spec("transformers") is None:
+        raise InputError("a package is not installed", where="transformers", hint="pip install 'mxdit[diffusers]'.")
+    import transformers
+
+    cls: Any = getattr(transformers, name)
+    try:
+        with torch.device("meta"):
+            return cls(cls.config_class.from_dict({k: v for k, v in config.items() if k != "quantization_config"}))
     except UNBUILDABLE as error:
         raise CheckpointError("no model can be built from this config", where=where, got=_said(error)) from None
 

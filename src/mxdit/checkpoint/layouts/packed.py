@@ -10,6 +10,7 @@ from torch import nn
 from mxdit.checkpoint.component import Component, Stored
 from mxdit.checkpoint.layout import Folder, Layout, Written
 from mxdit.config import MXConfig
+from mxdit.config.encoders import is_stated, read_stated
 from mxdit.quantize.plan import plan
 from mxdit.version import __version__
 
@@ -19,7 +20,8 @@ def recognizes(folder: Folder) -> bool:
 
 
 def read(folder: Folder) -> Stored:
-    return Stored(folder.path, PACKED.name, folder.tensors, folder.config, MXConfig.from_dict(folder.stated))
+    config = read_stated(folder.stated) if is_stated(folder.stated) else MXConfig.from_dict(folder.stated)
+    return Stored(folder.path, PACKED.name, folder.tensors, folder.config, config)
 
 
 def write(component: Component) -> Written:

@@ -48,6 +48,15 @@ DEFINITIONS: Mapping[str, Metric] = {
         "higher",
         "signal to quantization noise ratio",
     ),
+    "embedding_error": Metric(
+        "Embedding error",
+        "model",
+        "Norm of the difference of the prompt's embedding, as the pipeline gives it to the transformer, from BF16's, over the norm "
+        "of BF16's; of modes whose text encoder is quantized.",
+        "",
+        "lower",
+        "relative L2",
+    ),
     "velocity_error": Metric(
         "Velocity error",
         "model",

@@ -1,0 +1,133 @@
+"""Packed text encoders on disk: `mxdit quantize --text-encoder`, inspect, convert, info, and sessions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
+
+import mxdit
+from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
+from mxdit.config.encoders import encoder_config
+from mxdit.errors import CheckpointError, ConfigError
+from mxdit.generation.directory import bundled, describe_encoders, open_model
+
+SOURCE = bundled("t2v")
+MXFP8 = {"text_encoder": encoder_config("mxfp8", "text_encoder")}
+OUT = "encoder.block.0.layer.0.SelfAttention.o"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    quantize_checkpoint(SOURCE, folder, "mxfp4", encoders=MXFP8).write()
+    return folder
+
+
+@pytest.mark.slow
+def test_streaming_and_loading_give_the_same_bytes(packed, tmp_path):
+    """Names, bytes and what config.json states; and the tied table is written once."""
+    config = mxdit.pipeline_config("mxfp4", text_encoder="mxfp8")
+    pipe = WanPipeline.from_pretrained(SOURCE, torch_dtype=torch.bfloat16, quantization_config=config)
+    pipe.save_pretrained(tmp_path)
+    ours, theirs = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (packed, tmp_path))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    stated = [
+        json.loads((folder / "text_encoder" / "config.json").read_text())["quantization_config"]
+        for folder in (packed, tmp_path)
+    ]
+    assert stated[0] == stated[1]
+    again = WanPipeline.from_pretrained(packed, torch_dtype=torch.bfloat16)
+    for name, tensor in pipe.text_encoder.state_dict().items():
+        assert torch.equal(tensor, again.text_encoder.state_dict()[name])
+
+
+def test_without_a_config_the_text_encoder_is_carried_over(tmp_path):
+    plan = quantize_checkpoint(SOURCE, tmp_path / "model", "mxfp4")
+    assert "text_encoder/model.safetensors" in plan.carried
+    plan = quantize_checkpoint(SOURCE, tmp_path / "model", "mxfp4", encoders=MXFP8)
+    assert not any(name.startswith("text_encoder/") for name in plan.carried)
+    assert [component.component for component in plan.components][-1] == "text_encoder"
+
+
+def test_a_text_encoder_alone_may_be_packed(tmp_path):
+    overrides = {"transformer": None, "transformer_2": None}
+    with pytest.raises(ConfigError, match="every component is left unquantized"):
+        quantize_checkpoint(SOURCE, tmp_path / "model", "mxfp4", overrides)
+    plan = quantize_checkpoint(SOURCE, tmp_path / "model", "mxfp4", overrides, encoders=MXFP8)
+    assert [set(component.methods.values()) for component in plan.components] == [{None}, {None}, {"mxfp8"}]
+
+
+def test_what_is_no_text_encoder_that_is_packed_is_refused(packed, tmp_path):
+    with pytest.raises(ConfigError, match="no text encoder that mxdit packs"):
+        quantize_checkpoint(SOURCE, tmp_path / "model", "mxfp4", encoders={"text_encoder_2": MXFP8["text_encoder"]})
+    source = tmp_path / "half"
+    shutil.copytree(SOURCE, source)
+    shutil.rmtree(source / "text_encoder")
+    shutil.copytree(packed / "text_encoder", source / "text_encoder")
+    with pytest.raises(CheckpointError, match="quantized already"):
+        quantize_checkpoint(source, tmp_path / "model", "mxfp4", encoders=MXFP8)
+    plan = quantize_checkpoint(source, tmp_path / "model", "mxfp4")
+    assert "text_encoder/model.safetensors" in plan.carried  # as it is
+
+
+def test_inspect_and_info_show_it_and_convert_carries_it(packed, tmp_path):
+    found = inspect_checkpoint(packed)
+    encoder = found.components[-1]
+    assert found.clean and encoder.component == "text_encoder" and encoder.linears == {"mxfp8": 14}
+    assert encoder.loaders == {"transformers + mxdit": None}
+    assert [c.component for c in inspect_checkpoint(SOURCE).components] == ["transformer", "transformer_2"]
+    row = describe_encoders(open_model(packed))["text_encoder"]
+    assert (row["quant_method"], row["schemes"], row["kept"]) == ("mxfp8", {"w8a16": 14}, 0)
+    plan = convert_checkpoint(packed, tmp_path / "vllm", "vllm-omni")
+    assert plan.carried["text_encoder/model.safetensors"] == packed / "text_encoder" / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t, c: t.pop(f"{OUT}.weight_scale"), "missing tensor"),
+        (lambda t, c: t.update({f"{OUT}.weight_scale": t[f"{OUT}.weight_scale"][:, :1].clone()}), "misshapen"),
+        (lambda t, c: t[f"{OUT}.weight"].view(-1)[5:6].fill_(0x7F), "NaN"),
+        (lambda t, c: t[f"{OUT}.weight_scale"].view(-1)[5:6].fill_(0xFF), "NaN"),
+        (lambda t, c: t.pop("shared.weight"), "missing tensor"),
+        (lambda t, c: t.update(stranger=torch.ones(3)), "no place for"),
+        (lambda t, c: c["quantization_config"].update(ignored_layers=[OUT]), "ignored_layers lists other layers"),
+    ],
+)
+def test_inspect_refuses_what_is_wrong(change, said, packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "model")
+    folder = tmp_path / "model" / "text_encoder"
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    found = inspect_checkpoint(tmp_path / "model")
+    faults = [str(fault) for fault in found.components[-1].faults]
+    assert not found.clean and any(said in fault for fault in faults), faults
+    assert not any(component.faults for component in found.components[:-1])
+
+
+@pytest.mark.slow
+def test_a_session_quantizes_it_and_one_that_is_packed_gives_the_same_frames(packed):
+    def frames(session):
+        request = session.request(steps=2, frames=5, seed=3)
+        return session.run(request).frames
+
+    online = mxdit.Session.open(method="mxfp4", components={"text_encoder": "mxfp8"})
+    offline = mxdit.Session.open(packed)
+    assert len(online.encoder_reports()["text_encoder"].quantized) == 14
+    assert (frames(online) == frames(offline)).all()
+    assert offline.encoder_reports() == online.encoder_reports()
+    assert set(online.reports()) == {"transformer", "transformer_2"}
+
+
+def test_a_session_refuses_a_text_encoder_that_there_is_none_of_or_that_is_packed(packed):
+    with pytest.raises(ConfigError, match="a text encoder that the model does not have"):
+        mxdit.Session.open(components={"text_encoder_2": "mxfp8"})
+    with pytest.raises(ConfigError, match="stored quantized"):
+        mxdit.Session.open(packed, components={"text_encoder": "mxfp4"})
