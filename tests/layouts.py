@@ -42,6 +42,35 @@ def experts(root: Path) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
+def auto_round(packed: Path, out: Path, **said: Any) -> Path:
+    """A packed expert of one kind of linears as AutoRound writes it; `said` are more keys of its config."""
+    tensors = {}
+    for name, tensor in library.load_file(packed / tiny.WEIGHTS).items():
+        codes, eight = tensor.dtype is torch.uint8 and name.endswith(".weight"), "mxfp8" in packed.name
+        name = f"{name}_packed" if codes and not eight else name
+        tensors[name] = tensor.view(torch.float8_e4m3fn) if codes and eight else tensor
+    out.mkdir()
+    library.save_file(tensors, out / tiny.WEIGHTS, {"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    bits = 8 if "mxfp8" in packed.name else 4
+    stated = {
+        "quant_method": "auto-round",
+        "data_type": "mx_fp",
+        "act_data_type": "mx_fp",
+        "group_size": 32,
+        "sym": True,
+    }
+    config["quantization_config"] = {
+        **stated,
+        "bits": bits,
+        "act_bits": bits,
+        "packing_format": "auto_round:llm_compressor",
+        **said,
+    }
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
 def smooth(tensors: Tensors) -> None:
     """Give every four-bit layer factors."""
     for name in [name for name in tensors if name.endswith(".weight_scale")]:

@@ -34,6 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
         "vllm-omni": [made[f"{name} vllm-omni"] for name in ("dual", "mxfp4", "mxfp8")],
         "sglang": [made[f"{name} sglang"] for name in ("dual", "mxfp4", "mxfp8")],
         "modelslim": [made[f"{name} modelslim"] for name in ("dual", "mxfp4", "mxfp8")],
+        "auto-round": [layouts.auto_round(made[name], root / f"{name} auto-round") for name in ("mxfp4", "mxfp8")],
         "original": [made["original"]],
         "diffusers": [made["float"]],
     }

@@ -18,6 +18,7 @@ from torch import nn
 from mxdit.checkpoint.component import Component, Stored
 from mxdit.checkpoint.files import Readable
 from mxdit.checkpoint.layout import CONFIG, Folder, Layout, Written
+from mxdit.checkpoint.layouts.auto_round import NAMES as AUTO_ROUND
 from mxdit.checkpoint.layouts.numeric import as_e4m3, values_of
 from mxdit.checkpoint.writer import Part
 from mxdit.config import STEPS_OF_W4A8, MXConfig
@@ -57,7 +58,9 @@ KEYS = {
 
 def recognizes(folder: Folder) -> bool:
     stated = folder.stated
-    return folder.named and stated is not None and not (isinstance(stated, Mapping) and "layout" in stated)
+    if isinstance(stated, Mapping) and ("layout" in stated or stated.get("quant_method") in AUTO_ROUND):
+        return False
+    return folder.named and stated is not None
 
 
 def read(folder: Folder) -> Stored:
