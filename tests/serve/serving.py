@@ -24,6 +24,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from mxdit.serve.access import Access
+from mxdit.serve.adapters import Shelf
 from mxdit.serve.app import make_app
 from mxdit.serve.device import DeviceRunner
 from mxdit.serve.dispatch import Dispatcher
@@ -41,10 +42,16 @@ def served(path: Path, task: str = "t2v", mode: str = "none") -> Served:
 
 
 def app_of(
-    data: Path, models: list[Served], *, keys: tuple[str, ...] = (), most: int = 1 << 20, waiting: int = 1000
+    data: Path,
+    models: list[Served],
+    *,
+    keys: tuple[str, ...] = (),
+    most: int = 1 << 20,
+    waiting: int = 1000,
+    shelf: Shelf | None = None,
 ) -> FastAPI:
     """A server in this process, its worker in another."""
-    catalog, table = Catalog(models), Jobs(data / "jobs.sqlite", most=waiting)
+    catalog, table = Catalog(models, shelf), Jobs(data / "jobs.sqlite", most=waiting)
     app = make_app(catalog, table, Dispatcher(table, Files(data), [DeviceRunner(catalog, "cpu")]))
     app.add_middleware(Access, keys=keys, most=most, limit=60)
     return app

@@ -63,6 +63,10 @@ def submit(
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the MP4.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the starting noise. Default: the server's choice.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="An id of `mxdit client adapters`. May be repeated.", metavar="NAME[:SCALE]"),
+    ] = None,
     extra: Annotated[
         str | None, typer.Option(help="More parameters of the server's, as a JSON object.", metavar="JSON")
     ] = None,
@@ -92,6 +96,7 @@ def submit(
         "flow_shift": flow_shift,
         "fps": fps,
         "seed": seed,
+        "lora": [_adapter(text) for text in lora] if lora else None,
         "extra_params": None if extra is None else _object(extra),
     }
     with _server(url, api_key_file) as server:
@@ -165,6 +170,21 @@ def models(url: Url = URL, api_key_file: Key = None, as_json: AsJson = False) ->
     out.print(table)
 
 
+@commands.command()
+def adapters(url: Url = URL, api_key_file: Key = None, as_json: AsJson = False) -> None:
+    """Show the adapters that the server has."""
+    with _server(url, api_key_file) as server:
+        found = server.adapters()
+    if as_json:
+        out.print_json(json.dumps(list(found)))
+        return
+    table = Table("adapter", "transformers", "MiB")
+    for adapter in found:
+        row = (adapter["id"], ", ".join(adapter["transformers"] or ()), f"{adapter['bytes'] / 2**20:.1f}")
+        table.add_row(*map(Text, row))
+    out.print(table)
+
+
 @contextmanager
 def _server(url: str, key_file: Path | None) -> Iterator[Client]:
     need("httpx", "httpx_sse", extra="client")
@@ -203,6 +223,15 @@ def _finish(server: Client, id: str, output: Path | None, as_json: bool) -> None
 def _check(output: Path | None) -> None:
     if output is not None and not output.is_dir() and not output.parent.is_dir():
         raise InputError("the directory does not exist", field="output", where=str(output.parent), hint="Create it.")
+
+
+def _adapter(text: str) -> dict[str, Any]:
+    """What "NAME" or "NAME:0.8" says."""
+    name, colon, scale = text.partition(":")
+    try:
+        return {"name": name, "scale": float(scale)} if colon else {"name": name}
+    except ValueError:
+        raise InputError("the scale is no number", field="lora", got=repr(scale), expected="NAME:SCALE") from None
 
 
 def _object(text: str) -> dict[str, Any]:

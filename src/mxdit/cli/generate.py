@@ -23,6 +23,7 @@ from mxdit.cli.console import (
     Frames,
     IgnoredLayers,
     LayerMethods,
+    Loras,
     Model,
     Size,
     TextEncoder,
@@ -33,6 +34,7 @@ from mxdit.cli.console import (
     dtype_of,
     err,
     layer_methods_of,
+    loras_of,
     need,
     out,
     path_of,
@@ -96,6 +98,7 @@ def generate(
     activation_steps: ActivationSteps = None,
     text_encoder: TextEncoder = None,
     config: Config = None,
+    lora: Loras = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance, of a cascade its first expert's.")] = None,
     guidance_scale_2: Annotated[float | None, typer.Option(help="Guidance of a cascade's second expert.")] = None,
@@ -121,6 +124,8 @@ def generate(
         mxdit generate --method mxfp4 -o seven.mp4
 
         mxdit generate Wan2.2-I2V-A14B-Diffusers --image first.png --prompt "..." --method mxfp4_dualscale
+
+        mxdit generate Wan2.2-T2V-A14B-mxfp4 --lora transformer=high.safetensors --lora transformer_2=low.safetensors:0.8
     """
     from mxdit.generation import loading, media
     from mxdit.generation.session import Session
@@ -146,6 +151,7 @@ def generate(
         dtype=dtype_of(dtype),
         device=device_of(device),
         variant=variant,
+        loras=loras_of(lora),
     )
     request = session.request(
         prompt=prompt,
@@ -176,6 +182,8 @@ def generate(
         tell(f"  {name}: {loading.summary(report)}{by_step}")
     for name, report in session.encoder_reports().items():
         tell(f"  {name}: {loading.summary(report)}")
+    for one in request.loras:
+        tell(f"  {one.component}: LoRA {one.file}, scale {one.scale:g}")
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("", total=request.steps)

@@ -70,7 +70,9 @@ def serve(
     engine_key_file: Annotated[
         Path | None, typer.Option(help="File whose first line is the API key that the engines ask for.", metavar="FILE")
     ] = None,
-    data: Annotated[Path, typer.Option(help="Where jobs and videos are kept.", metavar="DIR")] = Path("mxdit-data"),
+    data: Annotated[
+        Path, typer.Option(help="Where jobs and videos are kept, and LoRA in adapters/.", metavar="DIR")
+    ] = Path("mxdit-data"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8091,
     api_key_file: Annotated[
@@ -107,6 +109,7 @@ def serve(
 
     from mxdit.client.protocol import root_of
     from mxdit.serve.access import Access
+    from mxdit.serve.adapters import Shelf
     from mxdit.serve.app import make_app
     from mxdit.serve.device import DeviceRunner
     from mxdit.serve.dispatch import Dispatcher, Runner
@@ -121,7 +124,7 @@ def serve(
         devices = [device_of(part.strip()) for part in (device or "cpu").split(",")]
         keys, own = read_keys(config, ignored_layers=ignored_layers, num_bf16_fallback_layers=num_bf16_fallback_layers)
         how = {"keys": keys, "components": own, "dtype": dtype_of(dtype or "bf16"), "offload": offload}
-        offer = Catalog(_served(directories, method, **how))
+        offer = Catalog(_served(directories, method, **how), Shelf(data / "adapters"))
         runners: list[Runner] = [DeviceRunner(offer, device) for device in devices]
         what, where = ", ".join(offer.served), ", ".join(devices)
         tell_slow(how["dtype"], devices[0])

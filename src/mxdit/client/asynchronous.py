@@ -164,6 +164,10 @@ class AsyncClient:
         """What it offers: ids, defaults, and the linears of those that are loaded."""
         return json_of(await self._send("GET", "/v1/models", again=True))["data"]
 
+    async def adapters(self) -> Sequence[dict[str, Any]]:
+        """Those that `lora` may name: ids, and the transformers that each changes."""
+        return json_of(await self._send("GET", "/v1/adapters", again=True))["data"]
+
     async def _send(self, method: str, path: str, *, again: bool = False, **arguments: Any) -> httpx.Response:
         tries = 0
         while True:

@@ -176,6 +176,10 @@ class Client:
         """What it offers: ids, defaults, and the linears of those that are loaded."""
         return json_of(self._send("GET", "/v1/models", again=True))["data"]
 
+    def adapters(self) -> Sequence[dict[str, Any]]:
+        """Those that `lora` may name: ids, and the transformers that each changes."""
+        return json_of(self._send("GET", "/v1/adapters", again=True))["data"]
+
     def _send(self, method: str, path: str, *, again: bool = False, **arguments: Any) -> httpx.Response:
         tries = 0
         while True:

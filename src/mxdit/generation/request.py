@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mxdit.config.loras import LoraFile, LoraLike, assigned
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import ConfigError, InputError
 from mxdit.generation.directory import ModelDirectory
@@ -35,6 +36,7 @@ class Request:
         fps: frames a second of the file that is written.
         flow_shift, boundary_ratio: override the scheduler's and the pipeline's own.
         activation_steps: what the activations of quantized linears are at some steps; empty means at none.
+        loras: LoRA files beside the weights, each with its transformer.
         arguments: of the pipeline's call that no other field names.
 
     None in a field leaves what the pipeline has.
@@ -55,6 +57,7 @@ class Request:
     flow_shift: float | None = None
     boundary_ratio: float | None = None
     activation_steps: StepPolicy | None = None
+    loras: tuple[LoraFile, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,9 +68,10 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable; an image is the SHA-256 of its pixels."""
         image = None if self.image is None else hashlib.sha256(self.image.tobytes()).hexdigest()
-        plain = asdict(replace(self, image=None, activation_steps=None))
+        plain = asdict(replace(self, image=None, activation_steps=None, loras=()))
         steps = None if self.activation_steps is None else self.activation_steps.to_dict()
-        return {**plain, "image": image, "activation_steps": steps}
+        loras = [{"component": lora.component, "file": str(lora.file), "scale": lora.scale} for lora in self.loras]
+        return {**plain, "image": image, "activation_steps": steps, "loras": loras}
 
 
 def make_request(
@@ -87,6 +91,7 @@ def make_request(
     flow_shift: float | None = None,
     boundary_ratio: float | None = None,
     activation_steps: StepPolicy | Mapping[str, Any] | None = None,
+    loras: Sequence[LoraLike] = (),
 ) -> Request:
     """Fill in what is not given from the model's preset, and check the whole.
 
@@ -96,6 +101,7 @@ def make_request(
             the size by the image takes none.
         image: of any size; it is scaled to cover the frame, and what stands over is cut off.
         activation_steps: or its JSON form.
+        loras: LoRA files; what is in them is not looked at here.
         the others: as in `Request`.
 
     Raises:
@@ -142,6 +148,7 @@ def make_request(
         flow_shift=preset.flow_shift if flow_shift is None else flow_shift,
         boundary_ratio=boundary_ratio,
         activation_steps=policy_of(activation_steps, steps),
+        loras=assigned(loras, model.components),
         arguments=preset.arguments,
     )
     _check(model, request)

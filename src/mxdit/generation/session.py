@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,9 +17,11 @@ import torch
 
 from mxdit.config import MXConfig, check_activation
 from mxdit.config.components import split_keys
+from mxdit.config.loras import LoraLike
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import Cancelled, InputError, ModelError
 from mxdit.generation import loading, media
+from mxdit.generation.adapters import Adapters, Checked
 from mxdit.generation.calling import call_of
 from mxdit.generation.directory import ModelDirectory, bundled, open_model
 from mxdit.generation.memory import Sampler
@@ -83,6 +85,7 @@ class Session:
         device: name of a torch device.
         variant: of the weight files.
         offload: whether weights are on the device for no longer than they are used.
+        loras: LoRA files that take part in the runs of requests that do not name their own.
         lock: held while a run lasts. Hold it to use the pipeline yourself, such as with hooks in its modules; the thread that
             holds it can run requests meanwhile.
     """
@@ -97,12 +100,16 @@ class Session:
         variant: str | None = None,
         offload: bool = False,
         encoders: Mapping[str, MXConfig] | None = None,
+        loras: Sequence[LoraLike] = (),
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
         self.variant, self.offload, self.encoders = variant, offload, encoders or {}
+        self._checked = Checked(model)
+        self.loras = self._checked.of(loras)
         self.lock = threading.RLock()
         self._running = False
         self._pipeline: DiffusionPipeline | None = None
+        self._adapters: Adapters | None = None
 
     @classmethod
     def open(
@@ -117,6 +124,7 @@ class Session:
         device: str = "cpu",
         variant: str | None = None,
         offload: bool = False,
+        loras: Sequence[LoraLike] = (),
     ) -> Session:
         """Read what a model is, and decide how it is loaded; the weights are read by `load`, or by the first run.
 
@@ -133,9 +141,11 @@ class Session:
             offload: keep weights on the CPU, and each on the device for as long as it is used, of a transformer a block at a
                 time. Slower; no number changes.
             variant: of the weight files, as diffusers calls it ("fp16"); None takes the plain ones, or the one that there is.
+            loras: LoRA files beside the weights, quantized or not; of a cascade each as
+                `LoraFile(file, scale, "transformer_2")`. Several add up.
 
         Raises:
-            InputError: no such directory, no pipeline that mxdit knows, or a task that it does not do.
+            InputError: no such directory, no pipeline that mxdit knows, a task that it does not do, or a LoRA that does not fit.
             CheckpointError: a JSON file that is missing or damaged.
             ConfigError: a method or keys that mean nothing, or do not go with what is stored.
         """
@@ -145,12 +155,17 @@ class Session:
         own, of_encoders = split_keys(components or {}, TEXT_ENCODERS)
         encoders = loading.encoders(model, of_encoders)
         configs = loading.quantization(model, method, keys or {}, own)
-        return cls(model, task, configs, dtype, device, variant, offload, encoders)
+        return cls(model, task, configs, dtype, device, variant, offload, encoders, loras)
 
-    def request(self, **fields: Any) -> Request:
+    def request(self, *, loras: Sequence[LoraLike] | None = None, **fields: Any) -> Request:
         """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which, and
-        ConfigError for activations that do not go with the weights."""
-        request = make_request(self.model, self.task, **fields)
+        ConfigError for activations that do not go with the weights.
+
+        Args:
+            loras: in place of the session's own: empty is none.
+        """
+        chosen = self.loras if loras is None else self._checked.of(loras)
+        request = make_request(self.model, self.task, loras=chosen, **fields)
         for name, policy in self.policies(request).items():
             policy_of(policy, request.steps, where=name)
         return request
@@ -191,7 +206,10 @@ class Session:
                     "offloaded": self.offload,
                     "encoders": self.encoders,
                 }
-                self._pipeline = loading.load(self.model, self.task, self.configs, **options)
+                pipeline = loading.load(self.model, self.task, self.configs, **options)
+                self._adapters = Adapters(pipeline)
+                self._adapters.use(self.loras)
+                self._pipeline = pipeline
             return self._pipeline
 
     def reports(self) -> dict[str, QuantReport]:
@@ -223,7 +241,8 @@ class Session:
         Raises:
             Cancelled: `stop` was set.
             InputError: another task's request, or a flow shift for a scheduler that has none.
-            ModelError: pixels that are no numbers, or a run that was begun from another one's `on_step`.
+            ModelError: pixels that are no numbers, a run that was begun from another one's `on_step`, or a LoRA that is another
+                one by now and does not fit.
         """
         if request.task != self.task:
             raise InputError("the request is of another task", field="task", got=request.task, expected=self.task)
@@ -246,6 +265,8 @@ class Session:
         on_latents: Callable[[int, torch.Tensor], None] | None,
     ) -> Result:
         pipeline, called, marks = self.load(), self.model.called(self.task), list[float]()
+        assert self._adapters is not None
+        self._adapters.use(request.loras)
 
         def step_done(latents: torch.Tensor) -> None:
             if latents.device.type != "cpu":

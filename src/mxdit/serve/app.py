@@ -214,6 +214,10 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
     def models() -> dict[str, Any]:
         return {"object": "list", "data": offer.models()}
 
+    @app.get("/v1/adapters")
+    def adapters() -> dict[str, Any]:
+        return {"object": "list", "data": offer.adapters()}
+
     @app.get("/health")
     def health() -> dict[str, str]:
         return {"status": "ok"}

@@ -29,7 +29,8 @@ class DeviceRunner:
         while not desk.stopping.is_set():
             ours, theirs = context.Pipe()
             warm = next(iter(served), None)
-            process = context.Process(target=main, args=(theirs, served, self._device, warm), daemon=True)
+            told = (theirs, served, self._device, warm, self._catalog.shelf)
+            process = context.Process(target=main, args=told, daemon=True)
             process.start()
             desk.workers[self.name] = process.pid or 0
             theirs.close()  # so that its end is seen here

@@ -19,6 +19,7 @@ import av
 from mxdit.checkpoint.writer import sync
 from mxdit.client import Client, ServerError, Unreachable, Video
 from mxdit.errors import InputError
+from mxdit.serve.adapters import FIELD
 from mxdit.serve.dispatch import LOOK, Desk
 from mxdit.serve.jobs import CANCELLED, Job
 from mxdit.serve.schema import FIELDS, TAKES, VideoBody, stand_in
@@ -71,6 +72,10 @@ class Engines:
             for model in told
         ]
 
+    def adapters(self) -> list[dict[str, Any]]:
+        """None: those of an engine are its own, and it says which they are."""
+        return []
+
     def order(self, body: VideoBody, data: bytes | None) -> Order:
         """What a request asks for; the engine knows the model, and has the last word. Raises InputError and NoEngine."""
         models = {model["id"]: model for model in self.models()}
@@ -81,6 +86,13 @@ class Engines:
             raise NoSuchModel("no such model", field="model", got=repr(name), expected=" or ".join(models))
         defaults = models[name]["defaults"]
         fields = body.fields(None, 1, own_extras=False)
+        if FIELD in fields and FIELD not in models[name]["takes"]:
+            raise InputError(
+                "the engine takes no adapters by name",
+                field=FIELD,
+                got=fields[FIELD][0]["name"],
+                hint="`mxdit serve` as an engine does, those of its own data directory.",
+            )
         fields.setdefault("prompt", defaults.get("prompt"))
         if fields["prompt"] is None:
             raise InputError("a prompt is needed", field="prompt")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mxdit.errors import InputError
 from mxdit.serve.jobs import Job
-from mxdit.serve.schema import LONGEST, VideoBody
+from mxdit.serve.schema import LONGEST, NamedAdapters, VideoBody
 from mxdit.serve.served import NoSuchModel
 
 MOST = 10  # images of one request, as OpenAI has it
@@ -36,6 +36,7 @@ class ImageBody(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100)
     guidance_scale_2: float | None = Field(None, ge=0, le=100, description="Of the second (low-noise) transformer.")
     flow_shift: float | None = Field(None, gt=0, le=1000)
+    lora: NamedAdapters = None
 
     def each(self, model: Mapping[str, Any]) -> list[VideoBody]:
         """The request of each image, as one for a video of one frame. Raises ValidationError for a seed that leads too far."""

@@ -123,6 +123,19 @@ class ModelList(_Answer):
     data: list[Model]
 
 
+class Adapter(_Answer):
+    id: str
+    object: Literal["adapter"]
+    created: int
+    transformers: list[str] | None = Field(description="That it changes; null where it is for models of one.")
+    bytes: int
+
+
+class AdapterList(_Answer):
+    object: Literal["list"]
+    data: list[Adapter]
+
+
 class Status(_Answer):
     status: str
 
@@ -157,6 +170,7 @@ ROUTES = {
     "POST /v1/videos/{id}/cancel": Route("Stop a video", Video, (401, 404, 409)),
     "GET /v1/videos/{id}/events": Route("Follow a video, step by step", ("text/event-stream",), (401, 404)),
     "GET /v1/models": Route("List the models", ModelList, (401,)),
+    "GET /v1/adapters": Route("List the adapters", AdapterList, (401,)),
     "GET /health": Route("Say that the server runs", Status),
     "GET /ready": Route("Say whether a model is loaded", Status, (503,)),
     "GET /metrics": Route("Give figures to Prometheus", ("text/plain",), (401,)),

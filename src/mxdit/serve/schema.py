@@ -12,12 +12,13 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from mxdit.errors import InputError
 from mxdit.generation.request import Request
+from mxdit.serve.adapters import MOST, lora_of
 from mxdit.serve.jobs import COMPLETED, Job
 
 # Field of a request of ours -> the protocol's.
@@ -45,6 +46,31 @@ class ImageReference(BaseModel):
     image_url: str
 
 
+class NamedAdapter(BaseModel):
+    """One of `GET /v1/adapters`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    scale: float = Field(1.0, ge=-MOST, le=MOST)
+
+
+def _named(value: Any) -> Any:
+    """A form has them as a name, or as JSON."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError("no JSON") from None
+    return None if value is None else lora_of(value)
+
+
+NamedAdapters = Annotated[
+    str | NamedAdapter | list[str | NamedAdapter] | None,
+    BeforeValidator(_named),
+    Field(description="Adapters of the server's, by name; of a form one name, or JSON."),
+]
+
+
 class VideoBody(BaseModel):
     """`POST /v1/videos`. What is left out is the model's own; `GET /v1/models` says what that is."""
 
@@ -65,6 +91,7 @@ class VideoBody(BaseModel):
     flow_shift: float | None = Field(None, gt=0, le=1000)
     seed: int | None = Field(None, ge=0, lt=2**63)
     image_reference: ImageReference | None = None
+    lora: NamedAdapters = None
     extra_params: dict[str, Any] | None = Field(None, description="More keys of a request: activation_steps.")
     extra_body: dict[str, Any] | None = None
     user: str | None = Field(None, max_length=1000)
@@ -99,6 +126,7 @@ class VideoBody(BaseModel):
         if frames is not None:
             # As vLLM-Omni does it, whose documents ask for 80 frames; the answer says how many there are.
             frames = frames if temporal is None else max(0, round((frames - 1) / temporal)) * temporal + 1
+        adapters = self.lora if isinstance(self.lora, list) else ()
         given = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
@@ -111,6 +139,7 @@ class VideoBody(BaseModel):
             "fps": self.fps,
             "flow_shift": self.flow_shift,
             "boundary_ratio": self.boundary_ratio,
+            "lora": [adapter.model_dump() for adapter in adapters if isinstance(adapter, NamedAdapter)] or None,
         }
         more = {**(self.extra_body or {}), **(self.extra_params or {})}
         unknown = [key for key in more if key != "activation_steps"]
@@ -224,7 +253,7 @@ def stored(request: Request) -> dict[str, Any]:
 
 
 def again(fields: Mapping[str, Any], takes: Any) -> dict[str, Any]:
-    """Stored fields as `make_request` takes them, without those that the model does not take."""
+    """Stored fields as `make_request` takes them, without those that the model does not take, and without adapters."""
     given = {**fields, "size": tuple(fields["size"])}
     always = {"prompt", "steps", "seed", "fps", "flow_shift", "activation_steps"}
     return {k: v for k, v in given.items() if k in always or takes("height" if k == "size" else k)}

@@ -14,6 +14,7 @@ from mxdit.errors import InputError
 from mxdit.generation.directory import ModelDirectory, open_model
 from mxdit.generation.session import Session
 from mxdit.numerics.formats import block_format
+from mxdit.serve.adapters import FIELD, Shelf
 from mxdit.serve.schema import FIELDS, TAKES, VideoBody, stand_in, stored
 
 AS_STORED = "none"  # the mode without quantizing
@@ -92,6 +93,10 @@ class NoSuchModel(InputError):
 class Catalog:
     """The models that a server offers, by the ids that clients use; the first is the default.
 
+    Args:
+        served: the models.
+        shelf: adapters that requests may name.
+
     Attributes:
         linears: model -> transformer -> method -> how many linears run so, of the models that were loaded so far.
 
@@ -100,7 +105,8 @@ class Catalog:
 
     image_tasks = ("t2i", "t2v")  # of a video model one frame
 
-    def __init__(self, served: Sequence[Served]) -> None:
+    def __init__(self, served: Sequence[Served], shelf: Shelf | None = None) -> None:
+        self.shelf = shelf or Shelf()
         self.served = {one.id: one for one in served}
         if len(self.served) < len(served):
             ids = [one.id for one in served]
@@ -115,8 +121,25 @@ class Catalog:
         session = self._sessions[served.id]
         fields = body.fields(session.model.geometry.temporal, session.model.preset(served.task).fps)
         fields.setdefault("seed", secrets.randbelow(1 << 31))
-        request = session.request(**fields, image=None if data is None else stand_in(data))
-        return Order(served.id, stored(request), request.steps, "image/png" if request.still else "video/mp4")
+        named = fields.pop(FIELD, [])
+        try:
+            request = session.request(
+                **fields, loras=self.shelf.files(named), image=None if data is None else stand_in(data)
+            )
+        except InputError as error:
+            if error.field != FIELD:
+                raise
+            # Where the folder lies is the server's affair.
+            where = error.where and error.where.replace(f"{self.shelf.folder}/", "")
+            raise InputError(
+                error.what, field=FIELD, where=where, got=error.got, expected=error.expected, hint=error.hint
+            ) from None
+        kept = {**stored(request), **({FIELD: named} if named else {})}
+        return Order(served.id, kept, request.steps, "image/png" if request.still else "video/mp4")
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """What clients read about the adapters that they may name."""
+        return self.shelf.shown()
 
     def models(self) -> list[dict[str, Any]]:
         """What clients read about each."""
@@ -150,7 +173,10 @@ class Catalog:
             "task": served.task,
             "loaded": linears is not None,
             "experts": linears,
-            "takes": [name for name in TAKES if model.takes(served.task, ours.get(name, name))],
+            "takes": [
+                *(name for name in TAKES if model.takes(served.task, ours.get(name, name))),
+                *([FIELD] if self.shelf.folder else ()),
+            ],
             "defaults": {
                 "prompt": preset.prompt,
                 "negative_prompt": preset.negative_prompt,

@@ -25,6 +25,7 @@ from mxdit.checkpoint.writer import sync
 from mxdit.errors import Cancelled, InputError, MXDiTError
 from mxdit.generation.media import read_image
 from mxdit.generation.session import Session
+from mxdit.serve.adapters import FIELD, Shelf
 from mxdit.serve.jobs import CANCELLED, INVALID_IMAGE
 from mxdit.serve.schema import again
 from mxdit.serve.served import Served
@@ -81,21 +82,22 @@ class Ended:
     message: str
 
 
-def main(pipe: Connection, served: Mapping[str, Served], device: str, warm: str | None) -> None:
+def main(pipe: Connection, served: Mapping[str, Served], device: str, warm: str | None, shelf: Shelf) -> None:
     """Carry out what comes through the pipe, until it is closed.
 
     Args:
+        shelf: adapters that jobs name.
         warm: model to load before the first job, if any.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to all by a terminal and by systemd; the server decides here
-    _Worker(pipe, served, device).work(warm)
+    _Worker(pipe, served, device, shelf).work(warm)
 
 
 class _Worker:
-    def __init__(self, pipe: Connection, served: Mapping[str, Served], device: str) -> None:
-        self._pipe, self._served, self._device = pipe, served, device
+    def __init__(self, pipe: Connection, served: Mapping[str, Served], device: str, shelf: Shelf) -> None:
+        self._pipe, self._served, self._device, self._shelf = pipe, served, device, shelf
         self._sessions: dict[str, Session] = {}
         self._stop = threading.Event()
         self._tasks: list[Task] = []
@@ -165,7 +167,9 @@ class _Worker:
             return
         try:
             session = self._session(task.model)
-            request = session.request(**again(task.fields, partial(session.model.takes, session.task)), image=image)
+            fields = again(task.fields, partial(session.model.takes, session.task))
+            loras = self._shelf.files(task.fields.get(FIELD, ()))
+            request = session.request(**fields, loras=loras, image=image)
             result = session.run(request, lambda step, _: self._pipe.send(Stepped(task.id, step)), self._stop)
             result.save(task.output)
             sync(task.output)
