@@ -145,14 +145,18 @@ def test_each_linear_gets_its_method_and_that_methods_activation(config):
         assert (decision.scheme, decision.activation) == (("w4a8", "mxfp8") if raised else own[method]), path
 
 
-def test_an_activation_is_for_the_main_method_and_mxfp8_in_places_for_all():
+@pytest.mark.parametrize(
+    ("activation", "main", "four", "eight"), [("mxfp8", "w4a8", "w4a4", "w8a8"), ("bf16", "w4a16", "w4a16", "w8a16")]
+)
+def test_an_activation_is_for_the_main_method_unless_it_is_none_at_all(activation, main, four, eight):
     config = {
         **MIXTURES["all three"],
-        "activation": "bf16",
+        "activation": activation,
         "w4a8_fallback_layers": ["blocks.1.ffn.net.2", "blocks.0.ffn.*"],
     }
     decided = {path: str(decision) for path, decision in mxdit.plan(meta(), config).items()}
-    assert decided["blocks.1.attn1.to_q"] == "w4a16" and decided["blocks.1.ffn.net.0.proj"] == "w4a4"
+    assert decided["blocks.1.attn1.to_q"] == main and decided["blocks.1.ffn.net.0.proj"] == four
+    assert decided["blocks.0.attn1.to_q"] == eight
     assert decided["blocks.1.ffn.net.2"] == "w4a8" and decided["blocks.0.ffn.net.2"] == "w8a8"
 
 
@@ -274,7 +278,7 @@ def test_a_reload_says_that_files_keep_their_methods(bf16, tmp_path, caplog):
         caplog.clear()
         again = tiny.load(tmp_path / "mixed", MXConfig("mxfp4", layer_methods=asked, activation="bf16"))
         assert {p: x.method for p, x in layers(again).items()} == {p: x.method for p, x in stored.items()}
-        assert {(x.method, x.activation) for x in layers(again).values()} == {("mxfp4", "bf16"), ("mxfp8", "mxfp8")}
+        assert {(x.method, x.activation) for x in layers(again).values()} == {("mxfp4", "bf16"), ("mxfp8", "bf16")}
         assert ("and of their methods is used" in caplog.text) == warns
     with pytest.raises(ConfigError, match="another method than the one asked for"):
         tiny.load(tmp_path / "mixed", MXConfig("mxfp8"))
@@ -298,17 +302,17 @@ def test_a_file_whose_config_gives_a_layer_the_wrong_method_is_refused(bf16, tmp
 def test_activations_are_set_where_they_go(caplog):
     model = tiny.transformer().bfloat16()
     mxdit.quantize_(model, MIXED)
+    mxdit.set_activation(model, "mxfp4")
+    assert {(x.method, x.activation) for x in layers(model).values()} == {("mxfp4", "mxfp4"), ("mxfp8", "mxfp8")}
     mxdit.set_activation(model, "bf16")
-    assert {(x.method, x.activation) for x in layers(model).values()} == {("mxfp4", "bf16"), ("mxfp8", "mxfp8")}
+    assert {(x.method, x.activation) for x in layers(model).values()} == {("mxfp4", "bf16"), ("mxfp8", "bf16")}
     recorded = model.config.quantization_config
     assert recorded.activation == "bf16" and recorded.w4a8_fallback_layers == ()
     mxdit.set_activation(model, "mxfp8", ["*.ffn.*"])
-    assert set(model.config.quantization_config.w4a8_fallback_layers) == {
-        "blocks.1.ffn.net.0.proj",
-        "blocks.1.ffn.net.2",
-    }
-    with pytest.raises(ConfigError, match=r"blocks.0.*activations in 'bf16' do not go with weights in 'mxfp8'"):
-        mxdit.set_activation(model, "bf16", ["*.ffn.*"])
+    raised = {f"blocks.{block}.ffn.net.{linear}" for block in (0, 1) for linear in ("0.proj", "2")}
+    assert set(model.config.quantization_config.w4a8_fallback_layers) == raised
+    with pytest.raises(ConfigError, match=r"blocks.0.*activations in 'mxfp4' do not go with weights in 'mxfp8'"):
+        mxdit.set_activation(model, "mxfp4", ["*.ffn.*"])
     eight = tiny.transformer().bfloat16()
     mxdit.quantize_(eight, {"quant_method": "mxfp8"})
     with pytest.raises(ConfigError, match="activations in 'mxfp4' do not go with weights in 'mxfp8'"):
@@ -328,7 +332,7 @@ def test_a_saved_copy_has_the_activations_that_were_set_or_a_warning(tmp_path, c
         ("mxfp8", "mxfp8"),
     }
     with caplog.at_level(logging.WARNING):
-        mxdit.set_activation(model, "bf16")
+        mxdit.set_activation(model, "bf16", ["blocks.1.ffn.*"])
     assert "hold for this run only" in caplog.text
 
 
@@ -352,7 +356,7 @@ def test_at_a_step_layers_take_what_goes_with_their_weights():
     at = [seen[2 * step] for step in range(4)]  # two calls a step, for guidance
     eight = ("mxfp8", "mxfp8")
     assert at == [
-        {("mxfp4", "bf16"), eight},
+        {("mxfp4", "bf16"), ("mxfp8", "bf16")},
         {("mxfp4", "mxfp4"), eight},
         {("mxfp4", "mxfp4"), eight},
         {("mxfp4", "mxfp8"), eight},

@@ -58,7 +58,7 @@ class MXConfig:
         layer_methods: linears of another method than `quant_method`: method -> paths or globs, as in
             {"mxfp8": ["blocks.0.*", "*.ffn.net.2"]}. What the two above keep stays in its float dtype.
         activation: what activations are quantized to at run time, over the same weights: "mxfp4", "mxfp8", or "bf16",
-            which means not at all. None takes the weights' own precision, and layers of `layer_methods` always do.
+            which means not at all. None takes the weights' own precision; layers of `layer_methods` do so unless it is "bf16".
         w4a8_fallback_layers: linears (paths or globs), of any method, whose activations are MXFP8 whatever `activation` says.
         activation_steps: what all quantized linears' activations are at some denoising steps, whatever the two above say: a
             `StepPolicy`, or its JSON form {"mxfp8": [0, 1, 38, 39], "of": 40}. Of two methods, the one whose weights do not
@@ -180,9 +180,10 @@ class MXConfig:
         return self.activation or ACTIVATIONS[self.quant_method][0]
 
     def activation_of(self, method: str) -> str:
-        """What activations over layers of one of `methods` are where no layer or step is named: `activation` is for
-        `quant_method`, and another method has its own."""
-        return self.effective_activation if method == self.quant_method else ACTIVATIONS[method][0]
+        """What activations over layers of one of `methods` are where no layer or step is named: "bf16" is for all of them, any
+        other `activation` for `quant_method`, and another method has its own."""
+        asked = self.effective_activation
+        return asked if asked == "bf16" or method == self.quant_method else ACTIVATIONS[method][0]
 
     def rule_of(self, method: str) -> str | None:
         """Name of the scale rule of layers of one of `methods`, or None where the format has only one."""
