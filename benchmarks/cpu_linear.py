@@ -15,6 +15,8 @@ reference; the others against the exact product, to the rounding of the result.
     large     M=2048 in the layer shapes of Wan2.2-A14B
     small     M=1, 4, 16, 32, where the weight's bytes are what counts
     quantize  bf16 to mxfp4, beside a copy of its input
+    encoder   weights alone quantized, in the layer shapes of UMT5-XXL: M=512, all that Wan gives it, and M=1; beside bf16 and
+              fp32
     vnni      the AVX512-VNNI path on one thread, beside fp32
     block     a whole Wan2.2-A14B block over 1024 tokens in every mode, and what its weights take
     mini      the layer shapes of the bundled mini model, as modules, and one of its blocks
@@ -47,7 +49,7 @@ from torch import Tensor, nn
 import mxdit
 from mxdit.backends import cpu
 from mxdit.bench.modes import MODES
-from mxdit.bench.shapes import A14B, MINI, Wan
+from mxdit.bench.shapes import A14B, MINI, TEXT_ENCODER, TEXT_TOKENS, Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
 from mxdit.bench.timing import alternate, caches, rotated
 from mxdit.layers import MXLinear
@@ -241,6 +243,18 @@ def small(rounds: Rounds) -> list[Row]:
     return [row for m in (1, 4, 16, 32) for row in linears.compare("linear", m, wanted, rounds(100))]
 
 
+def encoder(rounds: Rounds) -> list[Row]:
+    wanted = [(mode, GAUSSIAN, None) for mode in ("w8a16", "w4a16")]
+    d, f = TEXT_ENCODER["d_model"], TEXT_ENCODER["d_ff"]
+    rows = []
+    for k, n in ((d, d), (d, f), (f, d)):
+        for dtype in (torch.bfloat16, torch.float32):
+            linears = Linears(k, n, dtype)
+            for m, full in ((TEXT_TOKENS, 20), (1, 60)):
+                rows += linears.compare("encoder", m, wanted, rounds(full), how=measure)
+    return rows
+
+
 def quantize(rounds: Rounds) -> list[Row]:
     m, k = 8192, A14B.dim
     inputs = rotated(activations(GAUSSIAN, m, k))
@@ -282,7 +296,7 @@ def overhead(rounds: Rounds) -> list[Row]:
     return Linears(64, 64, count=1).compare("overhead", 1, wanted, rounds(2000), modules=True)
 
 
-CASES = {case.__name__: case for case in (large, small, quantize, vnni, block, mini, overhead)}
+CASES = {case.__name__: case for case in (large, small, encoder, quantize, vnni, block, mini, overhead)}
 
 
 # -- what is printed -----------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_every_method_is_measured_and_right(k, n):
     assert [row.method for row in rows] == [baseline("cpu"), *MODES, *(list(MODES) * native)]
     assert all(row.right for row in rows[1:]) and rows[0].ratio == 1
     for row in rows[1 : 1 + len(MODES) * native]:
-        assert set(row.parts) == ({"whole"} if row.method == "w4a16" else {"quantize", "matmul", "whole"})
+        assert set(row.parts) == ({"whole"} if MODES[row.method][1] == "bf16" else {"quantize", "matmul", "whole"})
         whole = row.parts["whole"]
         assert whole.times.rounds == 2 and whole.operations == 2 * 5 * k * n
         assert row.ratio == rows[0].parts["whole"].times.median / whole.times.median

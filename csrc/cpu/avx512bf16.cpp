@@ -1,6 +1,7 @@
 // AVX-512 with bf16 dot products and VBMI: Sapphire Rapids and newer, Zen 4 and newer. Four-bit products stay with byte dot
 // products, which do twice as many a cycle.
 #include "bf16_product.h"
+#include "few_rows.h"
 #include "int_avx512.h"
 
 namespace mxdit {
@@ -54,7 +55,8 @@ struct Dot {
 
 Product fast(const MxLinear& job) {
   if (four_bit(job)) return int_product<Vnni>(job);
-  return bf16_activations(job) ? bf16_product<Dot>(job) : float_product<Vnni>(job);
+  if (!bf16_activations(job)) return float_product<Vnni>(job);
+  return job.m <= kFewRows ? few_rows_product(job) : bf16_product<Dot>(job);
 }
 
 }  // namespace

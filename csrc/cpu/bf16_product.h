@@ -79,29 +79,41 @@ inline __m512i bf16_of_fp8(__m512i codes) {
   return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8));
 }
 
-// 32 scaled E4M3 numbers, their codes in the high bytes. Where none is subnormal (`tiny`), a shift puts exponent and fraction
-// in their place, and what remains is the bias.
-inline __m512i scaled_fp8(__m512i codes, bool tiny, __m512i shift) {
-  if (tiny) return scaled_bf16(bf16_of_fp8(_mm512_srli_epi16(codes, 8)), shift);
-  const __m512i magnitude = _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi16(0x7F0));
-  const __m512i value = scaled_bf16(magnitude, _mm512_add_epi16(shift, _mm512_set1_epi16(120 << 7)));
-  return _mm512_or_si512(value, _mm512_and_si512(codes, _mm512_set1_epi16(-0x8000)));
+// 32 scaled E4M3 numbers, their codes in the high bytes. Shifts put exponent and fraction in their place, and what remains is
+// the bias; but not for zeros and subnormal numbers, and `small` is whether there may be some.
+inline __m512i scaled_fp8(__m512i codes, bool small, __m512i shift) {
+  const __m512i bias = _mm512_add_epi16(shift, _mm512_set1_epi16(120 << 7));
+  const __m512i moved = _mm512_and_si512(_mm512_srai_epi16(codes, 4), _mm512_set1_epi16(-0x7810));  // of the sign's copies, one
+  if (!small) return _mm512_add_epi16(moved, bias);
+  const __m512i magnitude = _mm512_and_si512(moved, _mm512_set1_epi16(0x7F0));
+  const __mmask32 some = _mm512_test_epi16_mask(magnitude, magnitude);
+  if (some & _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(0x80)))
+    return scaled_bf16(bf16_of_fp8(_mm512_srli_epi16(codes, 8)), shift);
+  return _mm512_mask_add_epi16(moved, some, moved, bias);
+}
+
+// One full block of packed numbers, in their order. False where the scale is none that only adds to their exponents, and for NaN.
+[[gnu::always_inline]] inline bool bf16_values(const uint8_t* codes, int format, uint8_t byte, __m512i& out) {
+  if (byte < kLeastByte || byte > kMostByte) return false;
+  const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>((byte - 127) * 128));
+  if (format == MX_FP4) {
+    const __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    out = scaled_bf16(bf16_of_fp4(_mm512_or_si512(two, _mm512_slli_epi32(two, 12))), shift);
+    return true;
+  }
+  const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  const __m256i magnitude = _mm256_and_si256(one, _mm256_set1_epi8(0x7F));
+  // Whether the magnitude is from 8 to 0x7E, neither small nor NaN, by one comparison.
+  const __m256i above = _mm256_sub_epi8(magnitude, _mm256_set1_epi8(8));
+  const __mmask32 other = _mm256_cmpgt_epu8_mask(above, _mm256_set1_epi8(0x7E - 8));
+  out = scaled_fp8(_mm512_slli_epi16(_mm512_cvtepu8_epi16(one), 8), other, shift);
+  return !other || !_mm256_cmpeq_epi8_mask(magnitude, _mm256_set1_epi8(0x7F));
 }
 
 // One full block of packed activations as bf16.
 inline void bf16_block(const uint8_t* codes, int format, uint8_t byte, uint16_t* out) {
-  const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>((byte - 127) * 128));
-  if (byte >= kLeastByte && byte <= kMostByte) {
-    if (format == MX_FP4) {
-      const __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-      return _mm512_store_si512(out, scaled_bf16(bf16_of_fp4(_mm512_or_si512(two, _mm512_slli_epi32(two, 12))), shift));
-    }
-    const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m256i magnitude = _mm256_and_si256(one, _mm256_set1_epi8(0x7F));
-    const __mmask32 tiny = _mm256_cmplt_epu8_mask(magnitude, _mm256_set1_epi8(8)) & _mm256_test_epi8_mask(magnitude, magnitude);
-    const __mmask32 nan = _mm256_cmpeq_epi8_mask(magnitude, _mm256_set1_epi8(0x7F));
-    if (!nan) return _mm512_store_si512(out, scaled_fp8(_mm512_slli_epi16(_mm512_cvtepu8_epi16(one), 8), tiny, shift));
-  }
+  __m512i values;
+  if (bf16_values(codes, format, byte, values)) return _mm512_store_si512(out, values);
   float block[kBlock];
   decode_block(codes, kBlock, format, byte, block);
   store_bf16(block, out);
@@ -191,10 +203,9 @@ inline bool bf16_weights(const WeightPanel& panel, int64_t block, int first, __m
         const __m512i magnitudes = _mm512_and_si512(dwords[j], _mm512_set1_epi8(0x7F));
         any = _mm512_or_si512(any, magnitudes);
         nan |= _mm512_cmpeq_epi8_mask(magnitudes, _mm512_set1_epi8(0x7F));
-        const __mmask64 tiny =
-            _mm512_cmplt_epu8_mask(magnitudes, _mm512_set1_epi8(8)) & _mm512_test_epi8_mask(magnitudes, magnitudes);
-        store(scaled_fp8(_mm512_shuffle_epi8(dwords[j], codes_0_1), tiny, shift));
-        store(scaled_fp8(_mm512_shuffle_epi8(dwords[j], codes_2_3), tiny, shift));
+        const bool small = _mm512_cmplt_epu8_mask(magnitudes, _mm512_set1_epi8(8));
+        store(scaled_fp8(_mm512_shuffle_epi8(dwords[j], codes_0_1), small, shift));
+        store(scaled_fp8(_mm512_shuffle_epi8(dwords[j], codes_2_3), small, shift));
       }
     }
   }
