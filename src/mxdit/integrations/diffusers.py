@@ -341,7 +341,7 @@ def _reconciled(stored: MXConfig, asked: object) -> MXConfig:
     others = config.layer_methods and config.layer_methods != stored.layer_methods
     if set(config.ignored_layers) - set(stored.ignored_layers) or config.num_bf16_fallback_layers or others:
         logger.warning(
-            "the checkpoint's own choice of quantized layers and of their methods is used: its weights are quantized already"
+            "the checkpoint's own choice of quantized layers is used, and of their methods: its weights are quantized already"
         )
     return stored.run_as(config)
 
