@@ -146,3 +146,80 @@ def test_copies_have_their_own_adapters(load):
             other.fuse_lora()
         other.unload_lora()
     assert torch.equal(tiny.forward(pipe.transformer), adapted)
+
+
+def test_an_adapter_is_swapped_in_place(load):
+    """diffusers' hotswap: the same tensors, which a compiled graph holds, get another adapter's numbers and rank."""
+    pipe = load("mxfp4")
+    model = pipe.transformer
+    pipe.load_lora_weights(lora(model, 4, seed=5), adapter_name="other")
+    other = tiny.forward(model)
+    pipe.unload_lora_weights()
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(lora(model, 8), adapter_name="a")
+    held = model.blocks[0].attn1.to_q.lora_A["a"].weight
+    pipe.load_lora_weights(lora(model, 4, seed=5), adapter_name="a", hotswap=True)
+    assert model.blocks[0].attn1.to_q.lora_A["a"].weight is held and torch.equal(tiny.forward(model), other)
+    before = Untouched(model)
+    with pytest.raises(mxdit.ModelError, match="no finite numbers"):
+        pipe.load_lora_weights({k: t / 0 for k, t in lora(model).items()}, adapter_name="a", hotswap=True)
+    before.check()
+
+
+@pytest.mark.parametrize(
+    "kind", ({"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1})
+)
+def test_groups_are_offloaded_with_their_adapters(load, kind):
+    pipe = load("mxfp4")
+    model = pipe.transformer
+    plain = tiny.forward(model)
+    pipe.load_lora_weights(lora(model), adapter_name="a")
+    adapted = tiny.forward(model)
+    pipe.unload_lora_weights()
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **kind)
+    pipe.load_lora_weights(lora(model), adapter_name="a")
+    assert torch.equal(tiny.forward(model), adapted)
+    with pytest.raises(mxdit.ModelError, match="no finite numbers"):
+        pipe.load_lora_weights({k: t / 0 for k, t in lora(model).items()}, adapter_name="b")
+    assert torch.equal(tiny.forward(model), adapted)
+    pipe.unload_lora_weights()
+    assert torch.equal(tiny.forward(model), plain)
+
+
+def test_layerwise_casting_leaves_quantized_linears_alone(load):
+    """They are `nn.Linear`s to diffusers, which stores those in eight bits: there is nothing to be won, and a bias to be lost."""
+    model = load("mxfp4").transformer
+    before = {
+        p: {n: t.clone() for n, t in m.state_dict().items()} for p, m in linears_of(model) if isinstance(m, MXLinear)
+    }
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert torch.isfinite(tiny.forward(model)).all() and len(before) == 20
+    for path, tensors in before.items():
+        for name, tensor in model.get_submodule(path).state_dict().items():
+            assert tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapted_layer_compiles_whole_and_moves(load, method):
+    pipe = load(method)
+    pipe.load_lora_weights(lora(pipe.transformer), adapter_name="a")
+    layer, x = pipe.transformer.blocks[0].attn1.to_q, torch.randn(4, 64).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+        away = copy.deepcopy(layer).to("meta")
+        assert {t.device.type for t in (*away.parameters(), *away.buffers())} == {"meta"}
+        assert away(x.to("meta")).shape == (4, 64)
+
+
+def test_layers_that_only_some_adapters_have(load):
+    """As in a cascade's own files: an adapter of attention beside one of the FFN."""
+    pipe = load("mxfp4")
+    model = pipe.transformer
+    pipe.load_lora_weights(lora(model, linears=("attn1.to_q",)), adapter_name="attention")
+    alone = tiny.forward(model)
+    pipe.load_lora_weights(lora(model, linears=("ffn.net.2",), seed=1), adapter_name="ffn")
+    pipe.set_adapters(["attention", "ffn"])
+    assert not torch.equal(tiny.forward(model), alone)
+    pipe.delete_adapters("ffn")
+    assert torch.equal(tiny.forward(model), alone)

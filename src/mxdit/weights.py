@@ -95,6 +95,7 @@ NOT_FUSED = (
     "Keep an adapter beside the packed weight, as it is; or fuse it into the model in BF16 and quantize that: "
     "`mxdit quantize SRC DST --lora transformer=FILE[:scale]`."
 )
+NOT_FLOATS = f"{NOT_FUSED} Where a pipeline widens layers before it loads one (FLUX.1), call mxdit.load_lora_weights."
 
 
 class Codes(Tensor):
@@ -109,7 +110,7 @@ class Codes(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             made = func(*args, **(kwargs or {}))
         if func in _OF_FLOATS or (func in _CASTS and made.is_floating_point()):
-            raise FormatError("a packed weight is taken for a float one", where="MXLinear.weight", hint=NOT_FUSED)
+            raise FormatError("a packed weight is taken for a float one", where="MXLinear.weight", hint=NOT_FLOATS)
         return made
 
 
