@@ -85,6 +85,13 @@ Loras = Annotated[
 FallbackBlocks = Annotated[int | None, typer.Option(help="The first N blocks stay unquantized.", metavar="N")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the model's own.", metavar="WxH")]
 Frames = Annotated[int | None, typer.Option(help="Number of frames. Default: the model's own.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that a run may take, as in 24GiB: of the process on a CPU, else of the device. What stays in it is planned.",
+        metavar="SIZE",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ...")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: of everything that is not quantized.")]
 

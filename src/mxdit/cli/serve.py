@@ -16,6 +16,7 @@ from mxdit.cli.console import (
     Config,
     FallbackBlocks,
     IgnoredLayers,
+    Memory,
     app,
     bytes_of,
     device_of,
@@ -60,6 +61,7 @@ def serve(
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep weights on the CPU, and on the device only what runs.")
     ] = False,
+    memory: Memory = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -108,6 +110,7 @@ def serve(
     import uvicorn
 
     from mxdit.client.protocol import root_of
+    from mxdit.generation.plan import budget_of
     from mxdit.serve.access import Access
     from mxdit.serve.adapters import Shelf
     from mxdit.serve.app import make_app
@@ -124,6 +127,9 @@ def serve(
         devices = [device_of(part.strip()) for part in (device or "cpu").split(",")]
         keys, own = read_keys(config, ignored_layers=ignored_layers, num_bf16_fallback_layers=num_bf16_fallback_layers)
         how = {"keys": keys, "components": own, "dtype": dtype_of(dtype or "bf16"), "offload": offload}
+        how["memory"] = None if memory is None else budget_of(memory)
+        if offload and memory is not None:
+            raise InputError("a plan of memory decides what is offloaded", field="offload", hint="Leave it out.")
         offer = Catalog(_served(directories, method, **how), Shelf(data / "adapters"))
         runners: list[Runner] = [DeviceRunner(offer, device) for device in devices]
         what, where = ", ".join(offer.served), ", ".join(devices)
@@ -138,6 +144,7 @@ def serve(
             ignored_layers=ignored_layers,
             num_bf16_fallback_layers=num_bf16_fallback_layers,
             offload=offload or None,
+            memory=memory,
         )
         addresses = [root_of(part.strip()) for part in engine.split(",") if part.strip()]
         if not addresses:

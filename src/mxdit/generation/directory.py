@@ -37,9 +37,10 @@ class ModelDirectory:
         spec: its family.
         pipelines: task -> name of the pipeline class that does it, the directory's own first.
         components: name of a transformer -> its config.json.
-        encoders: name of a text encoder that mxdit knows -> its config.json.
         geometry: the sizes that it takes.
         settings: what its model_index.json says beside its components, as a cascade's boundary_ratio.
+        parts: name of any component -> (library, class).
+        encoders: name of a text encoder that mxdit knows -> its config.json.
     """
 
     path: Path
@@ -48,7 +49,13 @@ class ModelDirectory:
     components: Mapping[str, Mapping[str, Any]]
     geometry: Geometry
     settings: Mapping[str, Any]
+    parts: Mapping[str, tuple[str, str]]
     encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of the components that encode the prompt."""
+        return tuple(name for name in self.parts if name.startswith("text_encoder"))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -178,12 +185,13 @@ def open_model(path: Path) -> ModelDirectory:
     if spec.shared and settings.get(spec.shared):
         for name, made in spec.pipelines.items():
             pipelines.setdefault(made.task, name)
+    parts = {name: (of[0], of[1]) for name, of in index.items() if isinstance(of, list) and len(of) == 2 and all(of)}
     encoders = {
         name: read_json(path / name / "config.json")
         for name in TEXT_ENCODERS
-        if isinstance(of := index.get(name), list) and of and of[-1] in BLOCKS
+        if name in parts and parts[name][1] in BLOCKS
     }
-    return ModelDirectory(path, spec, pipelines, components, geometry, settings, encoders)
+    return ModelDirectory(path, spec, pipelines, components, geometry, settings, parts, encoders)
 
 
 def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -131,12 +131,35 @@ def load(
 ) -> DiffusionPipeline:
     """The pipeline for `task`, on `device`, in `dtype` but for the components that its spec wants in FP32.
 
+    Args and errors are those of `read`, and:
+        device: name of a torch device.
+        offloaded: leave the weights on the CPU, to be on `device` for as long as they are used.
+    """
+    pipeline = read(model, task, configs, dtype=dtype, variant=variant, encoders=encoders)
+    if not offloaded:
+        return pipeline.to(device)
+    offload(pipeline, device)
+    return pipeline
+
+
+def read(
+    model: ModelDirectory,
+    task: str,
+    configs: Mapping[str, MXConfig | None],
+    *,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    encoders: Mapping[str, MXConfig] | None = None,
+    without: Collection[str] = (),
+) -> DiffusionPipeline:
+    """The pipeline for `task`, on the CPU.
+
     Args:
         configs: from `quantization`.
         variant: diffusers' own word for one set of weight files, such as "fp16"; None takes the plain files, or the one
             variant that there is.
         encoders: from `encoders`.
-        offloaded: leave the weights on the CPU, to be on `device` for as long as they are used.
+        without: components that are left out, None in their place.
 
     Raises:
         InputError: there is no such variant, or more than one to choose from.
@@ -160,13 +183,12 @@ def load(
     chosen = choose_variant(model.path, variant)
     if chosen is not None:
         options["variant"] = chosen
+    options.update(dict.fromkeys(without))
     try:
         with warnings.catch_warnings():
             # diffusers 0.42 calls it `dtype`; 0.40 knows only the old name.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            pipeline = pipeline_class.from_pretrained(
-                str(model.path), torch_dtype=dtypes, local_files_only=True, **options
-            )
+            return pipeline_class.from_pretrained(str(model.path), torch_dtype=dtypes, local_files_only=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             "the model cannot be loaded",
@@ -174,10 +196,6 @@ def load(
             got=" ".join(str(error).split()).rstrip("."),
             hint="A file is missing or damaged: download or convert the model again.",
         ) from error
-    if not offloaded:
-        return pipeline.to(device)
-    offload(pipeline, device)
-    return pipeline
 
 
 @contextmanager

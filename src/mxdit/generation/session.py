@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,9 @@ from mxdit.generation import loading, media
 from mxdit.generation.adapters import Adapters, Checked
 from mxdit.generation.calling import call_of
 from mxdit.generation.directory import ModelDirectory, bundled, open_model
+from mxdit.generation.measures import Held
 from mxdit.generation.memory import Sampler
+from mxdit.generation.plan import Plan, Planner, Policy, budget_of
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request, make_request, policy_of
 from mxdit.integrations.diffusers_steps import step_policy
@@ -86,6 +88,7 @@ class Session:
         variant: of the weight files.
         offload: whether weights are on the device for no longer than they are used.
         loras: LoRA files that take part in the runs of requests that do not name their own.
+        memory: bytes that a run may take, of the process on a CPU, else of the device; None says nothing.
         lock: held while a run lasts. Hold it to use the pipeline yourself, such as with hooks in its modules; the thread that
             holds it can run requests meanwhile.
     """
@@ -101,15 +104,18 @@ class Session:
         offload: bool = False,
         encoders: Mapping[str, MXConfig] | None = None,
         loras: Sequence[LoraLike] = (),
+        memory: int | None = None,
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
-        self.variant, self.offload, self.encoders = variant, offload, encoders or {}
+        self.variant, self.offload, self.encoders, self.memory = variant, offload, encoders or {}, memory
         self._checked = Checked(model)
         self.loras = self._checked.of(loras)
         self.lock = threading.RLock()
         self._running = False
         self._pipeline: DiffusionPipeline | None = None
         self._adapters: Adapters | None = None
+        self._held: Held | None = None
+        self._planner = Planner(model, task, {**configs, **self.encoders}, dtype, device, variant)
 
     @classmethod
     def open(
@@ -125,6 +131,7 @@ class Session:
         variant: str | None = None,
         offload: bool = False,
         loras: Sequence[LoraLike] = (),
+        memory: str | int | None = None,
     ) -> Session:
         """Read what a model is, and decide how it is loaded; the weights are read by `load`, or by the first run.
 
@@ -140,12 +147,16 @@ class Session:
             device: name of a torch device.
             offload: keep weights on the CPU, and each on the device for as long as it is used, of a transformer a block at a
                 time. Slower; no number changes.
+            memory: "24GiB", "24GB", "12000MiB" or bytes, that a run may take: of the process on a CPU, else of the device. What
+                stays in memory is then planned before anything is loaded (`plan`); no number changes but where a plan decodes
+                in tiles.
             variant: of the weight files, as diffusers calls it ("fp16"); None takes the plain ones, or the one that there is.
             loras: LoRA files beside the weights, quantized or not; of a cascade each as
                 `LoraFile(file, scale, "transformer_2")`. Several add up.
 
         Raises:
-            InputError: no such directory, no pipeline that mxdit knows, a task that it does not do, or a LoRA that does not fit.
+            InputError: no such directory, no pipeline that mxdit knows, a task that it does not do, a LoRA that does not fit, or
+                no size of memory.
             CheckpointError: a JSON file that is missing or damaged.
             ConfigError: a method or keys that mean nothing, or do not go with what is stored.
         """
@@ -155,7 +166,12 @@ class Session:
         own, of_encoders = split_keys(components or {}, TEXT_ENCODERS)
         encoders = loading.encoders(model, of_encoders)
         configs = loading.quantization(model, method, keys or {}, own)
-        return cls(model, task, configs, dtype, device, variant, offload, encoders, loras)
+        budget = None if memory is None else budget_of(memory)
+        if offload and budget is not None:
+            raise InputError(
+                "a plan of memory decides what is offloaded", field="offload", hint="Leave it out, or the memory."
+            )
+        return cls(model, task, configs, dtype, device, variant, offload, encoders, loras, budget)
 
     def request(self, *, loras: Sequence[LoraLike] | None = None, **fields: Any) -> Request:
         """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which, and
@@ -195,22 +211,63 @@ class Session:
                 check_activation(config.methods, activation, where=None, field="activation_steps")
         return dict.fromkeys(quantized, asked) if asked else {}
 
-    def load(self) -> DiffusionPipeline:
-        """The pipeline, loaded at the first call. Raises CheckpointError and ConfigError for what does not fit the model."""
+    def plan(self, request: Request | None = None) -> Plan:
+        """How a run of a request, or of the model's own default size, is held in memory, before anything is loaded.
+
+        Without `memory` it is what a session takes that holds everything.
+
+        Raises InputError where nothing fits into `memory`; it names the smallest budget that does.
+        """
+        size, frames, *more = self._asked(request)
+        if self.memory is None:
+            return self._planner.plan(size, frames, Policy(), *more)
+        return self._planner.choose(self.memory, size, frames, *more)
+
+    def plans(self, request: Request | None = None) -> list[Plan]:
+        """The same for every way to hold the model, whether it fits or not, those that cost least time first."""
+        return self._planner.plans(*self._asked(request), budget=self.memory)
+
+    def _asked(self, request: Request | None) -> tuple[tuple[int, int], int, int, int]:
+        """(size, frames, steps, bytes of its LoRA files)."""
+        loras = sum(lora.file.stat().st_size for lora in (self.loras if request is None else request.loras))
+        if request is not None:
+            return (request.height, request.width), request.frames, request.steps, loras
+        preset = self.model.preset(self.task)
+        return preset.size, preset.frames, preset.steps, loras
+
+    def load(self, request: Request | None = None) -> DiffusionPipeline:
+        """The pipeline, loaded at the first call; with `memory`, as the plan for this request says, or for the default size.
+
+        Raises CheckpointError and ConfigError for what does not fit the model, InputError for what does not fit into `memory`.
+        """
         with self.lock:
             if self._pipeline is None:
-                options: Any = {
-                    "dtype": self.dtype,
-                    "device": self.device,
-                    "variant": self.variant,
-                    "offloaded": self.offload,
-                    "encoders": self.encoders,
-                }
-                pipeline = loading.load(self.model, self.task, self.configs, **options)
+                if self.memory is not None:
+                    self._held = self._hold(self.plan(request).policy)
+                    pipeline = self._held.pipeline
+                else:
+                    options: Any = {
+                        "dtype": self.dtype,
+                        "device": self.device,
+                        "variant": self.variant,
+                        "offloaded": self.offload,
+                        "encoders": self.encoders,
+                    }
+                    pipeline = loading.load(self.model, self.task, self.configs, **options)
                 self._adapters = Adapters(pipeline)
                 self._adapters.use(self.loras)
                 self._pipeline = pipeline
             return self._pipeline
+
+    def _hold(self, policy: Policy) -> Held:
+        model, called = self.model, self.model.called(self.task)
+
+        def read(without: tuple[str, ...]) -> DiffusionPipeline:
+            options: Any = {"dtype": self.dtype, "variant": self.variant, "encoders": self.encoders, "without": without}
+            return loading.read(model, self.task, self.configs, **options)
+
+        parts = tuple(self._planner.weights)
+        return Held(read, parts, model.text_encoders, called.embeddings, self.device, policy)
 
     def reports(self) -> dict[str, QuantReport]:
         """What the linears of each transformer are."""
@@ -264,7 +321,8 @@ class Session:
         stop: threading.Event | None,
         on_latents: Callable[[int, torch.Tensor], None] | None,
     ) -> Result:
-        pipeline, called, marks = self.load(), self.model.called(self.task), list[float]()
+        plan = None if self.memory is None else self.plan(request)
+        pipeline, called, marks = self.load(request), self.model.called(self.task), list[float]()
         assert self._adapters is not None
         self._adapters.use(request.loras)
 
@@ -279,18 +337,24 @@ class Session:
             _check_stop(stop)
 
         call = call_of(pipeline, called, request, step_done)
-        view: Any = copy.copy(pipeline)  # shares the modules; what is registered below is the view's alone
-        view.set_progress_bar_config(disable=True)
-        view.register_modules(**call.components)
-        view.register_to_config(**call.config)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         policies = self.policies(request)
-        # Nothing is put on the transformers where neither the request nor a config asks for it.
-        by_step = step_policy(view, policies) if policies or self.policies() else nullcontext()
         started = time.perf_counter()
-        with by_step, Sampler(self.device, LOOK) as memory:
+        with ExitStack() as inside:
+            memory = inside.enter_context(Sampler(self.device, LOOK))
+            arguments = call.arguments
+            if plan is not None and self._held is not None:
+                inside.enter_context(self._held.during(plan.policy))
+                arguments = self._held.encoded(request, arguments)
+            view: Any = copy.copy(pipeline)  # shares the modules; what is registered below is the view's alone
+            view.set_progress_bar_config(disable=True)
+            view.register_modules(**call.components)
+            view.register_to_config(**call.config)
+            # Nothing is put on the transformers where neither the request nor a config asks for it.
+            if policies or self.policies():
+                inside.enter_context(step_policy(view, policies))
             try:
-                made = view(**call.arguments, generator=generator, output_type="np")
+                made = view(**arguments, generator=generator, output_type="np")
             finally:
                 view.maybe_free_model_hooks()  # a call that ends early leaves caches and offloaded modules as they are
         finished = time.perf_counter()

@@ -74,6 +74,8 @@ class PipelineSpec:
                ("COMPONENT.KEY"). A field that is not here cannot be asked for; the seed and the flow shift, which the
                scheduler takes, always can.
     only_with  field -> key of model_index.json that must be set for it to be asked for.
+    embeddings arguments of its call that take what its `encode_prompt` gives for a prompt and a negative one, in that order;
+               empty where the text cannot be encoded beforehand.
     output     attribute of what the call returns, a batch of (frames, height, width, 3) or (height, width, 3) arrays.
     float32    components that are loaded in FP32, whatever the dtype of the rest.
     """
@@ -81,12 +83,20 @@ class PipelineSpec:
     task: str
     call: Mapping[str, str] = field(hash=False)
     only_with: Mapping[str, str] = field(default_factory=dict, hash=False)
+    embeddings: tuple[str, ...] = ()
     output: str = "frames"
     float32: tuple[str, ...] = ()
 
     def takes(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Whether a request may set this field, by the pipeline's own settings in model_index.json."""
         return name in self.call and (name not in self.only_with or settings.get(self.only_with[name]) is not None)
+
+
+class Shapes(NamedTuple):
+    """Of one clip: the tensors that the transformer is called with at a step, and the latents that the VAE decodes."""
+
+    inputs: Mapping[str, tuple[int, ...]]
+    latents: tuple[int, ...]
 
 
 class Place(NamedTuple):
@@ -112,6 +122,9 @@ class ModelSpec:
     shared       key of model_index.json that is true where one set of weights serves all of `pipelines`.
     needed       keys that a transformer's config.json must have for `geometry`.
     geometry     the sizes that a model takes, given its transformer's and its VAE's config.json.
+    shapes       of the tensors of a clip, given its transformer's and its VAE's config.json, the settings in model_index.json,
+                 height, width and frames; a family without it has no plan of memory.
+    text_tokens  that a prompt is filled up to.
     presets      defaults, the first that fits counts; for each task the last must fit any model of the family.
     original     module and tensor paths of the model's own release -> ours, "#" for a block's index; the longest one that a
                  path begins with counts.
@@ -134,6 +147,8 @@ class ModelSpec:
     shared: str | None = None
     needed: tuple[str, ...] = ()
     geometry: Callable[[Mapping[str, Any], Mapping[str, Any]], Geometry] | None = None
+    shapes: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int, int, int], Shapes] | None = None
+    text_tokens: int = 512
     presets: tuple[Preset, ...] = ()
     original: Mapping[str, str] = field(default_factory=dict)
     original_mark: str | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
+from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Shapes
 
 
 def _original_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -69,6 +69,28 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     )
 
 
+def _shapes(
+    config: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    height: int,
+    width: int,
+    frames: int,
+) -> Shapes:
+    """TI2V has a timestep for each token; Wan2.1's I2V has CLIP's 257 tokens of the image."""
+    stride, temporal = int(vae.get("scale_factor_spatial") or 8), int(vae.get("scale_factor_temporal") or 4)
+    sides = ((frames - 1) // temporal + 1, height // stride, width // stride)
+    tokens = sides[0] * (sides[1] // config["patch_size"][1]) * (sides[2] // config["patch_size"][2])
+    inputs = {
+        "hidden_states": (1, int(config.get("in_channels", 16)), *sides),
+        "timestep": (1, tokens) if settings.get("expand_timesteps") else (1,),
+        "encoder_hidden_states": (1, 512, int(config.get("text_dim", 4096))),
+    }
+    if config.get("image_dim"):
+        inputs["encoder_hidden_states_image"] = (1, 257, int(config["image_dim"]))
+    return Shapes(inputs, (1, int(vae.get("z_dim", 16)), *sides))
+
+
 _CALL = {
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
@@ -82,6 +104,7 @@ _CALL = {
 }
 # Share of the noise schedule above which the first of two transformers runs: where it is not set there is no second.
 _ONLY_WITH = {"guidance_2": "boundary_ratio", "boundary_ratio": "boundary_ratio"}
+_EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
 _FLOAT32 = (
     "vae",
 )  # it decodes once and is small, and its BF16 error shows in flat areas: diffusers' examples load it so
@@ -120,12 +143,15 @@ WAN = ModelSpec(
     ),
     components=("transformer", "transformer_2"),
     pipelines={
-        "WanPipeline": PipelineSpec("t2v", _CALL, _ONLY_WITH, float32=_FLOAT32),
-        "WanImageToVideoPipeline": PipelineSpec("i2v", {**_CALL, "image": "image"}, _ONLY_WITH, float32=_FLOAT32),
+        "WanPipeline": PipelineSpec("t2v", _CALL, _ONLY_WITH, _EMBEDDINGS, float32=_FLOAT32),
+        "WanImageToVideoPipeline": PipelineSpec(
+            "i2v", {**_CALL, "image": "image"}, _ONLY_WITH, _EMBEDDINGS, float32=_FLOAT32
+        ),
     },
     shared="expand_timesteps",  # TI2V: its first latent frame may be given
     needed=("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "rope_max_seq_len"),
     geometry=_geometry,
+    shapes=_shapes,
     presets=_PRESETS,
     original_mark="patch_embedding",
     original={

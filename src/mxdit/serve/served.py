@@ -31,6 +31,7 @@ class Served:
     keys    of `MXConfig`, for every transformer; `components`, for one.
     dtype   of everything that is not quantized.
     offload whether weights are on the device only while they are used.
+    memory  bytes that a run may take; None where nobody says.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Served:
     components: Mapping[str, Any]
     dtype: torch.dtype
     offload: bool = False
+    memory: int | None = None
 
     @property
     def id(self) -> str:
@@ -49,13 +51,14 @@ class Served:
 
     @property
     def nbytes(self) -> int:
-        """About how much memory it takes: its weight files, those of the transformers as they are quantized."""
+        """About how much memory it takes: its weight files, those of the transformers as they are quantized; no more than it
+        may."""
         model = open_model(self.path)
         total = 0
         for file in self.path.rglob("*.safetensors"):
             online = self.mode != AS_STORED and file.parent.name in model.components
             total += file.stat().st_size * (block_format(self.mode).bits if online else 16) // 16
-        return total
+        return total if self.memory is None else min(total, self.memory)
 
     def open(self, device: str = "cpu") -> Session:
         """A session of it, whose weights are not read yet. Raises as `Session.open` does."""
@@ -69,6 +72,7 @@ class Served:
             dtype=self.dtype,
             device=device,
             offload=self.offload,
+            memory=self.memory,
         )
 
 
@@ -199,7 +203,9 @@ def modes_of(path: Path, name: str, tasks: Sequence[str], modes: Sequence[str], 
     for task in tasks or model.tasks[:1]:
         model.check_task(task)
         found += [
-            Served(name, mode, path, task, how["keys"], how["components"], how["dtype"], how["offload"])
+            Served(
+                name, mode, path, task, how["keys"], how["components"], how["dtype"], how["offload"], how.get("memory")
+            )
             for mode in modes
         ]
     return found

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,6 +24,7 @@ import torch
 from mxdit.checkpoint.writer import sync
 from mxdit.errors import Cancelled, InputError, MXDiTError
 from mxdit.generation.media import read_image
+from mxdit.generation.request import Request
 from mxdit.generation.session import Session
 from mxdit.serve.adapters import FIELD, Shelf
 from mxdit.serve.jobs import CANCELLED, INVALID_IMAGE
@@ -130,13 +131,14 @@ class _Worker:
                 self._tasks.append(told)
                 self._told.notify()
 
-    def _session(self, name: str) -> Session:
+    def _session(self, name: str, request_of: Callable[[Session], Request | None] = lambda _: None) -> Session:
+        """The model of that name, loaded, if it was not before, in a way that the request fits that is made for it."""
         if name in self._sessions:
             self._sessions[name] = self._sessions.pop(name)  # the one that was used last stands last
         else:
             self._make_room(self._served[name])
             session = self._served[name].open(self._device)
-            session.load()
+            session.load(request_of(session))
             self._sessions[name] = session
             linears = {
                 of: dict(
@@ -150,6 +152,9 @@ class _Worker:
     def _make_room(self, served: Served) -> None:
         """Let go of models that were not used for longest, until this one fits. Raises MemoryError where it never will."""
         need = served.nbytes
+        if served.memory is not None:  # the budget is the worker's, not one model's
+            self._sessions.clear()
+            gc.collect()
         while (free := _free(self._device)) is not None and free < need:
             if not self._sessions:
                 raise MemoryError(f"{served.id} takes {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
@@ -166,11 +171,16 @@ class _Worker:
             self._pipe.send(Ended(task.id, INVALID_IMAGE, "the first frame is no readable image"))
             return
         try:
-            session = self._session(task.model)
-            fields = again(task.fields, partial(session.model.takes, session.task))
-            loras = self._shelf.files(task.fields.get(FIELD, ()))
-            request = session.request(**fields, loras=loras, image=image)
-            result = session.run(request, lambda step, _: self._pipe.send(Stepped(task.id, step)), self._stop)
+
+            def request_of(session: Session) -> Request:
+                fields = again(task.fields, partial(session.model.takes, session.task))
+                loras = self._shelf.files(task.fields.get(FIELD, ()))
+                return session.request(**fields, loras=loras, image=image)
+
+            session = self._session(task.model, request_of)
+            result = session.run(
+                request_of(session), lambda step, _: self._pipe.send(Stepped(task.id, step)), self._stop
+            )
             result.save(task.output)
             sync(task.output)
             self._pipe.send(Done(task.id, result.seconds, result.peak_bytes))

@@ -1,0 +1,399 @@
+"""Plans of memory: bytes counted right, peaks predicted, budgets kept, and pixels that stay the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import mxdit
+import tiny
+from command import mxdit_command
+from mxdit.backends import cpu
+from mxdit.bench.memory import tensor_bytes
+from mxdit.checkpoint import quantize_checkpoint
+from mxdit.errors import InputError
+from mxdit.generation import pages
+from mxdit.generation.directory import bundled, open_model
+from mxdit.generation.footprint import weights_of
+from mxdit.generation.loading import quantization
+from mxdit.generation.memory import status
+from mxdit.generation.plan import BLOCKS, DROP, STAY, SWAP, TILES, WHOLE, Planner, Policy, budget_of
+from mxdit.generation.recording import transformers_of
+from mxdit.generation.work import Works, live
+from tiny_families import wan_inputs
+
+pytestmark = pytest.mark.slow
+
+SMALL = {"prompt": "a red seven moving left", "size": (16, 16), "frames": 5, "steps": 2}
+METHODS = (None, "mxfp4", "mxfp4_dualscale", "mxfp8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("models") / "t2v")
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path) -> Path:
+    quantize_checkpoint(model, model.parent / "packed", "mxfp4").write()
+    return model.parent / "packed"
+
+
+def only(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
+    """Have every plan be of this policy."""
+    monkeypatch.setattr(Planner, "policies", lambda _: iter([policy]))
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, nbytes",
+    [
+        ("24GiB", 24 << 30),
+        ("24GB", 24 * 10**9),
+        ("12000MiB", 12000 << 20),
+        ("1.5 gib", 3 << 29),
+        ("2TiB", 2 << 40),
+        (7, 7),
+    ],
+)
+def test_sizes_of_memory(text, nbytes):
+    assert budget_of(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "text", ["24", "", "GiB", "-1GiB", "0GiB", "24 apples", "24GiBs", "1e9B", "nan GiB", 0, -5, True, None, 1.5]
+)
+def test_what_is_no_size_is_refused(text, model):
+    with pytest.raises(InputError, match="not a size of memory") as caught:
+        budget_of(text)
+    assert caught.value.field == "memory"
+
+
+def test_two_ways_to_offload_are_refused(model):
+    with pytest.raises(InputError, match="a plan of memory decides"):
+        mxdit.Session.open(model, memory="1GiB", offload=True)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_counted_as_they_are_held(method, stored, task, tmp_path):
+    path = tiny.save(tmp_path / "bf16", task)
+    if stored and method:
+        quantize_checkpoint(path, tmp_path / "packed", method).write()
+        path, method = tmp_path / "packed", None
+    session = mxdit.Session.open(path, method=method)
+    configs = quantization(session.model, method, {})
+    pipeline = session.load()
+    bare = tmp_path / "bare"
+    shutil.copytree(path, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    clean = list(pages._clean())
+    for name in ("text_encoder", "vae", "transformer", "transformer_2"):
+        dtype = torch.float32 if name == "vae" else torch.bfloat16
+        module = pipeline.components[name]
+        found = weights_of(session.model, name, configs.get(name), dtype)
+        assert found.total == tensor_bytes(module), name
+        mapped = sum(
+            t.nbytes
+            for t in {t.data_ptr(): t for t in (*module.parameters(), *module.buffers())}.values()
+            if any(low <= t.data_ptr() < high for low, high in clean)
+        )
+        assert found.mapped == mapped, name
+        assert weights_of(open_model(bare), name, configs.get(name), dtype).total == found.total, name
+        if name.startswith("transformer"):
+            block = module.get_submodule("blocks.0")
+            assert found.block == tensor_bytes(block) and found.blocks == tiny.BLOCKS * found.block
+
+
+# -- what is computed --------------------------------------------------------------------------------------------------
+
+
+def test_live_tensors_are_counted_while_they_live():
+    def call() -> torch.Tensor:
+        a = torch.empty(1000, device="meta")  # 4000 bytes
+        b = a + 1  # and 4000
+        del a
+        view = b.view(10, 100)[1:]  # none
+        c = view.to(torch.bfloat16)  # and 1800
+        b.mul_(2)
+        return c + 0  # and 1800: b, c and this
+
+    assert live(call).peak == 8000 and live(lambda: torch.empty(10, device="meta")).peak == 40
+
+
+def test_attention_holds_no_scores():
+    q = torch.empty(1, 2, 4096, 64, device="meta", dtype=torch.bfloat16)
+    for call in (
+        lambda: nn.functional.scaled_dot_product_attention(q, q, q),
+        lambda: nn.functional.scaled_dot_product_attention(query=q, key=q, value=q),
+    ):
+        assert live(call).peak == q.nbytes
+
+
+def test_a_forward_without_data_takes_what_one_with_data_takes():
+    real = tiny.transformer().bfloat16()
+    inputs = {key: value for key, value in wan_inputs(real).items() if value is not None}
+    with torch.device("meta"):
+        empty = tiny.transformer().bfloat16()
+    found = [
+        live(lambda m=m, i=i: m(**i, return_dict=False)).peak
+        for m, i in ((real, inputs), (empty, {key: value.to("meta") for key, value in inputs.items()}))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+@pytest.mark.parametrize("frames", [5, 29])
+def test_the_vae_is_traced_in_part(model, frames):
+    works = Works(open_model(model), "t2v", torch.bfloat16)
+    work, vae = works.at(320, 336, frames), works._vae
+    latents = torch.empty(1, 16, (frames - 1) // 4 + 1, 40, 42, device="meta")
+    assert work.decode == pytest.approx(live(lambda: vae.decode(latents)).peak, rel=0.05)
+    assert work.tiles == pytest.approx((32 + 16) * (32 + 18) / (40 * 42))
+    vae.enable_tiling()
+    assert work.decode_tiled == pytest.approx(live(lambda: vae.decode(latents)).peak, rel=0.05)
+
+
+# -- choices -----------------------------------------------------------------------------------------------------------
+
+
+def planner(path: Path, device: str = "cpu", method: str | None = None) -> Planner:
+    model = open_model(path)
+    return Planner(model, "t2v", quantization(model, method, {}), torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cheapest_that_fits_is_chosen(packed, device):
+    planned = planner(packed, device)
+    plans = planned.plans((320, 320), 5, steps=10)
+    assert {plan.policy.transformers for plan in plans} == ({STAY, SWAP} if device == "cpu" else {STAY, SWAP, BLOCKS})
+    assert plans[0].policy == Policy(STAY, STAY, WHOLE) and plans[0].seconds == 0
+    for plan in plans:
+        chosen = planned.choose(plan.peak, (320, 320), 5, steps=10)
+        assert chosen.peak <= plan.peak == chosen.budget and chosen.seconds <= plan.seconds
+        assert all(chosen.seconds <= other.seconds for other in plans if other.peak <= plan.peak)
+    least = min(plan.peak for plan in plans)
+    with pytest.raises(InputError, match="320x320 and 5 frames do not fit") as caught:
+        planned.choose(least - 1, (320, 320), 5)
+    named = str(caught.value.expected).split()[2].rstrip(",")
+    assert least <= budget_of(named) <= least + (2 << 20)
+    assert planned.choose(budget_of(named), (320, 320), 5).peak <= budget_of(named)
+
+
+def test_an_error_names_the_longest_clip_that_fits(packed):
+    planned = planner(packed)
+    fits = min(plan.peak for plan in planned.plans((320, 320), 9))
+    with pytest.raises(InputError, match="at most 9 frames fit"):
+        planned.choose(fits, (320, 320), 61)
+
+
+def test_each_measure_takes_what_it_says_from_its_phase(packed):
+    planned = planner(packed, "cuda")
+    weights, size = planned.weights, ((16, 16), 5)
+
+    def phases(*policy: str) -> dict[str, int]:
+        return {phase.name: sum(phase.weights.values()) for phase in planned.plan(*size, Policy(*policy)).phases}
+
+    text, experts = weights["text_encoder"].total, [weights[name].total for name in ("transformer", "transformer_2")]
+    whole, dropped, swapped, blocks = phases(STAY), phases(DROP), phases(STAY, SWAP), phases(STAY, BLOCKS)
+    assert whole["VAE"] == sum(w.total for w in weights.values())
+    assert dropped["text"] == whole["text"] and dropped["VAE"] == whole["VAE"] - text
+    assert swapped["text"] == whole["text"] - sum(experts)
+    assert swapped["steps of transformer"] == whole["VAE"] - experts[1]
+    one = weights["transformer"]
+    assert blocks["steps of transformer"] == blocks["VAE"] + one.block == whole["VAE"] - 2 * one.blocks + one.block
+
+
+def test_what_cannot_be_done_is_not_planned(model, packed):
+    assert SWAP in planner(model, method="mxfp4").refused() and SWAP not in planner(packed).refused()
+    assert SWAP not in planner(model, "cuda", "mxfp4").refused()
+    assert all(plan.transformers == STAY for plan in planner(model, method="mxfp4").policies())
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [STAY, DROP])
+@pytest.mark.parametrize("transformers", [STAY, SWAP])
+def test_pixels_are_the_same_however_the_bundled_model_is_held(text, transformers, tmp_path, monkeypatch):
+    quantize_checkpoint(bundled("t2v"), tmp_path / "packed", "mxfp4").write()
+    plain = mxdit.Session.open(tmp_path / "packed")
+    requests = [plain.request(frames=5, steps=2, **more) for more in ({}, {"prompt": "a blue three moving up"})]
+    expected = [plain.run(request).frames for request in requests]
+    only(monkeypatch, Policy(text, transformers))
+    session = mxdit.Session.open(tmp_path / "packed", memory="1TiB")
+    for request, frames in (*zip(requests, expected, strict=True), (requests[0], expected[0])):
+        assert np.array_equal(session.run(request).frames, frames)
+    assert (session.load().text_encoder is None) == (text == DROP)
+    if transformers == SWAP:  # the last run left none of the pages behind
+        for expert in transformers_of(session.load()).values():
+            assert _resident(expert) < 0.25
+
+
+def _resident(module: nn.Module) -> float:
+    """The share of a module's mapped pages that are resident, by /proc/self/smaps."""
+    addresses = [t.data_ptr() for t in module.buffers() if t.numel() > 4096]
+    size = resident = 0
+    found = False
+    for line in pages.MAPS.read_text().splitlines():
+        key, value, *_ = line.split()
+        if not key.endswith(":"):
+            low, _, high = key.partition("-")
+            inside = any(int(low, 16) <= address < int(high, 16) for address in addresses)
+            found = inside and line.endswith(".safetensors")
+        elif found and key in ("Size:", "Rss:"):
+            size, resident = size + int(value) * (key == "Size:"), resident + int(value) * (key == "Rss:")
+    return resident / size
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_tiles_differ_a_little_and_do_not_outlast_their_run(task, tmp_path, monkeypatch):
+    path = tiny.save(tmp_path / task, task)
+    plain = mxdit.Session.open(path)
+    image = {"image": Image.new("RGB", (288, 272), "red")} if task == "i2v" else {}
+    request = plain.request(**SMALL | {"size": (272, 288), "frames": 1, "steps": 1}, **image)
+    expected = plain.run(request).frames
+    session = mxdit.Session.open(path, memory="1TiB")
+    only(monkeypatch, Policy(vae=TILES))
+    tiled = session.run(request).frames.astype(int)
+    assert 0 < np.abs(tiled - expected).mean() < 8
+    only(monkeypatch, Policy())
+    assert np.array_equal(session.run(request).frames, expected)
+
+
+def test_a_later_run_that_needs_more_is_held_closer(packed, monkeypatch):
+    plain, session = mxdit.Session.open(packed), mxdit.Session.open(packed, memory="1TiB")
+    request = plain.request(**SMALL)
+    expected, held = plain.run(request).frames, []
+    for policy in (Policy(), Policy(STAY, SWAP), Policy(DROP), Policy(DROP, SWAP), Policy()):
+        only(monkeypatch, policy)
+        assert np.array_equal(session.run(request).frames, expected)
+        assert session._held is not None
+        held.append((session._held.policy.text, session._held.policy.transformers))
+    assert held == [(STAY, STAY), (STAY, SWAP), (DROP, SWAP), (DROP, SWAP), (DROP, SWAP)]
+
+
+def test_a_run_that_fails_leaves_the_session_usable(packed, monkeypatch):
+    only(monkeypatch, Policy(DROP, SWAP, TILES))
+    session = mxdit.Session.open(packed, memory="1TiB")
+    request = session.request(**SMALL)
+    expected = session.run(request).frames
+    with pytest.raises(KeyError):
+        session.run(request, lambda *_: {}["a caller's own fault"])
+    assert np.array_equal(session.run(request).frames, expected)
+
+
+def test_a_budget_that_is_too_small_is_told_before_anything_is_loaded(packed):
+    session = mxdit.Session.open(packed, memory="100MiB")
+    with pytest.raises(InputError, match="do not fit"):
+        session.run(session.request(**SMALL))
+    assert session._pipeline is None
+
+
+def test_a_prompt_is_encoded_once(packed, monkeypatch):
+    only(monkeypatch, Policy(DROP))
+    session = mxdit.Session.open(packed, memory="1TiB")
+    session.run(session.request(**SMALL))
+    shutil.move(packed / "text_encoder", packed / "gone")
+    try:
+        session.run(session.request(**SMALL | {"steps": 1}))
+        with pytest.raises(mxdit.CheckpointError):
+            session.run(session.request(**SMALL | {"prompt": "blue"}))
+    finally:
+        shutil.move(packed / "gone", packed / "text_encoder")
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_given_back_and_read_again(tmp_path):
+    quantize_checkpoint(bundled("t2v"), tmp_path / "packed", "mxfp4").write()
+    model = mxdit.Session.open(tmp_path / "packed").load().transformer
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    held = status("RssFile")
+    released = pages.release(model)
+    assert released > 2 << 20 and held - status("RssFile") > released // 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pages_that_were_written_to_stay(packed):
+    model = mxdit.Session.open(packed).load().transformer
+    code = model.blocks[0].ffn.net[0].proj.weight
+    code[0, 0] = 77  # of a mapping that is private: no file has it
+    pages.release(model)
+    assert code[0, 0] == 77
+
+
+# -- an accelerator ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def npu_by_reference(npu: object) -> Iterator[None]:
+    with cpu.using("reference"):
+        yield
+
+
+@pytest.mark.usefixtures("npu_by_reference")
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("transformers", [STAY, SWAP, BLOCKS])
+def test_packed_weights_move_on_an_accelerator(transformers, stored, model, packed, monkeypatch):
+    path, method = (packed, None) if stored else (model, "mxfp4")
+    options = {"method": method, "dtype": torch.float32, "device": "npu"}
+    plain = mxdit.Session.open(path, **options)
+    request = plain.request(**SMALL)
+    expected = plain.run(request).frames
+    only(monkeypatch, Policy(DROP, transformers))
+    session = mxdit.Session.open(path, memory="1TiB", **options)
+    pipeline, there = session.load(request), list[tuple[str, ...]]()
+    experts = transformers_of(pipeline)
+    weight = {name: expert.blocks[1].ffn.net[0].proj for name, expert in experts.items()}
+    for expert in experts.values():
+        expert.blocks[0].register_forward_hook(
+            lambda *_: there.append(tuple(name for name, layer in weight.items() if layer.weight.device.type == "npu"))
+        )
+    assert np.array_equal(session.run(request).frames, expected)
+    first, second = ("transformer",), ("transformer_2",)
+    seen = {STAY: {first + second}, SWAP: {first, second}, BLOCKS: {()}}
+    assert set(there) == seen[transformers]
+    if transformers != STAY:
+        assert all(layer.weight.device.type == "cpu" for layer in weight.values())
+    assert np.array_equal(session.run(request).frames, expected)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_info_shows_plans(packed, monkeypatch, capsys):
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", packed, "--memory", "--size", "16x16", "--frames", 5)
+    assert code == 0 and "one at a time" in out and "16x16, 5 frames on cpu" in out
+    options = ("--size", "16x16", "--frames", 5, "--device", "cuda", "--json")
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", packed, "--memory", "24GiB", *options)
+    found = json.loads(out)["memory"]
+    assert code == 0 and found["chosen"]["policy"] == {"text": STAY, "transformers": STAY, "vae": WHOLE}
+    assert found["chosen"]["budget"] == 24 << 30 and len(found["plans"]) == 12
+    assert all(p["peak"] == p["floor"] + max(phase["total"] for phase in p["phases"]) for p in found["plans"])
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", packed, "--memory", "1MiB", "--size", "16x16")
+    assert code == 2 and "--memory" in err and "expected at least" in err
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", "--memory", "24GiB")
+    assert code == 2 and "a plan is one of a model" in err
+
+
+def test_generate_keeps_a_budget(packed, monkeypatch, capsys, tmp_path):
+    video = tmp_path / "seven.mp4"
+    options = ("--prompt", "red", "--size", "16x16", "--frames", 5, "--steps", 2, "-o", video)
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", packed, "--memory", "4GiB", *options)
+    assert code == 0 and video.is_file() and "memory: text encoder resident" in err
+    code, _, err = mxdit_command(monkeypatch, capsys, "generate", packed, "--memory", "24 apples", *options)
+    assert code == 2 and "not a size of memory" in err
