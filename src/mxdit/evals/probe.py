@@ -36,9 +36,8 @@ def compare(value: Tensor, reference: Tensor) -> tuple[float, float]:
 def embeddings_of(pipeline: Any, prompt: str) -> list[Tensor]:
     """What the pipeline's text encoders make of a prompt: every float tensor that it gives to its transformers, on the CPU."""
     taken = signature(pipeline.encode_prompt).parameters
-    given = {
-        name: None for name, of in taken.items() if of.default is Parameter.empty
-    }  # FLUX: `prompt_2`, the same prompt
+    # What has no default has to be given: FLUX's `prompt_2`, where none means the same prompt.
+    given: dict[str, Any] = {name: None for name, of in taken.items() if of.default is Parameter.empty}
     if "do_classifier_free_guidance" in taken:
         given["do_classifier_free_guidance"] = False  # nothing for the empty prompt
     with torch.no_grad():
