@@ -7,9 +7,9 @@
 `make` writes the pipeline in packed form, one tensor at a time, 20 GB at full size: both experts, UMT5-XXL, the VAE in FP32, the
 tokenizer of the bundled model. No BF16 model is ever made: codes are random bytes that are valid, and scales such that a
 product of unit variance has about unit variance. It goes on where it was interrupted. `configs` writes the JSON files alone,
-which is enough for `mxdit info DIR --memory`. `run` loads it with a plan in a fresh process, under RLIMIT_DATA where --limit is
-given, makes a clip with guidance whose first half of the steps is one expert's and the second the other's, and prints peaks of RssAnon
-and RSS beside the plan.
+which is enough for `mxdit info DIR --memory`. `run` loads it with a plan in a fresh process, under RLIMIT_DATA where --limit
+is given, makes a clip with guidance whose first half of the steps is one expert's and the second the other's, and prints peaks
+of RssAnon and RSS beside the plan.
 
 RLIMIT_DATA is the kernel's limit on private writable memory. It counts a mapping whole, whether its pages are resident or not,
 and safetensors maps weights so: pages that were given back still count.
@@ -111,9 +111,9 @@ def make(
         expert = skeleton(wan)
         expert.register_to_config(text_dim=text["d_model"])
         config = {**dict(expert.config), "_class_name": "WanTransformer3DModel"}
+        config.pop("_use_default_values", None)  # of which from_config would take others
         with torch.device("meta"):
             expert = type(expert).from_config(config)
-        config.pop("_use_default_values", None)
         write(root / name, expert.bfloat16(), config, STEM, weights, MXConfig(method), seed=len(name))
     with torch.device("meta"):
         encoder = UMT5EncoderModel(UMT5Config(**text)).bfloat16()
