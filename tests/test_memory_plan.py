@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -397,3 +399,22 @@ def test_generate_keeps_a_budget(packed, monkeypatch, capsys, tmp_path):
     assert code == 0 and video.is_file() and "memory: text encoder resident" in err
     code, _, err = mxdit_command(monkeypatch, capsys, "generate", packed, "--memory", "24 apples", *options)
     assert code == 2 and "not a size of memory" in err
+
+
+# -- at any size -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_any_size_is_made_and_run_beside_its_plan(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "full_size.py"
+
+    def call(*arguments: object) -> str:
+        done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    call("make", tmp_path / "tiny", "--scale", "tiny")
+    assert "transformer is there" in call("make", tmp_path / "tiny", "--scale", "tiny")
+    call("run", tmp_path / "tiny", "--size", "64x64", "--memory", "4GiB", "--json", tmp_path / "run.json")
+    row = json.loads((tmp_path / "run.json").read_text())
+    assert row["forwards"] == {"transformer": 2, "transformer_2": 2} and row["kept"]
+    assert row["rss"] == pytest.approx(row["plan"]["peak"], rel=0.05)
