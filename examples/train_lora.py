@@ -96,7 +96,7 @@ def train(
 
     def held_out() -> float:
         with torch.no_grad():
-            return float(loss_of(model, *batch(32, torch.Generator().manual_seed(1))))
+            return float(loss_of(model, *batch(16, torch.Generator().manual_seed(1))))
 
     before = held_out()
     for step in range(steps):

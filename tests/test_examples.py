@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def method(folder: Path) -> str:
 
 def test_all_of_them_are_run_here_and_listed():
     source, listed = Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
-    assert len(PROGRAMS) == 5
+    assert len(PROGRAMS) == 6
     for name in PROGRAMS:
         assert f'run("{name}"' in source and f"[{name}]({name})" in listed, name
 
@@ -95,3 +96,14 @@ def test_add_a_family(run, tmp_path):
     said = run("add_a_family.py")
     assert "12 quantized, 5 kept" in said and "family/: saved, loaded again, and the same" in said
     assert method(tmp_path / "family") == "mxfp4"
+
+
+def test_train_lora(run, tmp_path):
+    said = run("train_lora.py", "lora", "--steps", 5, "--clips", 8)
+    losses = re.findall(r"(transformer(?:_2)?): loss ([\d.]+) before, ([\d.]+) after", said)
+    assert [name for name, _, _ in losses] == ["transformer", "transformer_2"]
+    assert all(float(after) < float(before) for _, before, after in losses)
+    for name, _, _ in losses:
+        with safe_open(tmp_path / "lora" / f"{name}.safetensors", "pt") as tensors:
+            assert all(key.startswith("transformer.blocks.") for key in tensors.keys())  # noqa: SIM118 - a file, no mapping
+    assert "lora/clip.gif: 17 frames" in said
