@@ -131,3 +131,21 @@ def test_a_session_refuses_a_text_encoder_that_there_is_none_of_or_that_is_packe
         mxdit.Session.open(components={"text_encoder_2": "mxfp8"})
     with pytest.raises(ConfigError, match="stored quantized"):
         mxdit.Session.open(packed, components={"text_encoder": "mxfp4"})
+
+
+@pytest.mark.slow
+def test_a_packed_token_table_streams_inspects_and_loads(tmp_path):
+    keys = {"quant_method": "mxfp4", "embedding": "mxfp8"}
+    folder = tmp_path / "model"
+    quantize_checkpoint(
+        SOURCE, folder, "mxfp4", encoders={"text_encoder": encoder_config(keys, "text_encoder")}
+    ).write()
+    config = mxdit.pipeline_config("mxfp4", transformer=None, transformer_2=None, text_encoder=keys)
+    pipe = WanPipeline.from_pretrained(SOURCE, torch_dtype=torch.bfloat16, quantization_config=config)
+    stored, held = load_file(folder / "text_encoder" / "model.safetensors"), pipe.text_encoder.state_dict()
+    assert stored.keys() == held.keys() and all(torch.equal(stored[name], held[name]) for name in held)
+    found = inspect_checkpoint(folder)
+    assert found.clean and found.components[-1].linears == {"mxfp4": 14, "mxfp8 embedding": 1}
+    stored["shared.weight_scale"][3, 0] = 0xFF
+    save_file(stored, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    assert "NaN" in str(inspect_checkpoint(folder).components[-1].faults[0])

@@ -282,3 +282,40 @@ def test_a_kind_of_model_without_a_spec_is_refused():
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     with pytest.raises(ModelError, match="does not know this kind of model"):
         mxdit.plan(transformers.BertModel(config), "mxfp8")
+
+
+@pytest.mark.parametrize("family", ["umt5", "t5"])
+@pytest.mark.parametrize("both", [False, True], ids=["one name", "two names"])
+def test_the_token_table_is_packed_once_and_looked_up(family, both, tmp_path):
+    model = made(family, tmp_path / "float")
+    if both:  # as older checkpoints have it
+        tensors = load_file(tmp_path / "float" / "model.safetensors")
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
+        save_file(tensors, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
+    config = EncoderConfig({"quant_method": "mxfp4", "embedding": "mxfp8"})
+    online = loaded(model, tmp_path / "float", quantization_config=config)
+    packed = mxdit.encode(model.shared.weight.data, "mxfp8")
+    table = mxdit.decode(packed).to(torch.bfloat16)
+    assert torch.equal(online.shared.packed().codes, packed.codes)
+    for embedding in (online.shared, online.encoder.embed_tokens, online.get_input_embeddings()):
+        assert torch.equal(embedding(IDS), table[IDS])
+    names = [name for name in online.state_dict() if "shared" in name or "embed_tokens" in name]
+    assert names == ["shared.weight", "shared.weight_scale"]
+    row = mxdit.report_of(online).layers[0]
+    assert (row.path, row.method, row.scheme, row.bytes_after) == ("shared", "mxfp8", "lookup", 99 * 66)
+
+    online.save_pretrained(tmp_path / "packed")
+    again = loaded(model, tmp_path / "packed")
+    assert same(online, again) and torch.equal(output(again), output(online))
+    mxdit.quantize_(model, {"quant_method": "mxfp4", "activation": "bf16", "embedding": "mxfp8"})
+    assert same(model, online) and torch.equal(output(model), output(online))
+    model.save_pretrained(tmp_path / "memory")
+    assert same(loaded(model, tmp_path / "memory"), online)
+
+
+def test_a_table_that_is_not_packed_is_refused(tmp_path):
+    model = made("llama", tmp_path)
+    with pytest.raises(ConfigError, match="packs no token table"):
+        mxdit.plan(model, {"quant_method": "mxfp8", "embedding": "mxfp8"})
+    with pytest.raises(ConfigError, match="unknown embedding"):
+        EncoderConfig({"quant_method": "mxfp8", "embedding": "bf16"})

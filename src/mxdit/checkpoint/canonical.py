@@ -25,6 +25,7 @@ from mxdit.errors import CheckpointError, FormatError, MXDiTError
 from mxdit.models import spec_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.numerics.formats import FLOATS, PARTS, BlockFormat, TensorInfo, block_format
+from mxdit.quantize.tables import table_of
 
 ROTATIONS = ("q_rot", "k_rot")  # of msModelSlim's quantized attention; they cancel in the product of q and k
 
@@ -66,13 +67,19 @@ def read_component(stored: Stored, base: Stored | None = None, *, fallback: bool
     held = skeleton.state_dict(keep_vars=True)
     present = {id(tensor) for name, tensor in held.items() if name in reading.tensors}
     # A tensor of two names, as the tied embeddings of a T5 have, may be stored under one.
+    table = None if stored.quantization is None else table_of(stored.quantization, spec)
+    if table is not None:
+        held = {n: t for n, t in held.items() if n.rpartition(".")[0] not in spec.tables[1:]}
     wanted = {n: TensorInfo.of(t) for n, t in held.items() if n in reading.tensors or id(t) not in present}
     parts: dict[str, Part] = {}
     for name, want in wanted.items():
         path, _, leaf = name.rpartition(".")
         method = methods.get(path)
         if method and leaf == "weight":
-            parts.update(_quantized(reading, path, linears[path], block_format(method)))
+            parts.update(_quantized(reading, path, (want.shape[0], want.shape[1]), block_format(method)))
+        elif path == table and stored.quantization is not None:
+            row = block_format(str(stored.quantization.embedding))
+            parts.update(_quantized(reading, path, (want.shape[0], want.shape[1]), row))
         else:
             parts.update(_float(reading, name, want))
     for pattern in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ():
@@ -81,6 +88,8 @@ def read_component(stored: Stored, base: Stored | None = None, *, fallback: bool
     lost = [*stored.lost, *_extra(reading, {*parts, *wanted})]
     _check_sharing(reading, parts, methods)
     quantization = quantization_of(reading, skeleton, methods)
+    if table is not None and stored.quantization is not None:
+        methods[table] = f"{stored.quantization.embedding} embedding"
     return Component(
         stored, base, spec, config, skeleton, quantization, parts, methods, tuple(reading.faults), tuple(lost)
     )
@@ -114,8 +123,8 @@ def _dtype(reading: Reading) -> torch.dtype:
     return found.most_common(1)[0][0] if found else torch.bfloat16
 
 
-def _quantized(reading: Reading, path: str, linear: nn.Linear, row: BlockFormat) -> dict[str, Part]:
-    """The parts of a quantized linear, each converted from the form in which it is stored."""
+def _quantized(reading: Reading, path: str, shape: tuple[int, int], row: BlockFormat) -> dict[str, Part]:
+    """The parts of a quantized weight (N, K), each converted from the form in which it is stored."""
     stated = reading.stored.quantization
     required = stated is not None and stated.require_smooth_scale
     smooth = f"{path}.mul_scale" in reading.tensors
@@ -128,7 +137,7 @@ def _quantized(reading: Reading, path: str, linear: nn.Linear, row: BlockFormat)
         )
     smooth = row.smooths and (smooth or required)
     try:
-        record = row.tensors(linear.out_features, linear.in_features, smooth=smooth, where=path)
+        record = row.tensors(*shape, smooth=smooth, where=path)
     except FormatError as error:
         reading.find(f"{path}.weight", error.what, error.got, error.expected)
         return {}

@@ -24,6 +24,7 @@ from mxdit.models import TEXT_ENCODERS
 from mxdit.models.encoders import PLAIN
 from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
 from mxdit.quantize.plan import plan
+from mxdit.quantize.tables import table_of
 from mxdit.version import __version__
 from mxdit.weights import quantize_weight
 
@@ -168,8 +169,17 @@ def _planned(
             key = "torch_dtype" if "torch_dtype" in written else "dtype"  # 4.55 and older, and newer
             written[key] = str(dtype).removeprefix("torch.")
     parts: dict[str, Part] = {}
+    table = None if config is None else table_of(config, component.spec)
+    if table is not None and config is not None:
+        methods[table] = f"{config.embedding} embedding"
     for tensor, part in component.parts.items():
         path, _, leaf = tensor.rpartition(".")
+        if table is not None and config is not None and path in component.spec.tables:
+            if path == table or f"{table}.weight" not in component.parts:
+                packed = MXConfig(str(config.embedding))
+                of = str(packed.quant_method)
+                parts.update(_quantized(table, part, of, packed.rule_of(of), dtype, device))
+            continue
         method = methods.get(path)
         if config is not None and method and leaf == "weight":
             made = _calibrated(path, calibrated)

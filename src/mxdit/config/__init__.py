@@ -65,6 +65,8 @@ class MXConfig:
             go with a step's activation keeps its own. `from_dict` also takes vLLM-Omni's key for it,
             `w4a8_fallback_steps`: a list of steps with MXFP8 activations.
         mxfp4_scale_alg: for layers in "mxfp4" only, the scale rule: 0 (OCP) or 2 (UOS, Qmax 7.25; default).
+        embedding: of a text encoder: format of its token table, of which a lookup decodes rows: "mxfp4", "mxfp4_dualscale" or
+            "mxfp8". None leaves it in its float dtype.
         require_smooth_scale: for serialized four-bit methods only: refuse a checkpoint whose four-bit layers lack `mul_scale`.
         is_checkpoint_serialized: the checkpoint's weights are already quantized.
         layout: how a serialized checkpoint stores them.
@@ -82,6 +84,7 @@ class MXConfig:
     w4a8_fallback_layers: tuple[str, ...] = ()
     activation_steps: StepPolicy | None = None
     mxfp4_scale_alg: int | None = None
+    embedding: str | None = None
     require_smooth_scale: bool = False
     is_checkpoint_serialized: bool = False
     layout: str = "packed"
@@ -113,6 +116,9 @@ class MXConfig:
                 _set(self, "activation_steps", StepPolicy.from_dict(self.activation_steps))
             for activation in self.activation_steps.activations:
                 check_activation(self.methods, activation, where=None, field="activation_steps")
+        if self.embedding is not None:
+            check_choice("embedding", self.embedding, FORMATS)
+            _set(self, "embedding", Method(self.embedding))
         self._check_fallback_blocks()
         self._check_scale_alg()
         smooths = any(FORMATS[name].smooths for name in self.methods)
@@ -255,6 +261,7 @@ class MXConfig:
             "w4a8_fallback_layers": list(self.w4a8_fallback_layers) or None,
             "activation_steps": self.activation_steps.to_dict() if self.activation_steps else None,
             "mxfp4_scale_alg": self.mxfp4_scale_alg,
+            "embedding": self.embedding and str(self.embedding),
             "require_smooth_scale": self.require_smooth_scale or None,
             "producer": dict(self.producer) or None,
         }

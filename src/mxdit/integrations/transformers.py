@@ -24,14 +24,18 @@ from mxdit.checkpoint.checks import SMALL
 from mxdit.checkpoint.fitting import read_headers
 from mxdit.config import Method, MXConfig
 from mxdit.config.encoders import PREFIX, encoder_config, read_stated, stated
+from mxdit.embedding import MXEmbedding
 from mxdit.errors import CheckpointError, ConfigError, FormatError
 from mxdit.layers import HostedLinear, MXLinear
+from mxdit.models import spec_of
 from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.preconditions import check_state
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import report_of
+from mxdit.quantize.tables import put_table, skeleton_table, table_of
+from mxdit.weights import quantize_weight
 
 logger = logging.getLogger(__name__)
 OPERATIONS = int(transformers.__version__.partition(".")[0]) >= 5  # whether weights pass through operations
@@ -76,6 +80,7 @@ class MXTransformersQuantizer(HfQuantizer):
                 hint="Leave the key out to quantize while loading; a directory of mxdit needs no config at all.",
             )
         self.decisions: dict[str, Decision] = {}
+        self.table: str | None = None
         self.dtype: torch.dtype | None = None
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -127,6 +132,12 @@ class MXTransformersQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> Any:
         self.decisions = plan(model, self._without_float32(model))
+        self.table = table_of(self.config, spec_of(model))
+        if self.table is not None:
+            packed = skeleton_table(model, self.config, self.table)
+            if not OPERATIONS:
+                _mark(packed)
+            put_table(model, spec_of(model), packed)
         if not self.pre_quantized:
             return model  # each linear stays until its weight arrives
         for path, decision in self.decisions.items():
@@ -178,12 +189,12 @@ class MXTransformersQuantizer(HfQuantizer):
         casts floats to codes, and makes up what is missing. Names are theirs, which it may change while it loads."""
         stored = read_headers(files, ())
         packed = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
-        count = sum(1 for decision in self.decisions.values() if decision.scheme)
+        count = sum(1 for decision in self.decisions.values() if decision.scheme) + (self.table is not None)
         if stored and len(packed) != count:
             raise CheckpointError(
                 "the files hold other layers quantized than config.json says",
                 where=next(iter(files)),
-                got=f"{len(packed)} linears with scales",
+                got=f"{len(packed)} layers with scales",
                 expected=count,
                 hint="Quantize the model again, or restore its config.json.",
             )
@@ -203,7 +214,8 @@ class MXTransformersQuantizer(HfQuantizer):
         path, _, leaf = param_name.rpartition(".")
         decision = self.decisions.get(path)
         leaves = ("weight",) if not self.pre_quantized else () if OPERATIONS else PARTS
-        return decision is not None and decision.scheme is not None and leaf in leaves
+        ours = path == self.table if decision is None else decision.scheme is not None
+        return ours and leaf in leaves
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
@@ -214,7 +226,7 @@ class MXTransformersQuantizer(HfQuantizer):
             self.put(model, path, param_value.to(target_device))
             return
         module = model.get_submodule(path)
-        assert isinstance(module, MXLinear)
+        assert isinstance(module, (MXLinear, MXEmbedding))
         try:
             module.load({leaf: param_value.to(target_device)})
         except FormatError as error:
@@ -235,17 +247,27 @@ class MXTransformersQuantizer(HfQuantizer):
                     given["model"], name.rpartition(".")[0], weight[0] if isinstance(weight, list) else weight
                 )
                 if given.get("missing_keys") is not None:
-                    given["missing_keys"].discard(name)
+                    given["missing_keys"] -= {name, *quantizer.made_of(name)}
                 return {}
 
         return Quantize()
 
+    def made_of(self, name: str) -> set[str]:
+        """The tensors that are made of the table's, which the model has from the start and no float file holds."""
+        path, _, leaf = name.rpartition(".")
+        return {f"{path}.{other}" for other in PARTS if path == self.table and leaf == "weight"} - {name}
+
     def put(self, model: nn.Module, path: str, weight: Tensor) -> None:
         """Quantize a weight, and put the layer in the linear's place."""
         linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
         if self.dtype is not None:
             weight = weight.to(self.dtype)
+        if path == self.table:
+            assert isinstance(linear, MXEmbedding)
+            linear.load(quantize_weight(weight, str(self.config.embedding), where=f"{path}.weight"))
+            _mark(linear)
+            return
+        assert isinstance(linear, nn.Linear)
         new = quantized(weight, None, self.config, self.decisions[path], path, HostedLinear)
         if linear.bias is not None:  # loaded before its weight, or still to come
             new.bias = linear.bias
@@ -257,23 +279,24 @@ class MXTransformersQuantizer(HfQuantizer):
         absent = [name for name in missing_keys if self.param_needs_quantization(model, name)]
         if absent:
             raise _absent(model, absent)
-        return missing_keys
+        made = set() if self.pre_quantized else self.made_of(f"{self.table}.weight")
+        return [name for name in missing_keys if name not in made]
 
     # -- after the weights -------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         absent = []
-        for path, decision in self.decisions.items():
-            if not decision.scheme:
+        for path in [*(path for path, decision in self.decisions.items() if decision.scheme), self.table]:
+            if path is None:
                 continue
             layer = model.get_submodule(path)
-            if not isinstance(layer, MXLinear):
+            if not isinstance(layer, (MXLinear, MXEmbedding)):
                 absent.append(f"{path}.weight")
                 continue
             for leaf, info in layer.record.items():
                 part = layer._buffers[leaf]
                 assert part is not None
-                if leaf == "weight" and layer.layout != "packed":
+                if leaf == "weight" and isinstance(layer, MXLinear) and layer.layout != "packed":
                     continue  # `load` has seen it
                 if part.is_meta or (OPERATIONS and not getattr(part, "_is_hf_initialized", False)):
                     absent.append(f"{path}.{leaf}")
@@ -282,9 +305,12 @@ class MXTransformersQuantizer(HfQuantizer):
                     raise CheckpointError("not a tensor of this layer", where=f"{path}.{leaf}", got=got, expected=info)
                 if leaf in SMALL and not part.is_meta:
                     SMALL[leaf](part, f"{path}.{leaf}")
-            layer.prepack()
-            if layer.bias is not None:
-                layer.bias.requires_grad_(False)
+            if isinstance(layer, MXLinear):
+                layer.prepack()
+                if layer.bias is not None:
+                    layer.bias.requires_grad_(False)
+            elif self.dtype is not None:
+                layer.dtype = self.dtype
         if absent:
             raise _absent(model, absent)
         model.register_load_state_dict_pre_hook(check_state)

@@ -43,6 +43,8 @@ BLOCKS: dict[str, tuple[str, ...]] = {
 # Those whose files have the names of their modules, in every version: a checkpoint of theirs is read without transformers.
 PLAIN = ("UMT5EncoderModel", "T5EncoderModel")
 
+TABLES = ("shared", "encoder.embed_tokens")  # of those, one table
+
 
 def encoder_spec(model: nn.Module) -> ModelSpec | None:
     """The spec of a text encoder, which may be of a subclass; None for a class that is not in the table."""
@@ -51,4 +53,5 @@ def encoder_spec(model: nn.Module) -> ModelSpec | None:
         return None
     modules = dict(model.named_modules())
     blocks = next((path for path in BLOCKS[name] if path in modules), BLOCKS[name][0])
-    return ModelSpec(transformer=name, blocks=(blocks,), components=TEXT_ENCODERS)
+    tables = TABLES if name in PLAIN else ()
+    return ModelSpec(transformer=name, blocks=(blocks,), tables=tables, components=TEXT_ENCODERS)

@@ -117,6 +117,7 @@ class ModelSpec:
     groups       linears of a block, by their path inside it, that share an input: runtimes fuse them into one product, so
                  they must have one precision and one `mul_scale`. Members that a block does not have are passed over.
     keep         globs of linears, by their path inside a block, that stay in their float dtype.
+    tables       paths of a text encoder's token table, and then of modules that look the same table up.
     components   names that pipelines give their transformers; a cascade has several.
     pipelines    pipeline class name -> how it is called. The first that is listed for a task is the one that runs it.
     shared       key of model_index.json that is true where one set of weights serves all of `pipelines`.
@@ -142,6 +143,7 @@ class ModelSpec:
     blocks: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] = ()
     keep: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
     components: tuple[str, ...] = ("transformer",)
     pipelines: Mapping[str, PipelineSpec] = field(default_factory=dict)
     shared: str | None = None

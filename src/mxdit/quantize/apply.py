@@ -12,6 +12,8 @@ from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.preconditions import check_modules, check_state, check_weights
 from mxdit.quantize.recorded import record
 from mxdit.quantize.report import QuantReport, report_of
+from mxdit.quantize.tables import put_table, skeleton_table, table_of
+from mxdit.weights import quantize_weight
 
 
 def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
@@ -25,7 +27,8 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
     projections): see `preconditions`.
     """
     model, config = uncompiled(model), MXConfig.of(config)
-    layer = HostedLinear if spec_of(model).components == TEXT_ENCODERS else MXLinear
+    spec = spec_of(model)
+    layer = HostedLinear if spec.components == TEXT_ENCODERS else MXLinear
     if config.is_checkpoint_serialized:
         raise ConfigError(
             "the config is one of a serialized checkpoint, and this model is to be quantized now",
@@ -44,6 +47,13 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
             assert isinstance(linear, nn.Linear)
             swap(model, path, quantized(linear.weight, linear.bias, config, decision, path, layer))
             del linear  # or its weight would live until the next one is quantized
+    table = table_of(config, spec)
+    if table is not None:
+        packed = skeleton_table(model, config, table)
+        embedding = model.get_submodule(table)
+        assert isinstance(embedding, nn.Embedding)
+        packed.load(quantize_weight(embedding.weight, str(config.embedding), where=f"{table}.weight"))
+        put_table(model, spec, packed)
     model.register_load_state_dict_pre_hook(check_state)
     record(model, config, decisions)
     return report_of(model, decisions)

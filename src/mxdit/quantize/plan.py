@@ -16,6 +16,7 @@ from mxdit.errors import ConfigError, ModelError
 from mxdit.layers import linears_of
 from mxdit.models import ModelSpec, spec_of, uncompiled
 from mxdit.numerics.formats import block_format, scheme_for
+from mxdit.quantize.tables import table_of
 
 logger = logging.getLogger(__name__)
 # The first blocks are the most sensitive to dual-scale FP4: vLLM-Omni keeps 5 of them, in models of 30 and of 40 blocks. No
@@ -49,6 +50,7 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
     """
     model, config = uncompiled(model), MXConfig.of(config)
     spec = spec_of(model)
+    table_of(config, spec)
     found = dict(linears_of(model))
     linears = list(found)
     ignored = resolve(model, linears, config.ignored_layers, "ignored_layers")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mxdit.config.steps import ranges
+from mxdit.embedding import MXEmbedding
 from mxdit.layers import MXLinear, linears_of
 from mxdit.models import spec_of, uncompiled
 from mxdit.quantize.plan import OUTSIDE, Decision, plan
@@ -25,7 +26,7 @@ class LayerReport:
     Attributes:
         path: its module path.
         method: format of its weight, or None where it stayed as it was.
-        scheme: what it computes ("w4a4", ...), or None.
+        scheme: what it computes ("w4a4", ..., or "lookup" of a text encoder's packed table), or None.
         shape: (out_features, in_features).
         bytes_before: weight and bias in the model's float dtype.
         bytes_after: all its tensors as they are.
@@ -122,6 +123,11 @@ def report_of(model: nn.Module, decisions: Mapping[str, Decision] | None = None)
         decisions = plan(model, recorded) if recorded else {}
     float_size = next((p.element_size() for p in model.parameters() if p.is_floating_point()), torch.bfloat16.itemsize)
     layers = []
+    for path, module in model.named_modules():
+        if isinstance(module, MXEmbedding):
+            shape = (module.num_embeddings, module.embedding_dim)
+            after = sum(tensor.nbytes for tensor in module.buffers())
+            layers.append(LayerReport(path, module.method, "lookup", shape, shape[0] * shape[1] * float_size, after))
     for path, module in linears_of(model):
         shape = (module.out_features, module.in_features)
         after = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
