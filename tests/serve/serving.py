@@ -75,6 +75,11 @@ class Listener:
         wait_for(lambda: self._server.started or not self._thread.is_alive())
         assert self._thread.is_alive()
 
+    def stop(self) -> None:
+        """End as a server does, and its workers with it."""
+        self._server.should_exit = True
+        self._thread.join(DEADLINE)
+
     def kill(self) -> None:
         """Open connections break."""
         self._server.force_exit = self._server.should_exit = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,11 @@ class Shelf:
             for name, files in self.found().items()
         ]
 
-    def files(self, asked: Sequence[Mapping[str, Any]]) -> list[LoraFile]:
-        """The files of the adapters in a request, as `lora_of` gives them. Raises InputError for a name that is not there."""
+    def files(self, asked: Sequence[Mapping[str, Any]], components: Collection[str]) -> list[LoraFile]:
+        """The files of the adapters in a request, as `lora_of` gives them, for a model of these transformers.
+
+        Raises InputError for a name that is not there, and an adapter for other transformers.
+        """
         found = self.found() if asked else {}
         loras = []
         for adapter in asked:
@@ -66,6 +69,17 @@ class Shelf:
             if files is None:
                 expected = " or ".join(found) or "none: the server has no adapters"
                 raise InputError("no such adapter", field=FIELD, got=repr(adapter["name"])[:120], expected=expected)
+            others = [
+                name or "the only one" for name in files if name not in components and (name or len(components) > 1)
+            ]
+            if others:
+                raise InputError(
+                    "the adapter is for another transformer than the model has",
+                    field=FIELD,
+                    got=f"{adapter['name']}, for {others[0]}",
+                    expected=" or ".join(components),
+                    hint="Of a cascade an adapter is a folder with a file for each expert.",
+                )
             loras += [LoraFile(file, adapter["scale"], component) for component, file in files.items()]
         return loras
 

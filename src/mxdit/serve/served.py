@@ -128,7 +128,9 @@ class Catalog:
         named = fields.pop(FIELD, [])
         try:
             request = session.request(
-                **fields, loras=self.shelf.files(named), image=None if data is None else stand_in(data)
+                **fields,
+                loras=self.shelf.files(named, session.model.components),
+                image=None if data is None else stand_in(data),
             )
         except InputError as error:
             if error.field != FIELD:

@@ -174,7 +174,7 @@ class _Worker:
 
             def request_of(session: Session) -> Request:
                 fields = again(task.fields, partial(session.model.takes, session.task))
-                loras = self._shelf.files(task.fields.get(FIELD, ()))
+                loras = self._shelf.files(task.fields.get(FIELD, ()), session.model.components)
                 return session.request(**fields, loras=loras, image=image)
 
             session = self._session(task.model, request_of)
