@@ -149,3 +149,38 @@ def test_a_packed_token_table_streams_inspects_and_loads(tmp_path):
     stored["shared.weight_scale"][3, 0] = 0xFF
     save_file(stored, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     assert "NaN" in str(inspect_checkpoint(folder).components[-1].faults[0])
+
+
+def test_an_evaluation_has_modes_of_text_encoders():
+    from mxdit.evals.modes import choose
+
+    alone, both = choose([], ['a={"text_encoder": "mxfp8"}', 'b={"quant_method": "mxfp4", "text_encoder": "mxfp4"}'])[
+        1:
+    ]
+    assert (alone.method, alone.components) == (None, {"text_encoder": "mxfp8"})
+    assert (both.method, both.components) == ("mxfp4", {"text_encoder": "mxfp4"})
+    with pytest.raises(ConfigError, match="unknown quant_method"):
+        choose([], ['c={"text_encoder": "mxfp9"}'])
+
+
+@pytest.mark.slow
+def test_an_evaluation_tells_the_embeddings_error(tmp_path):
+    from mxdit.evals.cache import Cache
+    from mxdit.evals.run import Run
+    from mxdit.evals.settings import Settings
+
+    settings = Settings.choose(
+        open_model(SOURCE),
+        modes=[],
+        custom=['te={"text_encoder": "mxfp8"}', 'te4={"text_encoder": "mxfp4"}'],
+        count=1,
+        seeds=1,
+        probes=1,
+        request={"steps": 2, "frames": 5},
+        metrics=("psnr_db",),
+    )
+    modes = {mode["name"]: mode for mode in Run(settings, Cache(tmp_path)).results()["modes"]}
+    errors = {name: mode["summary"].get("embedding_error") for name, mode in modes.items()}
+    assert errors["bf16"] is None and modes["te"]["same_as"] is None
+    assert 0.005 < errors["te"]["mean"] < 0.05 < errors["te4"]["mean"] < 0.2
+    assert modes["te"]["summary"]["velocity_error"]["mean"] == 0  # transformers in BF16, given BF16's own calls

@@ -55,10 +55,8 @@ def put_table(model: nn.Module, spec: ModelSpec, table: MXEmbedding) -> None:
     for path in spec.tables:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, table if path == spec.tables[0] else TiedLookup(table))
-    # A file may hold the table under each of its names.
-    known: Any = (
-        getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    )  # a list in transformers 4, a set in 5
+    # A file may hold the table under each of its names. In transformers 4 this is a list, in 5 a set.
+    known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or set()
     ignored: Any = type(known)([*known, *(re.escape(f"{path}.weight") for path in spec.tables[1:])])
     model._keys_to_ignore_on_load_unexpected = ignored
     others = tuple(f"{path}." for path in spec.tables[1:])
