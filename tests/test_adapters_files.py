@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mxdit
+import mxdit_models
 import tiny
 import tiny_families
 from adapted import lora
 from mxdit.errors import FormatError
 from mxdit.layers import linears_of
+from mxdit.models.skeleton import skeleton_of
+from mxdit.quantize.adapters import check_lora
 
 ORIGINAL = {  # Wan's own names of the linears
     **{f"attn1.to_{name}": f"self_attn.{name}" for name in "qkv"},
@@ -90,6 +95,18 @@ def test_every_dialect_is_the_same_adapter(dialect, dtype, tmp_path):
     mxdit.load_lora_weights(pipe, {"transformer_2": file}, "a")
     assert torch.equal(tiny.forward(pipe.transformer_2), want)
     assert pipe.get_list_adapters() == {"transformer_2": ["a"]}
+
+
+def test_the_bundled_adapter_fits_both_experts():
+    bundled = Path(mxdit_models.__file__).parent
+    skeleton = skeleton_of(json.loads((bundled / "t2v" / "transformer" / "config.json").read_text()), "t2v")
+    files = sorted((bundled / "burning").iterdir())
+    assert [file.name for file in files] == ["transformer.safetensors", "transformer_2.safetensors"]
+    assert sum(file.stat().st_size for file in files) < 1 << 20
+    for file in files:
+        state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+        check_lora(skeleton, state, file.name)
+        assert len(state) == 2 * 40 and {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
 
 def test_flux_by_mxdit_s_verb():
