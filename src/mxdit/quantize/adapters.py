@@ -235,16 +235,19 @@ def _check_choices(choices: Mapping[str, Any]) -> None:
 
 
 def _settle(model: nn.Module, name: str, dtype: torch.dtype | None) -> None:
-    """Check an adapter that has come to be, and cast it to `dtype` beside quantized linears."""
+    """Check an adapter that has come to be. Beside quantized linears it is cast to `dtype`, and added in one pass."""
     from peft.tuners.lora import Linear
 
+    from mxdit.quantize.one_pass import OnePass
+
     for path, layer in tuners(model):
-        if isinstance(layer.get_base_layer(), MXLinear) and (type(layer) is not Linear or layer.lora_variant.get(name)):
-            variant = getattr(layer, "lora_variant", {}).get(name, layer)
+        packed = isinstance(layer.get_base_layer(), MXLinear)
+        kind = getattr(layer, "lora_variant", {}).get(name, layer)
+        if packed and type(kind) not in (Linear, OnePass):
             raise ModelError(
                 "an adapter that cannot be beside a quantized linear",
                 where=path,
-                got=type(variant).__name__,
+                got=type(kind).__name__,
                 expected="a plain LoRA",
             )
         for part, holder in _adapters_of(layer):
@@ -254,8 +257,10 @@ def _settle(model: nn.Module, name: str, dtype: torch.dtype | None) -> None:
                 if tensor.is_meta or not torch.isfinite(tensor).all():
                     got = "no data" if tensor.is_meta else "NaN or inf"
                     raise ModelError("an adapter that holds no finite numbers", where=path, got=got)
-            if dtype is not None and isinstance(layer.get_base_layer(), MXLinear):
+            if dtype is not None and packed:
                 holder.to(dtype)
+        if packed and name in layer.lora_A:
+            layer.lora_variant[name] = OnePass()
 
 
 def tuners(model: nn.Module) -> Iterator[tuple[str, Any]]:
