@@ -8,6 +8,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from diffusers import WanPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import tiny
@@ -94,3 +96,20 @@ def save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
 def made(file: Path, **options: Any) -> Path:
     """A file in diffusers' names for all linears in the blocks of the tiny model."""
     return save(file, diffusers(layers(**options)))
+
+
+def peft_file(file: Path) -> Path:
+    """As a training script saves it: with peft's config, patterns in it, in the header."""
+    model = tiny.transformer(seed=5)
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_v", "ffn.net.2"], init_lora_weights=False, use_rslora=True,
+        rank_pattern={"blocks.1.attn1.to_q": 8}, alpha_pattern={"ffn.net.2": 3},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model.add_adapter(config)
+    told = {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    options: Any = {"transformer_lora_adapter_metadata": told}
+    state: Any = get_peft_model_state_dict(model)
+    WanPipeline.save_lora_weights(file.parent, state, weight_name=file.name, **options)
+    return file

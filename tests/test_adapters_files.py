@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import loras
 import mxdit
 import mxdit_models
 import tiny
@@ -19,7 +20,7 @@ from adapted import lora
 from mxdit.errors import FormatError
 from mxdit.layers import linears_of
 from mxdit.models.skeleton import skeleton_of
-from mxdit.quantize.adapters import check_lora
+from mxdit.quantize.loras import check_layers, layers_of, named
 
 ORIGINAL = {  # Wan's own names of the linears
     **{f"attn1.to_{name}": f"self_attn.{name}" for name in "qkv"},
@@ -97,6 +98,22 @@ def test_every_dialect_is_the_same_adapter(dialect, dtype, tmp_path):
     assert pipe.get_list_adapters() == {"transformer_2": ["a"]}
 
 
+def test_a_config_in_the_header_is_followed_as_diffusers_does(tmp_path):
+    """Ranks and alphas by pattern, and rank-stabilized: to the bit what diffusers' own call gives, quantized or not."""
+    file = loras.peft_file(tmp_path / "peft.safetensors")
+    pipe = tiny.pipeline()
+    mxdit.quantize_(pipe.transformer, "mxfp4")
+    for component, model in (("transformer", pipe.transformer), ("transformer_2", pipe.transformer_2)):
+        pipe.load_lora_weights(str(file), adapter_name="a", load_into_transformer_2=component == "transformer_2")
+        want = tiny.forward(model)
+        pipe.unload_lora_weights()
+        plain = tiny.forward(model)
+        mxdit.load_lora_weights(pipe, {component: file}, "a")
+        assert torch.equal(tiny.forward(model), want) and not torch.equal(want, plain)
+        pipe.unload_lora_weights()
+        assert torch.equal(tiny.forward(model), plain)
+
+
 def test_the_bundled_adapter_fits_both_experts():
     bundled = Path(mxdit_models.__file__).parent
     skeleton = skeleton_of(json.loads((bundled / "t2v" / "transformer" / "config.json").read_text()), "t2v")
@@ -104,12 +121,12 @@ def test_the_bundled_adapter_fits_both_experts():
     assert [file.name for file in files] == ["transformer.safetensors", "transformer_2.safetensors"]
     assert sum(file.stat().st_size for file in files) < 1 << 20
     for file in files:
-        state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-        check_lora(skeleton, state, file.name)
+        state = named(load_file(file), "transformer")
+        check_layers(layers_of(state, file.name), skeleton, file.name)
         assert len(state) == 2 * 40 and {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
 
-def test_flux_by_mxdit_s_verb():
+def test_flux_by_mxdit_s_verb(tmp_path):
     """FLUX.1's pipeline compares shapes of weights and would widen packed ones: refused there, and unchanged."""
     pipe = tiny_families.flux_pipeline("t2i")
     model = pipe.transformer
@@ -128,7 +145,8 @@ def test_flux_by_mxdit_s_verb():
         with pytest.raises(FormatError, match=r"call mxdit\.load_lora_weights"):
             pipe.load_lora_weights(state, adapter_name="a")
         assert torch.equal(model(**family, return_dict=False)[0], plain)
-        mxdit.load_lora_weights(pipe, {"transformer": state}, "a")
+        save_file(state, tmp_path / "a.safetensors")
+        mxdit.load_lora_weights(pipe, {"transformer": tmp_path / "a.safetensors"}, "a")
         assert not torch.equal(model(**family, return_dict=False)[0], plain)
         pipe.unload_lora_weights()
         assert torch.equal(model(**family, return_dict=False)[0], plain)

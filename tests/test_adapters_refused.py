@@ -11,33 +11,50 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 
+import loras
 import mxdit
 import tiny
 from adapted import Untouched, lora
+from mxdit.checkpoint.loras import check_fits
 from mxdit.errors import CheckpointError, FormatError, InputError, ModelError
+from mxdit.integrations.lora_files import read_lora
+from mxdit.models import spec_of
 from mxdit.quantize.adapters import tuners, unchanged
 
 PART = "transformer.blocks.0.attn1.to_q.lora_A.weight"
 LINEARS = ["to_q", "net.2", "proj_out"]
 # What is done to a LoRA's tensors, and what is then said.
 BROKEN = {
-    "shape": (lambda s: s | {PART: s[PART][:, :-2].clone()}, r"misshapen adapter; got \(4, 62\); expected \(4, 64\)"),
-    "rank": (lambda s: s | {PART: s[PART][:2].clone()}, r"misshapen adapter; got \(64, 4\); expected \(64, 2\)"),
-    "no rank": (lambda s: s | {PART: s[PART][:0].clone()}, r"misshapen adapter"),
-    "NaN": (lambda s: s | {PART: s[PART] / 0 * 0}, r"no finite numbers; got NaN or inf"),
-    "infinity": (lambda s: s | {PART: s[PART] / 0}, r"no finite numbers; got NaN or inf"),
-    "bytes": (lambda s: s | {PART: s[PART].to(torch.int8)}, r"no finite numbers; got torch.int8"),
+    "shape": (
+        lambda s: s | {PART: s[PART][:, :-2].clone()},
+        r"blocks.0.attn1.to_q.lora_A.weight: the LoRA does not fit the linear; got \(4, 62\); expected \(4, 64\)",
+    ),
+    "rank": (lambda s: s | {PART: s[PART][:2].clone()}, r"no common rank; got \(64, 4\) and \(2, 64\)"),
+    "no rank": (lambda s: {k: t[:0] if "_A" in k else t[:, :0].clone() for k, t in s.items()}, r"no common rank"),
+    "NaN": (lambda s: s | {PART: s[PART] / 0 * 0}, r"blocks.0.attn1.to_q.*: the LoRA holds infs or NaNs"),
+    "infinity": (lambda s: s | {PART: s[PART] / 0}, r"blocks.0.attn1.to_q.*: the LoRA holds infs or NaNs"),
+    "bytes": (lambda s: s | {PART: s[PART].to(torch.int8)}, r"to_q.lora_A.weight: a dtype that no LoRA has"),
     "half": (
         lambda s: {k: t for k, t in s.items() if k != PART},
-        r"half of an adapter; got blocks.0.attn1.to_q.lora_B",
+        r"blocks.0.attn1.to_q.lora_A.weight",
     ),
     "module": (
         lambda s: {k.replace("ks.1", "ks.7"): t for k, t in s.items()},
-        r"does not have; got blocks.7.attn1.to_q",
+        r"blocks.7.attn1.to_q: the LoRA changes a module that the model does not have",
     ),
-    "prefix": (lambda s: {k.removeprefix("transformer."): t for k, t in s.items()}, r"no tensor of an adapter"),
-    "DoRA": (lambda s: s | {PART.replace("A.weight", "magnitude_vector"): torch.ones(64)}, r"DoRA"),
-    "norm": (lambda s: s | {"transformer.blocks.0.norm2.lora_diff": torch.ones(64)}, r"none of a LoRA's"),
+    "no linear": (
+        lambda s: {k.replace("1.attn1.to_q", "1.attn1.norm_q"): t for k, t in s.items()},
+        r"blocks.1.attn1.norm_q: the LoRA changes no linear; got RMSNorm",
+    ),
+    "prefix": (
+        lambda s: {k.removeprefix("transformer."): t for k, t in s.items()},
+        r"there is no LoRA|a tensor that is not the transformer's",
+    ),
+    "DoRA": (lambda s: s | {PART.replace("A.weight", "magnitude_vector"): torch.ones(64)}, r"a DoRA"),
+    "norm": (
+        lambda s: s | {"transformer.blocks.0.norm2.lora_diff": torch.ones(64)},
+        r"norm2.lora_diff: no tensor of a LoRA",
+    ),
 }
 
 
@@ -52,19 +69,31 @@ def pipe() -> WanPipeline:
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_file_changes_nothing(pipe, fault, tmp_path):
     change, message = BROKEN[fault]
-    save_file(change(lora(pipe.transformer)), tmp_path / "broken.safetensors")
-    mxdit.load_lora_weights(
-        pipe, {"transformer": lora(pipe.transformer), "transformer_2": lora(pipe.transformer_2)}, "a"
-    )
+    broken = loras.save(tmp_path / "broken.safetensors", change(lora(pipe.transformer)))
+    good = loras.save(tmp_path / "good.safetensors", lora(pipe.transformer_2))
+    mxdit.load_lora_weights(pipe, {"transformer": good, "transformer_2": good}, "a")
     before = [Untouched(model) for model in (pipe.transformer, pipe.transformer_2)]
-    with pytest.raises(ModelError, match=message):
-        pipe.load_lora_weights(str(tmp_path / "broken.safetensors"), adapter_name="b")
-    files = {"transformer_2": lora(pipe.transformer_2), "transformer": tmp_path / "broken.safetensors"}
-    with pytest.raises(ModelError, match=rf"transformer, .*broken.safetensors.*{message}"):
-        mxdit.load_lora_weights(pipe, files, "b")
+    with pytest.raises(CheckpointError, match=message):
+        pipe.load_lora_weights(str(broken), adapter_name="b")
+    with pytest.raises(CheckpointError, match=message) as refused:
+        mxdit.load_lora_weights(pipe, {"transformer_2": good, "transformer": broken}, "b")
+    assert str(broken) in str(refused.value)
+    with pytest.raises(CheckpointError) as merging:  # what is not put beside is not merged either, in the same words
+        check_fits(read_lora(broken, spec_of(pipe.transformer)), pipe.transformer)
+    assert str(merging.value) == str(refused.value)
     for model in before:
         model.check()
     pipe.load_lora_weights(lora(pipe.transformer, seed=3), adapter_name="b")  # and the name is free
+
+
+def test_what_diffusers_would_drop_is_refused_beside_the_weights_too(pipe, tmp_path):
+    state = loras.original(loras.layers(), alpha=4.0)
+    state["diffusion_model.blocks.0.self_attn.norm_q.diff"] = torch.ones(64)
+    file = loras.save(tmp_path / "lora.safetensors", state)
+    before = Untouched(pipe.transformer)
+    with pytest.raises(CheckpointError, match=r"norm_q\.diff: diffusers drops this tensor of the LoRA"):
+        mxdit.load_lora_weights(pipe, {"transformer": file}, "a")
+    before.check()
 
 
 def test_a_damaged_file_and_names_that_cannot_be(pipe, tmp_path):
@@ -77,7 +106,7 @@ def test_a_damaged_file_and_names_that_cannot_be(pipe, tmp_path):
     for files, name, error, message in (
         ({"transformer": tmp_path / "cut.safetensors"}, "b", CheckpointError, r"cut.safetensors"),
         ({"transformer": tmp_path / "none.safetensors"}, "b", CheckpointError, r"none.safetensors"),
-        ({"transformer": tmp_path / "odd.safetensors"}, "b", CheckpointError, r"diffusers knows no adapter"),
+        ({"transformer": tmp_path / "odd.safetensors"}, "b", CheckpointError, r"cannot convert the file"),
         (good, "a", InputError, r"adapter_name transformer: the name is in use; got 'a'"),
         (good, "a.b", InputError, r"no name for an adapter; got 'a.b'"),
         (good, "", InputError, r"no name for an adapter; got ''"),
@@ -107,7 +136,7 @@ def test_a_load_that_fails_midway_is_taken_back(pipe, monkeypatch):
         model.check()
 
 
-def test_the_second_expert_takes_the_first_back(pipe, monkeypatch):
+def test_the_second_expert_takes_the_first_back(pipe, monkeypatch, tmp_path):
     calls, really = [], peft.set_peft_model_state_dict
 
     def full(model: object, *args: object, **kwargs: object) -> object:
@@ -116,12 +145,11 @@ def test_the_second_expert_takes_the_first_back(pipe, monkeypatch):
             raise MemoryError("no memory is left")
         return really(model, *args, **kwargs)
 
+    file = loras.save(tmp_path / "a.safetensors", lora(pipe.transformer))
     before = [Untouched(model) for model in (pipe.transformer, pipe.transformer_2)]
     monkeypatch.setattr("peft.set_peft_model_state_dict", full)
     with pytest.raises(MemoryError):
-        mxdit.load_lora_weights(
-            pipe, {"transformer": lora(pipe.transformer), "transformer_2": lora(pipe.transformer_2)}, "a"
-        )
+        mxdit.load_lora_weights(pipe, {"transformer": file, "transformer_2": file}, "a")
     assert calls == [pipe.transformer, pipe.transformer_2]
     for model in before:
         model.check()
@@ -143,7 +171,7 @@ def test_the_second_expert_takes_the_first_back(pipe, monkeypatch):
 def test_other_kinds_of_adapters_are_refused_by_name(pipe, config, message):
     pipe.load_lora_weights(lora(pipe.transformer), adapter_name="a")
     before = Untouched(pipe.transformer)
-    with pytest.raises(ModelError, match=rf"cannot be beside quantized linears; got {message}"):
+    with pytest.raises(CheckpointError, match=rf"no plain LoRA.*; got {message}"):
         pipe.transformer.add_adapter(config, "b")
     before.check()
 
@@ -154,8 +182,10 @@ def test_what_a_file_says_of_itself_is_checked(pipe, tmp_path):
     said = {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
     save_file(lora(model), tmp_path / "dora.safetensors", {"lora_adapter_metadata": json.dumps(said)})
     before = Untouched(model)
-    with pytest.raises(ModelError, match="got use_dora=True"):
+    with pytest.raises(CheckpointError, match="got use_dora=True"):
         pipe.load_lora_weights(str(tmp_path / "dora.safetensors"))
+    with pytest.raises(CheckpointError, match="got use_dora=True"):
+        mxdit.load_lora_weights(pipe, {"transformer": tmp_path / "dora.safetensors"}, "a")
     before.check()
 
 

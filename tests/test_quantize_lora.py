@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline, WanPipeline
-from peft import LoraConfig, get_peft_model_state_dict
 
 import loras
 import tiny
@@ -39,22 +38,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]
     return made
 
 
-def peft_file(file: Path) -> Path:
-    """As a training script saves it: with peft's config, patterns in it, in the header."""
-    model = tiny.transformer(seed=5)
-    config = LoraConfig(
-        r=4, lora_alpha=6, target_modules=["to_q", "to_v", "ffn.net.2"], init_lora_weights=False, use_rslora=True,
-        rank_pattern={"blocks.1.attn1.to_q": 8}, alpha_pattern={"ffn.net.2": 3},
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model.add_adapter(config)
-    told = {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    options: Any = {"transformer_lora_adapter_metadata": told}
-    WanPipeline.save_lora_weights(file.parent, get_peft_model_state_dict(model), weight_name=file.name, **options)
-    return file
-
-
 SMALL = [path for path in ALL if "blocks" in path]
 HALF = {"dtype": torch.bfloat16}
 FORMS: dict[str, Callable[[Path], Path]] = {
@@ -67,7 +50,7 @@ FORMS: dict[str, Callable[[Path], Path]] = {
             for name, tensor in loras.diffusers(loras.layers(paths=SMALL[:3])).items()
         },
     ),
-    "peft's config": peft_file,
+    "peft's config": loras.peft_file,
     "ComfyUI": lambda file: loras.save(file, loras.original(loras.layers(), down="lora_A", up="lora_B")),
     "Lightning": lambda file: loras.save(file, loras.original(loras.layers(**HALF), alpha=3.0, bias=True)),
     # A whole difference of the head, as in Wan2.2-Distill-Loras: diffusers makes a product with the identity of it.
@@ -296,10 +279,11 @@ def test_what_diffusers_drops_is_refused_unless_it_is_nothing(tmp_path, name, si
 
 
 HEADERS = {
-    "DoRA": ({"use_dora": True}, "use_dora True"),
+    "DoRA": ({"use_dora": True}, "use_dora=True"),
     "another rank": ({"r": 8}, "rank 8.*the rank 4"),
     "no alpha": ({"lora_alpha": None}, "alpha None"),
     "another kind": ({"peft_type": "LOHA"}, "peft_type"),
+    "weights that were taken apart": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     "other modules": ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
     "a thing of tomorrow": ({"use_quantum": True}, "use_quantum"),
 }

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mxdit.checkpoint.component import Component
 from mxdit.checkpoint.writer import Part
-from mxdit.errors import CheckpointError
 from mxdit.numerics.formats import TensorInfo
+from mxdit.quantize.loras import LEAVES, check_layers
 
 MERGED = "_merged_lora"  # in config.json; diffusers keeps what begins with an underscore, and builds no model of it
 
@@ -53,38 +53,13 @@ class Lora:
 
 def check_fits(lora: Lora, model: nn.Module) -> None:
     """Raise CheckpointError unless each layer is of a linear of `model`, a skeleton perhaps, and has its shape."""
-    for path, layer in lora.layers.items():
-        try:
-            linear = model.get_submodule(path)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(
-                "the LoRA changes a module that the model does not have"
-                if linear is None
-                else "the LoRA changes no linear",
-                where=f"{lora.file}: {path}",
-                got=None if linear is None else type(linear).__name__,
-                expected=f"a linear of {type(model).__name__}",
-                hint="Is it one for another model?",
-            )
-        rank = layer.down.info.shape[0] if len(layer.down.info.shape) == 2 else 0
-        wanted = {
-            "lora_A.weight": (layer.down, (rank or "rank", linear.in_features)),
-            "lora_B.weight": (layer.up, (linear.out_features, rank or "rank")),
-            "lora_B.bias": (layer.bias, (linear.out_features,)),
+    layers = {
+        path: {
+            leaf: part.info for leaf, part in zip(LEAVES, (of.down, of.up, of.bias), strict=True) if part is not None
         }
-        for leaf, (part, shape) in wanted.items():
-            if part is not None and part.info.shape != shape:
-                raise CheckpointError(
-                    "the LoRA does not fit the linear",
-                    where=f"{lora.file}: {path}.{leaf}",
-                    got=part.info.shape,
-                    expected=f"({', '.join(map(str, shape))})",
-                    hint="Is it one for another model?",
-                )
-        if layer.bias is not None and linear.bias is None:
-            raise CheckpointError("the LoRA changes a bias that the linear does not have", where=f"{lora.file}: {path}")
+        for path, of in lora.layers.items()
+    }
+    check_layers(layers, model, str(lora.file))
 
 
 def merged(component: Component, loras: Sequence[tuple[Lora, float]]) -> Component:

@@ -25,35 +25,12 @@ from mxdit.checkpoint.loras import Lora, LoraLayer
 from mxdit.checkpoint.writer import Part
 from mxdit.errors import CheckpointError, InputError
 from mxdit.models import ModelSpec
+from mxdit.models.skeleton import UNBUILDABLE
 from mxdit.numerics.formats import FLOATS, TensorInfo
+from mxdit.quantize.loras import BIAS, DOWN, UP, check_config, layers_of, named
 
-LEAVES = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_B.bias": "bias"}
 METADATA = "lora_adapter_metadata"  # in the header of a file that diffusers wrote: the LoraConfig of peft, as JSON
-# Keys of that which say nothing of what the tensors mean once they are there, or what is read here. Any other must be unset.
-SILENT = {
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias"),
-    *(
-        "target_modules",
-        "exclude_modules",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_dropout",
-        "init_lora_weights",
-    ),
-    *(
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
-    *("runtime_config", "ensure_weight_tying"),
-}
-# What a converter raises for names or shapes that it did not expect.
-UNCONVERTIBLE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError)
+UNCONVERTIBLE = (*UNBUILDABLE, NameError)  # what a converter raises for names or shapes that it did not expect
 
 
 def read_lora(file: Path, spec: ModelSpec) -> Lora:
@@ -86,7 +63,7 @@ def read_lora(file: Path, spec: ModelSpec) -> Lora:
             return_alphas=True,
         )
         state, *alphas, _ = found  # alphas are of those pipelines that know `return_alphas`
-        tensors = _stripped(file, state, f"{pipeline.transformer_name}.")
+        tensors = _checked(file, state, pipeline.transformer_name)
     except UNCONVERTIBLE as error:
         raise CheckpointError(
             f"diffusers' {pipeline.__name__} cannot convert the file",
@@ -106,7 +83,8 @@ def read_lora(file: Path, spec: ModelSpec) -> Lora:
                 where=f"{file}: {name}",
                 hint=None if dora else "What it holds would be lost: it is in no form that diffusers loads.",
             )
-    layers = _layers(file, tensors, _scalings(file, pipeline.transformer_name, alphas[0] if alphas else None))
+    scaling = _scalings(file, pipeline.transformer_name, alphas[0] if alphas else None)
+    layers = {path: _layer(of, scaling(path, of[DOWN].shape[0])) for path, of in layers_of(tensors, str(file)).items()}
     return Lora(file, digest, layers)
 
 
@@ -121,53 +99,24 @@ def _check_data(file: Path, stored: Mapping[str, StoredTensor]) -> None:
             raise CheckpointError("the LoRA holds infs or NaNs", where=f"{file}: {name}", hint="The file is damaged.")
 
 
-def _stripped(file: Path, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The tensors of the transformer, by peft's names of them, as diffusers' `load_lora_adapter` takes them."""
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-
+def _checked(file: Path, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The tensors of the transformer, by peft's names of them, without the prefix."""
     if not state:
         raise CheckpointError("the file holds no LoRA", where=str(file))
-    foreign = next((name for name in state if not name.startswith(prefix)), None)
+    foreign = next((name for name in state if not name.startswith(f"{prefix}.")), None)
     if foreign is not None:
         raise CheckpointError(
             "a tensor that is not the transformer's",
             where=f"{file}: {foreign}",
-            expected=f"names that begin with {prefix}, diffusion_model. or what else diffusers converts to that",
+            expected=f"names that begin with {prefix}., diffusion_model. or what else diffusers converts to that",
             hint="`save_lora_weights` of the pipeline writes such names; of other models than the transformer nothing is taken.",
         )
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return tensors if "lora_A" in next(iter(tensors)) else convert_unet_state_dict_to_peft(tensors)
+    return named(state, prefix)
 
 
-def _layers(file: Path, tensors: Mapping[str, Any], scaling: Callable[[str, int], float]) -> dict[str, LoraLayer]:
-    grouped: dict[str, dict[str, Part]] = {}
-    for name, tensor in tensors.items():
-        path, leaf = next(((name[: -len(leaf) - 1], leaf) for leaf in LEAVES if name.endswith(f".{leaf}")), (name, ""))
-        if not leaf:
-            dora = "magnitude" in name
-            raise CheckpointError(
-                "a DoRA, which is not merged" if dora else "no tensor of a LoRA",
-                where=f"{file}: {name}",
-                expected=f"names that end in {', '.join(LEAVES)}",
-            )
-        grouped.setdefault(path, {})[LEAVES[leaf]] = Part(
-            TensorInfo(tuple(tensor.shape), tensor.dtype), _reader(tensor)
-        )
-    layers = {}
-    for path, parts in grouped.items():
-        missing = [leaf for leaf, key in LEAVES.items() if key != "bias" and key not in parts]
-        if missing:
-            raise CheckpointError("half of a LoRA's layer is missing", where=f"{file}: {path}.{missing[0]}")
-        down, up = parts["down"], parts["up"]
-        if len(down.info.shape) != 2 or len(up.info.shape) != 2 or down.info.shape[0] != up.info.shape[1]:
-            raise CheckpointError(
-                "the two matrices have no common rank",
-                where=f"{file}: {path}",
-                got=f"{up.info.shape} and {down.info.shape}",
-                expected="(out, rank) and (rank, in)",
-            )
-        layers[path] = LoraLayer(down, up, scaling(path, down.info.shape[0]), parts.get("bias"))
-    return layers
+def _layer(parts: Mapping[str, Any], scaling: float) -> LoraLayer:
+    of = {leaf: Part(TensorInfo(tuple(tensor.shape), tensor.dtype), _reader(tensor)) for leaf, tensor in parts.items()}
+    return LoraLayer(of[DOWN], of[UP], scaling, of.get(BIAS))
 
 
 def _scalings(file: Path, prefix: str, alphas: Mapping[str, Any] | None) -> Callable[[str, int], float]:
@@ -182,11 +131,10 @@ def _scalings(file: Path, prefix: str, alphas: Mapping[str, Any] | None) -> Call
         config = {key.removeprefix(f"{prefix}."): value for key, value in told.items() if key.startswith(f"{prefix}.")}
     except (ValueError, AttributeError) as error:
         raise CheckpointError("the header's config of the LoRA is no JSON", where=str(file), got=brief(error)) from None
-    odd = [key for key, value in config.items() if value and key not in SILENT and (key, value) != ("bias", "none")]
-    if odd or config.get("peft_type", "LORA") != "LORA" or (config and alphas):
-        key = odd[0] if odd else "alphas beside the config" if alphas else "peft_type"
+    check_config(config, f"{file}: {METADATA}")
+    if config and alphas:
         raise CheckpointError(
-            "a kind of LoRA that is not merged", where=f"{file}: {METADATA}", got=f"{key} {brief(config.get(key))}"
+            "the LoRA says twice how strong it is", where=f"{file}: {METADATA}", got="alphas beside it"
         )
 
     def scaling(path: str, rank: int) -> float:

@@ -18,29 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mxdit.errors import ModelError
-from mxdit.layers import MXLinear, linears_of
+from mxdit.errors import CheckpointError, ModelError
+from mxdit.layers import MXLinear
+from mxdit.quantize.loras import PREFIX, check_config, check_layers, layers_of, named
 from mxdit.weights import NOT_FUSED
-
-PREFIX = "transformer"  # of the tensors in an adapter's file, whichever expert it goes to
-PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
-# What a peft LoraConfig may say. Every other field must be as it is by default: it would read, replace or add to the model's
-# own weights (DoRA, PiSSA, OLoRA, LoftQ, bias="all", modules_to_save), or nobody has checked it beside a quantized linear.
-PLAIN = {
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "lora_bias"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *(
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
-    *("init_lora_weights", "runtime_config", "fan_in_fan_out"),
-}
-INITS = (True, False, "gaussian")
 
 
 class AdaptersBeside:
@@ -57,23 +38,23 @@ class AdaptersBeside:
 
         The adapter is kept in the model's float dtype.
 
-        Raises ModelError for tensors that do not fit the model, hold NaN or inf, or make another adapter than a LoRA, and what
-        diffusers raises.
+        Raises CheckpointError for tensors that do not fit the model, hold NaN or inf, or make another adapter than a LoRA, and
+        what diffusers raises.
         """
         with unchanged(self, kwargs.get("_pipeline")):
-            source = pretrained_model_name_or_path_or_dict
+            source, where = pretrained_model_name_or_path_or_dict, "load_lora_adapter"
             if isinstance(source, Mapping):
-                check_lora(self, named(source, prefix), where="load_lora_adapter")
-            _check_choices(named(kwargs.get("metadata") or {}, prefix))
+                check_layers(layers_of(named(source, prefix), where), self, where)
+            check_config(named(kwargs.get("metadata") or {}, prefix), where, _usual())
             before = set() if hotswap else set(getattr(self, "peft_config", {}))
             cast(Any, super()).load_lora_adapter(source, prefix=prefix, hotswap=hotswap, **kwargs)
             for name in set(getattr(self, "peft_config", {})) - before:
                 _settle(self, name, self.dtype)
 
     def add_adapter(self: Any, adapter_config: Any, adapter_name: str = "default") -> None:
-        """diffusers' own, for a plain LoRA, whose weights peft makes in FP32. Raises ModelError for anything else."""
+        """diffusers' own, for a plain LoRA, whose weights peft makes in FP32. Raises CheckpointError for anything else."""
         with unchanged(self):
-            _check_choices(getattr(adapter_config, "to_dict", dict)())
+            check_config(getattr(adapter_config, "to_dict", dict)(), "add_adapter", _usual())
             cast(Any, super()).add_adapter(adapter_config, adapter_name)
             _settle(self, adapter_name, None)
 
@@ -114,61 +95,6 @@ def _again(make: Any, cls: type, rest: list[Any]) -> Any:
     return make(_class_beside(cls), *rest)
 
 
-def check_lora(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Raise ModelError unless the tensors are those of a LoRA for `model`, whole and finite.
-
-    Args:
-        model: a transformer, float or quantized, on any device, `meta` too; with adapters or without.
-        state: ``PATH.lora_A.weight`` (r, K), ``PATH.lora_B.weight`` (N, r), ``PATH.lora_B.bias`` (N,) of each linear.
-        where: what they were read from, for the error.
-    """
-    linears, others = dict(linears_of(model)), dict(model.named_modules())
-    if not state:
-        raise ModelError(
-            "no tensor of an adapter", where=where, hint=f"Names look like {PREFIX}.{next(iter(linears))}{PARTS[0]}."
-        )
-    for name, tensor in state.items():
-        part = next((part for part in PARTS if name.endswith(part)), None)
-        path = name.removesuffix(part or "")
-        if part is None:
-            raise ModelError(
-                "a tensor that is none of a LoRA's",
-                where=f"{where}: {name}",
-                expected=" or ".join(f"*{part}" for part in PARTS),
-                hint="Beside quantized linears there can be a plain LoRA: no DoRA, LoHa, LoKr, or changes of norms.",
-            )
-        if path not in linears and path not in others:
-            raise ModelError(
-                "an adapter for a module that the model does not have",
-                where=f"{where}: {name}",
-                got=path,
-                expected=f"one like {next(iter(linears))}",
-                hint="It was made for another model.",
-            )
-        pair = [state.get(path + part) for part in PARTS[:2]]
-        if pair[0] is None or pair[1] is None:
-            raise ModelError(
-                "half of an adapter",
-                where=f"{where}: {path}",
-                got=name,
-                expected=" and ".join(path + p for p in PARTS[:2]),
-            )
-        if path in linears:
-            n, k, r = linears[path].out_features, linears[path].in_features, pair[0].shape[0]
-            shape = ((r, k), (n, r), (n,))[PARTS.index(part)]
-            if tuple(tensor.shape) != shape or not r:
-                raise ModelError(
-                    "a misshapen adapter",
-                    where=f"{where}: {name}",
-                    got=tuple(tensor.shape),
-                    expected=shape,
-                    hint="It was made for another model, or its two matrices differ in rank.",
-                )
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            got = "NaN or inf" if tensor.is_floating_point() else tensor.dtype
-            raise ModelError("an adapter that holds no finite numbers", where=f"{where}: {name}", got=got)
-
-
 @contextmanager
 def unchanged(*models: Any) -> Iterator[None]:
     """Give models back as they were if the block raises: modules, hooks, adapters and their bits, and what is trained.
@@ -202,36 +128,10 @@ def unchanged(*models: Any) -> Iterator[None]:
                 tensor.data = before.to(tensor.device)
 
 
-def named(given: Mapping[str, Any], prefix: str | None) -> dict[str, Any]:
-    """What of an adapter's tensors, or of its metadata, is for a transformer: by peft's names, without the prefix."""
-    start = f"{prefix}." if prefix else ""
-    found = {name.removeprefix(start): value for name, value in given.items() if name.startswith(start)}
-    if any(isinstance(value, Tensor) for value in found.values()) and not any("lora_A" in name for name in found):
-        from diffusers.utils import convert_unet_state_dict_to_peft
-
-        return convert_unet_state_dict_to_peft(found)
-    return found
-
-
-def _check_choices(choices: Mapping[str, Any]) -> None:
-    """Raise ModelError for an adapter of another kind than a plain LoRA, told from the fields of its peft config."""
+def _usual() -> dict[str, Any]:
     from peft import LoraConfig
 
-    kind = str(getattr(kind := choices.get("peft_type") or "LORA", "value", kind))
-    usual = LoraConfig().to_dict()
-    odd = {key: value for key, value in choices.items() if key not in PLAIN and value and value != usual.get(key)}
-    if choices.get("init_lora_weights", True) not in INITS:
-        odd["init_lora_weights"] = choices["init_lora_weights"]
-    if kind != "LORA":
-        odd = {"peft_type": kind}
-    if odd:
-        raise ModelError(
-            "an adapter that cannot be beside quantized linears",
-            where="its peft config",
-            got=", ".join(f"{key}={value!r}" for key, value in odd.items()),
-            expected="a plain LoRA, which leaves the model's own weights alone",
-            hint="Use it on the model in BF16.",
-        )
+    return LoraConfig().to_dict()
 
 
 def _settle(model: nn.Module, name: str, dtype: torch.dtype | None) -> None:
@@ -244,7 +144,7 @@ def _settle(model: nn.Module, name: str, dtype: torch.dtype | None) -> None:
         packed = isinstance(layer.get_base_layer(), MXLinear)
         kind = getattr(layer, "lora_variant", {}).get(name, layer)
         if packed and type(kind) not in (Linear, OnePass):
-            raise ModelError(
+            raise CheckpointError(
                 "an adapter that cannot be beside a quantized linear",
                 where=path,
                 got=type(kind).__name__,
@@ -255,8 +155,8 @@ def _settle(model: nn.Module, name: str, dtype: torch.dtype | None) -> None:
                 continue
             for tensor in holder.parameters():
                 if tensor.is_meta or not torch.isfinite(tensor).all():
-                    got = "no data" if tensor.is_meta else "NaN or inf"
-                    raise ModelError("an adapter that holds no finite numbers", where=path, got=got)
+                    what = "a part of the LoRA was not loaded" if tensor.is_meta else "the LoRA holds infs or NaNs"
+                    raise CheckpointError(what, where=path)
             if dtype is not None and packed:
                 holder.to(dtype)
         if packed and name in layer.lora_A:
