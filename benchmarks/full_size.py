@@ -1,8 +1,8 @@
 """Whether Wan2.2-T2V-A14B runs in the memory that a plan says: made at full size with random weights, and run under a hard limit.
 
-    python benchmarks/full_size.py make DIR [--scale full|mid|tiny] [--method mxfp4] [--text bf16|mxfp8|mxfp4]
+    python benchmarks/full_size.py make DIR [--scale full|mid|tiny] [--method mxfp4] [--text mxfp4] [--table mxfp8]
     python benchmarks/full_size.py run DIR [--memory 12GiB] [--limit 12GiB] [--size 832x480] [--frames 5] [--steps 2]
-    python benchmarks/full_size.py configs DIR [--scale full]
+    python benchmarks/full_size.py configs DIR [--scale full] [--method mxfp4] [--text mxfp4] [--table mxfp8]
 
 `make` writes the pipeline in packed form, one tensor at a time, 20 GB at full size: both experts, UMT5-XXL, the VAE in FP32, the
 tokenizer of the bundled model. No BF16 model is ever made: codes are random bytes that are valid, and scales such that a
@@ -37,14 +37,17 @@ from torch import Tensor, nn
 from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.shapes import A14B, TEXT_ENCODER, Wan
 from mxdit.bench.standins import skeleton
-from mxdit.checkpoint.writer import STEM, Part, index_of, new_directory, shards_of
+from mxdit.checkpoint.writer import ENCODER_STEM, STEM, Part, index_of, new_directory, shards_of
 from mxdit.config import MXConfig
+from mxdit.config.encoders import encoder_config, stated
 from mxdit.generation.directory import bundled
 from mxdit.generation.memory import Sampler, status
 from mxdit.generation.plan import budget_of
 from mxdit.generation.session import Session
-from mxdit.numerics.formats import TensorInfo, block_format
+from mxdit.models import spec_of
+from mxdit.numerics.formats import FORMATS, TensorInfo, block_format
 from mxdit.quantize.plan import plan
+from mxdit.quantize.tables import table_of
 from mxdit.version import __version__
 
 MIB, GIB = 2**20, 2**30
@@ -71,7 +74,8 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--scale", choices=SCALES, default="full", help="of what is made")
     parser.add_argument("--method", default="mxfp4", help="of both experts: mxfp4, mxfp4_dualscale or mxfp8")
-    parser.add_argument("--text", choices=("bf16", "mxfp8", "mxfp4"), default="bf16", help="form of the text encoder")
+    parser.add_argument("--text", choices=("bf16", *FORMATS), default="mxfp4", help="form of the text encoder")
+    parser.add_argument("--table", choices=("bf16", *FORMATS), help="form of its token table; mxfp8 where it is packed")
     parser.add_argument("--memory", help="budget of the run, as in 12GiB; without it everything is resident")
     parser.add_argument("--limit", help="hard limit on private writable memory (RLIMIT_DATA), as in 14GiB")
     parser.add_argument("--size", default="832x480", help="WIDTHxHEIGHT")
@@ -87,7 +91,8 @@ def main() -> int:
             args.json.write_text(json.dumps(row, indent=1) + "\n")
         return 0 if abs(row["rss"] / row["plan"]["peak"] - 1) <= WITHIN and row["kept"] else 1
     started = time.perf_counter()
-    make(args.directory, *SCALES[args.scale], args.method, args.text, weights=args.what == "make")
+    table = args.table or ("bf16" if args.text == "bf16" else "mxfp8")
+    make(args.directory, *SCALES[args.scale], args.method, args.text, table, weights=args.what == "make")
     nbytes = sum(file.stat().st_size for file in args.directory.rglob("*") if file.is_file())
     print(f"{args.directory}: {nbytes / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s")
     return 0
@@ -97,14 +102,14 @@ def main() -> int:
 
 
 def make(
-    root: Path, wan: Wan, text: dict[str, Any], vae: dict[str, Any], method: str, form: str, *, weights: bool
+    root: Path, wan: Wan, text: dict[str, Any], vae: dict[str, Any], method: str, form: str, table: str, *, weights: bool
 ) -> None:
     """Write what is not there yet of a pipeline's directory; each component appears whole or not at all."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 
-    if form != "bf16":
-        sys.exit("text encoders are not packed by this release of mxdit: take --text bf16")
+    if form == "bf16" != table:
+        sys.exit("the table of a text encoder in BF16 stays in BF16, too: leave --table out, or pack the encoder")
     root.mkdir(parents=True, exist_ok=True)
     wan = replace(wan, vae=vae)
     for name in ("transformer", "transformer_2"):
@@ -119,7 +124,8 @@ def make(
         encoder = UMT5EncoderModel(UMT5Config(**text)).bfloat16()
         autoencoder = AutoencoderKLWan(**vae)
     config = {**encoder.config.to_dict(), "architectures": ["UMT5EncoderModel"], "dtype": "bfloat16"}
-    write(root / "text_encoder", encoder, config, "model", weights)
+    own = {"quant_method": form, "embedding": None if table == "bf16" else table}
+    write(root / "text_encoder", encoder, config, ENCODER_STEM, weights, None if form == "bf16" else encoder_config(own, form))
     config = {**dict(autoencoder.config), "_class_name": "AutoencoderKLWan"}
     config.pop("_use_default_values", None)
     write(root / "vae", autoencoder, config, STEM, weights)
@@ -151,33 +157,31 @@ def write(
     *,
     seed: int = 0,
 ) -> None:
-    """A component's directory; with a method its linears are packed."""
+    """A component's directory; with a method its linears are packed, and its token table where the config says so."""
     if folder.exists():
         print(f"{folder.name} is there")
         return
-    started, parts, kept = time.perf_counter(), dict[str, Part](), list[str]()
-    decisions = {} if method is None else plan(model, method)
-    seen = set[int]()
+    started, parts, seen = time.perf_counter(), dict[str, Part](), set[int]()
+    methods = {} if method is None else {path: decision.method for path, decision in plan(model, method).items()}
+    table = None if method is None else table_of(method, spec_of(model))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:  # tied
             continue
         seen.add(id(tensor))
         path, _, leaf = name.rpartition(".")
-        decision = decisions.get(path)
-        if decision is not None and decision.scheme and leaf == "weight":
-            assert method is not None
-            record = block_format(method.quant_method).tensors(*tensor.shape, where=name)
-            fill = partial(packed, str(method.quant_method), tensor.shape[1])
+        of = str(method.embedding) if method is not None and path == table else methods.get(path)
+        if of is not None and leaf == "weight":
+            record = block_format(of).tensors(*tensor.shape, where=name)
+            fill = partial(packed, of, 1 if path == table else tensor.shape[1])
             parts |= {
                 f"{path}.{key}": Part(info, partial(fill, key, info, seed + len(parts))) for key, info in record.items()
             }
         else:
             info = TensorInfo(tuple(tensor.shape), tensor.dtype)
             parts[name] = Part(info, partial(plain, name, info, seed + len(parts)))
-        if decision is not None and not decision.scheme and leaf == "weight":
-            kept.append(path)
     if method is not None:
-        config = {**config, "quantization_config": method.serialized(kept, {"mxdit": __version__}).to_dict()}
+        serialized = method.serialized(methods, {"mxdit": __version__})
+        config = {**config, "quantization_config": stated(serialized) if stem == ENCODER_STEM else serialized.to_dict()}
     shards = shards_of(parts, SHARD, stem)
     with new_directory(folder, f"full_size {sorted(str(p.info) for p in parts.values())}") as staging:
         for shard in shards if weights else ():
