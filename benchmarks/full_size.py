@@ -1,7 +1,7 @@
 """Whether Wan2.2-T2V-A14B runs in the memory that a plan says: made at full size with random weights, and run under a hard limit.
 
     python benchmarks/full_size.py make DIR [--scale full|mid|tiny] [--method mxfp4] [--text mxfp4] [--table mxfp8]
-    python benchmarks/full_size.py run DIR [--memory 12GiB] [--limit 12GiB] [--size 832x480] [--frames 5] [--steps 2]
+    python benchmarks/full_size.py run DIR [--memory 12GiB | --tiles] [--limit 9GiB] [--size 832x480] [--frames 5] [--steps 2]
     python benchmarks/full_size.py configs DIR [--scale full] [--method mxfp4] [--text mxfp4] [--table mxfp8]
 
 `make` writes the pipeline in packed form, one tensor at a time, 20 GB at full size: both experts, UMT5-XXL, the VAE in FP32, the
@@ -9,10 +9,10 @@ tokenizer of the bundled model. No BF16 model is ever made: codes are random byt
 product of unit variance has about unit variance. It goes on where it was interrupted. `configs` writes the JSON files alone,
 which is enough for `mxdit info DIR --memory`. `run` loads it with a plan in a fresh process, under RLIMIT_DATA where --limit
 is given, makes a clip with guidance whose first half of the steps is one expert's and the second the other's, and prints peaks
-of RssAnon and RSS beside the plan.
+of RssAnon and RSS beside the plan. Without --memory everything is resident; with --tiles, too, and the VAE decodes in tiles.
 
-RLIMIT_DATA is the kernel's limit on private writable memory. It counts a mapping whole, whether its pages are resident or not,
-and safetensors maps weights so: pages that were given back still count.
+RLIMIT_DATA is the kernel's limit on private writable memory. It counts a mapped file whole, whether its pages are resident or
+not, and safetensors maps weights so. --limit is therefore one of memory that no file backs: the files' bytes are added to it.
 
 Exits with 1 when the measured peak of RSS is more than 5 % from the plan's, or above --memory.
 """
@@ -27,7 +27,7 @@ import shutil
 import sys
 import time
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from mxdit.config import MXConfig
 from mxdit.config.encoders import encoder_config, stated
 from mxdit.generation.directory import bundled
 from mxdit.generation.memory import Sampler, status
-from mxdit.generation.plan import budget_of
+from mxdit.generation.plan import TILES, Policy, budget_of
 from mxdit.generation.session import Session
 from mxdit.models import spec_of
 from mxdit.numerics.formats import FORMATS, TensorInfo, block_format
@@ -76,8 +76,10 @@ def main() -> int:
     parser.add_argument("--method", default="mxfp4", help="of both experts: mxfp4, mxfp4_dualscale or mxfp8")
     parser.add_argument("--text", choices=("bf16", *FORMATS), default="mxfp4", help="form of the text encoder")
     parser.add_argument("--table", choices=("bf16", *FORMATS), help="form of its token table; mxfp8 where it is packed")
-    parser.add_argument("--memory", help="budget of the run, as in 12GiB; without it everything is resident")
-    parser.add_argument("--limit", help="hard limit on private writable memory (RLIMIT_DATA), as in 14GiB")
+    held = parser.add_mutually_exclusive_group()
+    held.add_argument("--memory", help="budget of the run, as in 12GiB; without it everything is resident")
+    held.add_argument("--tiles", action="store_true", help="everything is resident, and the VAE decodes in tiles")
+    parser.add_argument("--limit", help="hard limit on memory that no file backs (RLIMIT_DATA), as in 9GiB")
     parser.add_argument("--size", default="832x480", help="WIDTHxHEIGHT")
     parser.add_argument("--frames", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
@@ -196,15 +198,21 @@ def write(
 
 def packed(method: str, fan_in: int, key: str, info: TensorInfo, seed: int) -> Tensor:
     """Codes of all values but NaN, and scales that make a weight of them whose products keep their variance."""
-    generator = torch.Generator().manual_seed(seed)
     if key == "weight":
-        codes = torch.randint(256, info.shape, dtype=torch.uint8, generator=generator)
-        return codes if method != "mxfp8" else codes.masked_fill_((codes & 0x7F) == 0x7F, 0)
+        stretch = codes(method == "mxfp8").roll(seed * 7919)
+        return stretch.repeat(math.ceil(info.nbytes / len(stretch)))[: info.nbytes].view(info.shape)
     spread = 3.0 if method != "mxfp8" else 100.0  # about the standard deviation of codes that are equally likely
     if key == "weight_scale":
         exponent = 127 if method == "mxfp4_dualscale" else round(math.log2(1 / (spread * math.sqrt(fan_in)))) + 127
         return torch.full(info.shape, exponent, dtype=torch.uint8)
     return torch.full(info.shape, 1 / (spread * math.sqrt(fan_in)), dtype=info.dtype)  # weight_dual_scale
+
+
+@cache
+def codes(eight_bits: bool) -> Tensor:
+    """One stretch of random codes, of which each tensor begins at another place: much cheaper than new ones for each."""
+    found = torch.randint(256, ((1 << 24) - 3,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return found.masked_fill_((found & 0x7F) == 0x7F, 0) if eight_bits else found
 
 
 def plain(name: str, info: TensorInfo, seed: int) -> Tensor:
@@ -227,7 +235,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.limit:
-        limit = budget_of(args.limit)
+        files = sum(file.stat().st_size for file in args.directory.rglob("*.safetensors"))
+        limit = budget_of(args.limit) + files
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     width, height = map(int, args.size.split("x"))
     session = Session.open(args.directory, memory=args.memory)
@@ -235,11 +244,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     steps = {"steps": args.steps, "guidance": 4.0, "boundary_ratio": boundary(session, args.steps)}
     request = session.request(prompt="a red seven moving left", size=(height, width), frames=args.frames, **steps)
     planned, tell = session.plan(request), list[tuple[str, float]]()
+    if args.tiles:
+        planned = next(plan for plan in session.plans(request) if plan.policy == Policy(vae=TILES))
     before, experts = status("VmRSS"), dict[str, int]()
     with Sampler(every=0.01) as loading:
         started = time.perf_counter()
         pipeline = session.load(request)
         tell.append(("load", time.perf_counter() - started))
+    if args.tiles:
+        pipeline.components["vae"].enable_tiling()
     for name in ("transformer", "transformer_2"):
         pipeline.components[name].register_forward_hook(partial(count, experts, name))
     with Sampler(every=0.01) as making:
