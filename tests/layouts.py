@@ -43,16 +43,18 @@ def experts(root: Path) -> dict[str, Path]:
 
 
 def auto_round(packed: Path, out: Path, **said: Any) -> Path:
-    """A packed expert of one kind of linears as AutoRound writes it; `said` are more keys of its config."""
+    """A packed expert as AutoRound writes it, `bits` those of most layers; `said` are more keys of its config."""
     tensors = {}
+    config = json.loads((packed / "config.json").read_text())
+    bits = 8 if config["quantization_config"]["quant_method"] == "mxfp8" else 4
+    others = [path for paths in config["quantization_config"].get("layer_methods", {}).values() for path in paths]
     for name, tensor in library.load_file(packed / tiny.WEIGHTS).items():
-        codes, eight = tensor.dtype is torch.uint8 and name.endswith(".weight"), "mxfp8" in packed.name
+        codes = tensor.dtype is torch.uint8 and name.endswith(".weight")
+        eight = (bits == 8) != (name.removesuffix(".weight") in others)
         name = f"{name}_packed" if codes and not eight else name
         tensors[name] = tensor.view(torch.float8_e4m3fn) if codes and eight else tensor
     out.mkdir()
     library.save_file(tensors, out / tiny.WEIGHTS, {"format": "pt"})
-    config = json.loads((packed / "config.json").read_text())
-    bits = 8 if "mxfp8" in packed.name else 4
     stated = {
         "quant_method": "auto-round",
         "data_type": "mx_fp",
