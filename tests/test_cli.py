@@ -355,8 +355,8 @@ def test_activations_by_step(monkeypatch, capsys, tmp_path, models):
             "error: --activation-steps: the policy was written for another number",
         ),
         (
-            ["--activation-steps", "0=bf16", "--method", "mxfp8"],
-            "error: --activation-steps: activations in 'bf16' do not",
+            ["--activation-steps", "0=mxfp4", "--method", "mxfp8"],
+            "error: --activation-steps: activations in 'mxfp4' do not",
         ),
         (
             ["--activation-steps", "0=bf16", "--method", "none"],

@@ -90,12 +90,47 @@ def test_from_single_file_of_nvfp4_and_mxfp8_by_the_layers_own_words(tmp_path):
             else:
                 assert torch.equal(state[name], made.values[theirs].to(state[name].dtype)), name
         with pytest.raises(
-            CheckpointError, match=r'is quantized to mxfp8; expected a float model.*MXConfig\("mxfp8"\)'
+            CheckpointError,
+            match=r'quantized already; got mxfp8; expected a float layer.* to mxfp4.*MXConfig\("mxfp8"\)',
         ):
             foreign.from_single_file(file, floats, mxdit.MXConfig("mxfp4"))
     file = File("nvfp4", header=True).save(tmp_path / "header.safetensors")
     with pytest.raises(CheckpointError, match=r"says what this scales. diffusers drops the file's header"):
         foreign.from_single_file(file, floats, mxdit.MXConfig("mxfp4"))
+
+
+@pytest.mark.slow
+def test_from_single_file_with_mxfp8_in_some_layers(tmp_path):
+    """MXFP8 in the first block, NVFP4 in the second: the one is kept, the other quantized again."""
+    eight, four = File("mxfp8"), File("nvfp4")
+    second = {name: tensor for name, tensor in four.tensors.items() if name.startswith("blocks.1.")}
+    mixed = File("mxfp8")
+    mixed.tensors = {name: t for name, t in eight.tensors.items() if not name.startswith("blocks.1.")} | second
+    file = mixed.save(tmp_path / "mixed.safetensors")
+    config = mxdit.MXConfig("mxfp4", layer_methods={"mxfp8": ["blocks.0.*"]})
+    floats = four.save_float(tmp_path / "four")
+    loaded, wanted = foreign.from_single_file(file, floats, config).state_dict(), tiny.load(floats, config).state_dict()
+    for name, theirs in original.names(tiny.BLOCKS).items():
+        path = theirs.removesuffix(".weight")
+        if path in eight.scales and path.startswith("blocks.0."):
+            assert torch.equal(loaded[name], eight.tensors[theirs].view(torch.uint8))
+            assert torch.equal(loaded[f"{name}_scale"], eight.scales[path])
+        elif path in eight.scales:
+            assert torch.equal(loaded[name], wanted[name]) and torch.equal(
+                loaded[f"{name}_scale"], wanted[f"{name}_scale"]
+            )
+    for keys in ({"quant_method": "mxfp4"}, {"quant_method": "mxfp8", "layer_methods": {"mxfp4": ["blocks.0.ffn.*"]}}):
+        with pytest.raises(
+            CheckpointError, match=r"blocks.0.*quantized already; got mxfp8; expected a float layer, .* mxfp4"
+        ):
+            foreign.from_single_file(file, floats, mxdit.MXConfig(**keys))
+    convert_checkpoint(file, tmp_path / "packed", "packed", base=floats).write()
+    (expert,) = inspect_checkpoint(tmp_path / "packed").components
+    assert not expert.faults and expert.linears == {"mxfp8": 10, "float": 16}
+    stored = open_tensors(tmp_path / "packed")
+    assert torch.equal(
+        stored["blocks.1.attn1.to_q.weight"].read(), four.values["blocks.1.self_attn.q.weight"].bfloat16()
+    )
 
 
 def test_mxfp8_becomes_packed_with_the_very_codes_and_scales(root, tmp_path):

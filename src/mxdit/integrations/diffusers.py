@@ -132,10 +132,8 @@ class MXQuantizer(DiffusersQuantizer):
         self.decisions = plan(model, config)
         if state_dict is not None:  # from_single_file, which has read and renamed the tensors by now
             if not self.pre_quantized:
-                name, method = type(model).__name__, str(config.quant_method)
-                self.codes = take_codes(
-                    state_dict, method, lambda p: self._is_quantized(f"{p}.weight", ("weight",)), name
-                )
+                methods = {path: of.method for path, of in self.decisions.items() if of.method}
+                self.codes = take_codes(state_dict, methods, type(model).__name__)
             self.tensors = {name: TensorInfo.of(tensor) for name, tensor in state_dict.items()}
         if self.pre_quantized:
             # Online, the nn.Linear stays until its weight arrives: the host takes a tensor of another shape than the

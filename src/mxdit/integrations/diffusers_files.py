@@ -7,7 +7,7 @@ the codes are decoded one at a time, when the host asks for the tensor to be loa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,28 +57,30 @@ class Codes:
     parts: dict[str, dict[str, Tensor]]
 
 
-def take_codes(state_dict: dict[str, Any], method: str, quantizes: Callable[[str], bool], where: str) -> Codes:
+def take_codes(state_dict: dict[str, Any], methods: Mapping[str, str], where: str) -> Codes:
     """Take the tensors in codes out of a file's, and put stand-ins in their place.
 
     Args:
         state_dict: the file's tensors under the model's names; changed in place.
-        method: what the model is quantized to.
-        quantizes: whether a layer is.
+        methods: layer -> the method that it is quantized to; layers that are not quantized are not among them.
         where: the model, for errors.
 
-    Raises CheckpointError for codes that mxdit does not read, and for MXFP8 where another method is asked for.
+    Raises CheckpointError for codes that mxdit does not read, and for MXFP8 layers that are to have another method.
     """
     if state_dict and all(name.startswith(PREFIX) for name in state_dict):
         for name in list(state_dict):
             state_dict[name.removeprefix(PREFIX)] = state_dict.pop(name)
     tensors: dict[str, Readable] = {name: _readable(name, tensor, where) for name, tensor in state_dict.items()}
-    found = decoded(tensors, None, quantizes, where)
-    if found.methods and method != "mxfp8":
+    found = decoded(tensors, None, lambda path: path in methods, where)
+    other = next((path for path, method in found.methods.items() if methods[path] != method), None)
+    if other is not None:
         raise CheckpointError(
-            "the file is quantized to mxfp8",
-            where=next(iter(found.methods)),
-            expected=f"a float model, to quantize it to {method}",
-            hint='Load it with MXConfig("mxfp8"), which takes its codes as they are; or take a BF16 file.',
+            "the file holds a layer that is quantized already",
+            where=other,
+            got=found.methods[other],
+            expected=f"a float layer, to quantize it to {methods[other]}",
+            hint='Load it with MXConfig("mxfp8"), or name such layers under layer_methods mxfp8: their codes are taken as they '
+            "are. Or take a BF16 file.",
         )
     values = {name: tensor for name, tensor in found.tensors.items() if isinstance(tensor, Decoded)}
     parts: dict[str, dict[str, Tensor]] = {}
