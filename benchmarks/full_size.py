@@ -104,7 +104,15 @@ def main() -> int:
 
 
 def make(
-    root: Path, wan: Wan, text: dict[str, Any], vae: dict[str, Any], method: str, form: str, table: str, *, weights: bool
+    root: Path,
+    wan: Wan,
+    text: dict[str, Any],
+    vae: dict[str, Any],
+    method: str,
+    form: str,
+    table: str,
+    *,
+    weights: bool,
 ) -> None:
     """Write what is not there yet of a pipeline's directory; each component appears whole or not at all."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
@@ -127,7 +135,14 @@ def make(
         autoencoder = AutoencoderKLWan(**vae)
     config = {**encoder.config.to_dict(), "architectures": ["UMT5EncoderModel"], "dtype": "bfloat16"}
     own = {"quant_method": form, "embedding": None if table == "bf16" else table}
-    write(root / "text_encoder", encoder, config, ENCODER_STEM, weights, None if form == "bf16" else encoder_config(own, form))
+    write(
+        root / "text_encoder",
+        encoder,
+        config,
+        ENCODER_STEM,
+        weights,
+        None if form == "bf16" else encoder_config(own, form),
+    )
     config = {**dict(autoencoder.config), "_class_name": "AutoencoderKLWan"}
     config.pop("_use_default_values", None)
     write(root / "vae", autoencoder, config, STEM, weights)

@@ -214,7 +214,7 @@ def test_an_adapter_of_layers_that_are_not_quantized_is_fused(pipe):
 def test_peft_itself_cannot_merge(pipe, safe):
     pipe.load_lora_weights(lora(pipe.transformer), adapter_name="a")
     before = Untouched(pipe.transformer)
-    with pytest.raises((ModelError, FormatError), match="cannot be fused into a packed weight|taken for a float one"):
+    with pytest.raises((ModelError, FormatError), match=r"cannot be fused into a packed weight|taken for a float one"):
         pipe.transformer.blocks[0].attn1.to_q.merge(safe_merge=safe)
     before.check()
 
