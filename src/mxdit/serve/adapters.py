@@ -37,7 +37,7 @@ class Shelf:
             there: dict[str | None, Path] = {}
             if entry.is_dir():
                 there.update({name: file for name in COMPONENTS if (file := entry / f"{name}{SUFFIX}").is_file()})
-            elif entry.suffix == SUFFIX:
+            elif entry.suffix == SUFFIX and entry.is_file():
                 there[None] = entry
             name = entry.name if entry.is_dir() else entry.stem
             if there and NAME.fullmatch(name):
@@ -46,16 +46,22 @@ class Shelf:
 
     def shown(self) -> list[dict[str, Any]]:
         """What clients read about each."""
-        return [
-            {
-                "id": name,
-                "object": "adapter",
-                "created": int(max(file.stat().st_mtime for file in files.values())),
-                "transformers": None if None in files else list(files),
-                "bytes": sum(file.stat().st_size for file in files.values()),
-            }
-            for name, files in self.found().items()
-        ]
+        shown = []
+        for name, files in self.found().items():
+            try:
+                states = [file.stat() for file in files.values()]
+            except FileNotFoundError:  # taken away since it was found
+                continue
+            shown.append(
+                {
+                    "id": name,
+                    "object": "adapter",
+                    "created": int(max(state.st_mtime for state in states)),
+                    "transformers": None if None in files else list(files),
+                    "bytes": sum(state.st_size for state in states),
+                }
+            )
+        return shown
 
     def files(self, asked: Sequence[Mapping[str, Any]], components: Collection[str]) -> list[LoraFile]:
         """The files of the adapters in a request, as `lora_of` gives them, for a model of these transformers.

@@ -92,6 +92,16 @@ def test_they_are_listed(client, data):
     assert "lora" in client.models()[0]["takes"]
 
 
+def test_a_file_that_goes_while_they_are_listed(tmp_path, monkeypatch):
+    loras.made(tmp_path / "here.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
+    shelf, found = Shelf(tmp_path), Shelf.found
+    assert list(shelf.found()) == ["here"]
+    gone: Any = {"gone": {None: tmp_path / "gone.safetensors"}}
+    monkeypatch.setattr(Shelf, "found", lambda self: {**found(self), **gone})
+    assert [adapter["id"] for adapter in shelf.shown()] == ["here"]
+
+
 @pytest.mark.parametrize("mode", ["none", "mxfp4"])
 def test_switched_from_job_to_job(client, model, data, tmp_path, mode):
     name = "tiny-t2v" if mode == "none" else "tiny-t2v:mxfp4"
