@@ -41,7 +41,7 @@ class AdaptersBeside:
         Raises CheckpointError for tensors that do not fit the model, hold NaN or inf, or make another adapter than a LoRA, and
         what diffusers raises.
         """
-        with unchanged(self, kwargs.get("_pipeline")):
+        with unchanged(self, kwargs.get("_pipeline"), hotswap=hotswap):
             source, where = pretrained_model_name_or_path_or_dict, "load_lora_adapter"
             if isinstance(source, Mapping):
                 check_layers(layers_of(named(source, prefix), where), self, where)
@@ -96,11 +96,12 @@ def _again(make: Any, cls: type, rest: list[Any]) -> Any:
 
 
 @contextmanager
-def unchanged(*models: Any) -> Iterator[None]:
+def unchanged(*models: Any, hotswap: bool = False) -> Iterator[None]:
     """Give models back as they were if the block raises: modules, hooks, adapters and their bits, and what is trained.
 
     Args:
-        models: modules, pipelines with their components, or None. Only the adapters' tensors are copied, to the CPU.
+        models: modules, pipelines with their components, or None.
+        hotswap: whether the block writes into the tensors of adapters that are there. They are copied then, to the CPU.
     """
     roots = [part for model in models for part in getattr(model, "components", {"": model}).values()]
     modules = list({id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values())
@@ -109,7 +110,11 @@ def unchanged(*models: Any) -> Iterator[None]:
         (held, copy(held)) for _, before in names for held in before.values() if type(held) in (dict, OrderedDict, list)
     ]
     wanting = [(tensor, tensor.requires_grad) for module in modules for tensor in module.parameters(recurse=False)]
-    bits = [(tensor, tensor.detach().cpu().clone()) for module in modules for tensor in _tensors_of_adapters(module)]
+    bits = [
+        (tensor, tensor.detach().cpu().clone() if hotswap else tensor.data)
+        for module in modules
+        for tensor in _tensors_of_adapters(module)
+    ]
     done = False
     try:
         yield
