@@ -19,6 +19,8 @@ from mxdit.checkpoint import quantize_checkpoint
 from mxdit.config.loras import LoraFile
 from mxdit.errors import InputError, MXDiTError
 from mxdit.generation import adapters
+from mxdit.generation.plan import DROP, SWAP, Planner, Policy
+from mxdit.generation.recording import transformers_of
 from mxdit.generation.session import Session
 
 SMALL: Any = {"prompt": "a red seven", "size": (16, 16), "frames": 5, "steps": 4}
@@ -118,6 +120,55 @@ def test_no_more_than_so_many_stay_in_memory(model, files, tmp_path, monkeypatch
     assert [np.array_equal(frames(session, loras=[lora]), of) for lora, of in zip(many, seen, strict=True)] == [
         True
     ] * 4
+
+
+@pytest.mark.parametrize("method", [None, "mxfp4"])
+@pytest.mark.parametrize("policy", [Policy(), Policy(DROP, SWAP)], ids=["resident", "dropped and swapped"])
+def test_beside_a_plan_of_memory(model, files, tmp_path, monkeypatch, method, policy):
+    """The same frames however the model is held, the plan counts what the files take, and those out of use are not kept."""
+    path = packed(model, tmp_path) if method else model
+    both = [LoraFile(files["high"], 0.8, "transformer"), LoraFile(files["low"], 1.0, "transformer_2")]
+    plain = Session.open(path)
+    expected, without = frames(plain, loras=both), frames(plain)
+    assert not np.array_equal(expected, without)
+    monkeypatch.setattr(Planner, "policies", lambda _: iter([policy]))
+    session = Session.open(path, memory="1TiB", loras=both)
+    request = session.request(**SMALL)
+    phases, none = session.plan(request).phases, session.plan(session.request(**SMALL, loras=[])).phases
+    assert np.array_equal(session.run(request).frames, expected)
+    tensors = [t for m in transformers_of(session.load()).values() for n, t in m.named_parameters() if "lora_" in n]
+    counted = {phase.weights["LoRA"] for phase in phases}
+    assert counted == {sum(t.nbytes for t in tensors)} != {0}
+    assert {a.total - b.total for a, b in zip(phases, none, strict=True)} == counted
+    assert np.array_equal(frames(session, loras=[]), without)
+    assert not any("lora_" in n for m in transformers_of(session.load()).values() for n, _ in m.named_parameters())
+    assert np.array_equal(session.run(request).frames, expected)
+
+
+def test_a_file_that_goes_is_told_under_a_plan_of_memory_too(model, tmp_path):
+    session = Session.open(model, memory="1TiB")
+    request = session.request(**SMALL, loras=[LoraFile(loras.made(tmp_path / "a.safetensors"), 1.0, "transformer")])
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(InputError, match=r"a.safetensors: the file cannot be read"):
+        session.run(request)
+
+
+def test_a_file_that_changes_while_it_is_loaded(model, tmp_path, monkeypatch):
+    """Nothing breaks: it is one of the two, or the other."""
+    file, key, looks = loras.made(tmp_path / "a.safetensors"), adapters._key, list[Any]()
+    session = Session.open(model, dtype=torch.float32)
+    request = session.request(**SMALL, loras=[LoraFile(file, 1.0, "transformer")])
+    plain = frames(session)
+
+    def looked(lora: LoraFile) -> tuple[Any, ...]:
+        looks.append(found := key(lora))
+        if len(looks) == 2:
+            os.replace(loras.made(tmp_path / "b.safetensors", seed=1), file)
+        return found
+
+    monkeypatch.setattr(adapters, "_key", looked)
+    first = session.run(request).frames
+    assert not np.array_equal(first, plain) and np.array_equal(session.run(request).frames, first)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
+from mxdit.checkpoint.files import read_header
 from mxdit.checkpoint.loras import check_fits
 from mxdit.config.loras import LoraFile, LoraLike, assigned
 from mxdit.errors import InputError, MXDiTError
@@ -58,11 +62,25 @@ class Checked:
         return found
 
 
-class Adapters:
-    """The LoRA files that a loaded pipeline has, and which of them take part in its runs."""
+def bytes_of(loras: Iterable[LoraFile], dtype: torch.dtype) -> int:
+    """What files take of memory once they are loaded into transformers of this dtype, which diffusers casts them to; each once.
 
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline, self._made = pipeline, 0
+    Raises InputError for a file that is gone, and CheckpointError for one that is damaged.
+    """
+    files = {_key(lora): lora.file for lora in loras}.values()
+    # An alpha is no number of a matrix.
+    return sum(math.prod(t.shape) * dtype.itemsize for file in files for t in read_header(file).values() if t.shape)
+
+
+class Adapters:
+    """The LoRA files that a loaded pipeline has, and which of them take part in its runs.
+
+    Args:
+        sparing: keep none that takes no part.
+    """
+
+    def __init__(self, pipeline: Any, sparing: bool = False) -> None:
+        self._pipeline, self._sparing, self._made = pipeline, sparing, 0
         self._names: dict[tuple[Any, ...], str] = {}  # the one that was used last stands last
 
     def use(self, loras: Sequence[LoraFile]) -> None:
@@ -73,21 +91,24 @@ class Adapters:
         if not loras and not self._names:
             return
         try:
-            scales: dict[tuple[Any, ...], float] = {}
+            files, scales = dict[tuple[Any, ...], LoraFile](), dict[tuple[Any, ...], float]()
             for lora in loras:
-                scales[_key(lora)] = scales.get(_key(lora), 0.0) + lora.scale  # one file twice is one of both strengths
-                self._load(lora)
+                key = _key(lora)
+                files[key] = lora
+                scales[key] = scales.get(key, 0.0) + lora.scale  # one file twice is one of both strengths
+            unused = [key for key in self._names if key not in files]
+            for key in unused[: max(0, len(unused) - (0 if self._sparing else KEPT))]:
+                self._pipeline.delete_adapters(self._names.pop(key))
+            for key, lora in files.items():
+                self._load(key, lora)
         except MXDiTError:
             self._activate({})
             raise
         self._activate(scales)
-        for key in [key for key in self._names if key not in scales][:-KEPT]:
-            self._pipeline.delete_adapters(self._names.pop(key))
 
-    def _load(self, lora: LoraFile) -> None:
+    def _load(self, key: tuple[Any, ...], lora: LoraFile) -> None:
         from mxdit.integrations.diffusers_adapters import load_lora_weights
 
-        key = _key(lora)
         if key not in self._names:
             name = f"lora_{self._made}"
             load_lora_weights(_alone(self._pipeline), {str(lora.component): lora.file}, name)

@@ -21,7 +21,7 @@ from mxdit.config.loras import LoraLike
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import Cancelled, InputError, ModelError
 from mxdit.generation import loading, media
-from mxdit.generation.adapters import Adapters, Checked
+from mxdit.generation.adapters import Adapters, Checked, bytes_of
 from mxdit.generation.calling import call_of
 from mxdit.generation.directory import ModelDirectory, bundled, open_model
 from mxdit.generation.measures import Held
@@ -229,7 +229,7 @@ class Session:
 
     def _asked(self, request: Request | None) -> tuple[tuple[int, int], int, int, int]:
         """(size, frames, steps, bytes of its LoRA files)."""
-        loras = sum(lora.file.stat().st_size for lora in (self.loras if request is None else request.loras))
+        loras = bytes_of(self.loras if request is None else request.loras, self.dtype)
         if request is not None:
             return (request.height, request.width), request.frames, request.steps, loras
         preset = self.model.preset(self.task)
@@ -243,6 +243,7 @@ class Session:
         with self.lock:
             if self._pipeline is None:
                 if self.memory is not None:
+                    self._held = None  # of a load that failed
                     self._held = self._hold(self.plan(request).policy)
                     pipeline = self._held.pipeline
                 else:
@@ -254,8 +255,8 @@ class Session:
                         "encoders": self.encoders,
                     }
                     pipeline = loading.load(self.model, self.task, self.configs, **options)
-                self._adapters = Adapters(pipeline)
-                self._adapters.use(self.loras)
+                self._adapters = Adapters(pipeline, sparing=self.memory is not None)
+                self._adapters.use(self.loras if request is None else request.loras)
                 self._pipeline = pipeline
             return self._pipeline
 
