@@ -11,9 +11,11 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 import mxdit
+from command import mxdit_command
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
+from mxdit.cli.console import read_keys
 from mxdit.config.encoders import encoder_config
-from mxdit.errors import CheckpointError, ConfigError
+from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.generation.directory import bundled, describe_encoders, open_model
 
 SOURCE = bundled("t2v")
@@ -83,7 +85,11 @@ def test_inspect_and_info_show_it_and_convert_carries_it(packed, tmp_path):
     assert [c.component for c in inspect_checkpoint(SOURCE).components] == ["transformer", "transformer_2"]
     row = describe_encoders(open_model(packed))["text_encoder"]
     assert (row["quant_method"], row["schemes"], row["kept"]) == ("mxfp8", {"w8a16": 14}, 0)
-    plan = convert_checkpoint(packed, tmp_path / "vllm", "vllm-omni")
+    with pytest.raises(
+        InputError, match=r"would be lost.*text_encoder: its packed weights, which transformers without mxdit"
+    ):
+        convert_checkpoint(packed, tmp_path / "vllm", "vllm-omni")
+    plan = convert_checkpoint(packed, tmp_path / "vllm", "vllm-omni", allow_loss=True)
     assert plan.carried["text_encoder/model.safetensors"] == packed / "text_encoder" / "model.safetensors"
 
 
@@ -184,3 +190,35 @@ def test_an_evaluation_tells_the_embeddings_error(tmp_path):
     assert errors["bf16"] is None and modes["te"]["same_as"] is None
     assert 0.005 < errors["te"]["mean"] < 0.05 < errors["te4"]["mean"] < 0.2
     assert modes["te"]["summary"]["velocity_error"]["mean"] == 0  # transformers in BF16, given BF16's own calls
+
+
+@pytest.mark.parametrize(
+    "config, option",
+    [
+        (None, '{"quant_method": "mxfp4", "embedding": "mxfp8"}'),
+        ('{"text_encoder": {"embedding": "mxfp8"}}', "mxfp4"),
+        ('{"text_encoder": "mxfp4"}', '{"embedding": "mxfp8"}'),
+        ('{"text_encoder": {"quant_method": "mxfp4", "embedding": "mxfp8"}}', None),
+    ],
+)
+def test_the_option_takes_a_method_or_keys(config, option):
+    assert read_keys(config, option) == ({}, {"text_encoder": {"quant_method": "mxfp4", "embedding": "mxfp8"}})
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("mxfp9",), "error: text_encoder: unknown quant_method; got 'mxfp9'; expected one of mxfp4"),
+        (('{"quant_method": "mxfp4", "embeding": "mxfp8"}',), "error: text_encoder: unknown key; got 'embeding'"),
+        (('{"quant_method": ',), "error: --text-encoder: not JSON"),
+        (('{"embedding": "mxfp8"}',), "error: text_encoder: no config for a text encoder"),
+        (("mxfp8", "--config", '{"text_encoder": "mxfp4"}'), "error: --text-encoder: --config says it, too; got"),
+        (("mxfp8", "--config", '{"text_encoder": ["mxfp4"]}'), "error: --text-encoder: --config says it, too; got"),
+    ],
+)
+def test_what_the_option_does_not_take(monkeypatch, capsys, tmp_path, args, message):
+    code, out, err = mxdit_command(
+        monkeypatch, capsys, "quantize", SOURCE, tmp_path / "out", "--method", "mxfp4", "--text-encoder", *args
+    )
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith(message), err

@@ -12,8 +12,9 @@ from mxdit.checkpoint.canonical import read_component
 from mxdit.checkpoint.component import Component
 from mxdit.checkpoint.layout import Layout, Written
 from mxdit.checkpoint.layouts import LAYOUTS, TARGETS
+from mxdit.checkpoint.layouts.packed import PACKED
 from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
-from mxdit.checkpoint.sources import open_both, rest_of
+from mxdit.checkpoint.sources import is_packed, open_both, rest_of
 from mxdit.checkpoint.writer import Part, check_destination, shards_of
 from mxdit.errors import CheckpointError, InputError
 from mxdit.models import SPECS
@@ -69,6 +70,13 @@ def convert_checkpoint(
         folder = layout.folder(component.spec, opened.components, name)
         planned.append(ComponentPlan(folder, config, shards, made.files, component.methods, component.reads, made.stem))
         lost += [f"{name or 'expert'}: {item}" for item in (*component.lost, *made.lost)]
+    rest = opened if opened.pipeline or under is None else under
+    if layout is not PACKED and not layout.as_released:
+        # transformers passes over a method that it does not know, and takes the codes for numbers.
+        packed = [name for name, folder in rest.encoders.items() if is_packed(folder)]
+        lost += [
+            f"{name}: its packed weights, which transformers without mxdit would read as numbers" for name in packed
+        ]
     if not quantized:
         raise CheckpointError(
             "the checkpoint is not quantized", where=str(opened.path), hint="mxdit quantize does that."
@@ -80,7 +88,7 @@ def convert_checkpoint(
             got="; ".join(lost),
             hint="Add --allow-loss to go on without them.",
         )
-    carried, files = ({}, {}) if layout.as_released else rest_of(opened if opened.pipeline or under is None else under)
+    carried, files = ({}, {}) if layout.as_released else rest_of(rest)
     return CheckpointPlan(opened.path, destination, planned, carried, files, tuple(lost))
 
 

@@ -52,8 +52,9 @@ Config = Annotated[
 TextEncoder = Annotated[
     str | None,
     typer.Option(
-        help="Method of the text encoder's weights. Its activations stay as they are. Default: not quantized.",
-        metavar="METHOD",
+        help="Method of the text encoder's weights, or its keys as JSON. Its activations stay as they are. Default: not "
+        "quantized.",
+        metavar="METHOD|JSON",
     ),
 ]
 IgnoredLayers = Annotated[
@@ -144,7 +145,18 @@ def read_keys(
     they are given."""
     keys, own = split_keys(_read_json(config), (*COMPONENTS, *TEXT_ENCODERS))
     if text_encoder is not None:
-        own["text_encoder"] = {**(own.get("text_encoder") or {}), "quant_method": text_encoder}
+        inline = text_encoder.lstrip().startswith("{")
+        option = _read_json(text_encoder, "--text-encoder") if inline else {"quant_method": text_encoder}
+        stated = own.get("text_encoder") or {}
+        stated = {"quant_method": stated} if isinstance(stated, str) else stated
+        if not isinstance(stated, dict) or not stated.keys().isdisjoint(option):
+            raise InputError(
+                "--config says it, too",
+                where="--text-encoder",
+                got=json.dumps(stated),
+                hint="Leave one of the two out.",
+            )
+        own["text_encoder"] = {**stated, **option}
     return {**keys, **{key: value for key, value in given.items() if value is not None}}, own
 
 
@@ -161,10 +173,9 @@ def layer_methods_of(given: list[str] | None) -> dict[str, list[str]] | None:
     return found or None
 
 
-def _read_json(text: str | None) -> dict[str, Any]:
+def _read_json(text: str | None, where: str = "--config") -> dict[str, Any]:
     if text is None:
         return {}
-    where = "--config"
     if not text.lstrip().startswith("{"):
         try:
             text = Path(text).read_text()

@@ -32,7 +32,13 @@ def encoder_config(own: object, where: str) -> MXConfig:
             expected="a method's name, a dictionary with quant_method, an MXConfig or None",
             hint=f"Such as {where}={{'quant_method': 'mxfp8'}}: keys of the transformers do not hold for it.",
         )
-    config = MXConfig.of(own)
+    try:
+        config = MXConfig.of(own)
+    except ConfigError as error:  # which of a pipeline's configs it is
+        place = where if error.where in (None, WHERE) else f"{where}: {error.where}"
+        raise ConfigError(
+            error.what, where=place, field=error.field, got=error.got, expected=error.expected, hint=error.hint
+        ) from None
     if config.activation_steps:
         raise ConfigError("a text encoder runs before the first denoising step", where=where, field="activation_steps")
     if config.require_smooth_scale:
