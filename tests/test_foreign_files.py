@@ -301,6 +301,7 @@ def both(*edits: Callable[[File], Any]) -> Callable[[File], Any]:
 # kind, what happens to the file, what the error says; those of the data are found when it is written.
 REFUSED: dict[str, tuple[str, Callable[[File], Any], str]] = {
     "a scaled weight without its scale": ("scaled", lambda m: m.tensors.pop(f"{LAYER}.scale_weight"), rf"{WEIGHT}: .*without its scale, in a file of scaled"),
+    "a configured weight without its words and scale": ("float8_e4m3fn", lambda m: [m.tensors.pop(f"{LAYER}.{leaf}") for leaf in ("comfy_quant", "weight_scale")], rf"{WEIGHT}: .*without its scale, in a file of scaled ones; expected {LAYER}.weight_scale"),
     "the mark and no scales": ("scaled", drop("scale_weight"), r"without its scale, in a file of scaled ones; expected .*scale_weight"),
     "normalized, mark and scales gone": ("scaled", drop("scale_weight", "scaled_fp8"), r"was normalized, and its scale is not in the file; got magnitudes to 4\d\d; expected at most 224"),
     "normalized E5M2": ("scaled e5m2", drop("scale_weight", "scaled_fp8"), r"normalized.*expected at most 28672"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
 from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFWriter
 from gguf.quants import quantize
 
 import foreign
@@ -57,9 +57,10 @@ def write(
     reshaped: bool = False,
     names: str = "release",
     lacks: str = "",
+    endianess: GGUFEndian = GGUFEndian.LITTLE,
 ) -> Path:
     """The tiny model as city96's converter and llama.cpp's quantizer write one: linears of `kind`, the rest in F32."""
-    writer = GGUFWriter(path, architecture or "wan")
+    writer = GGUFWriter(path, architecture or "wan", endianess=endianess)
     if architecture is None:
         writer.kv_data[0].pop("general.architecture")
     rng = np.random.default_rng(int(kind))
@@ -195,6 +196,7 @@ def test_files_that_are_refused(monkeypatch, base, tmp_path):
     for name, data in {"cut": whole[:-4096], "head": whole[:200], "empty": b"", "text": b"hello" * 100}.items():
         (tmp_path / f"{name}.gguf").write_bytes(data)
         fails(tmp_path / f"{name}.gguf", f"{name}.gguf: not a GGUF file, or a damaged one")
+    fails(write(tmp_path / "big.gguf", Kind.Q8_0, endianess=GGUFEndian.BIG), "machines of the other byte order")
     monkeypatch.setattr(reader, "find_spec", lambda name: None)
     fails(good, r"gguf: a package is not installed. GGUF files need it: pip install 'mxdit\[gguf\]'", InputError)
 

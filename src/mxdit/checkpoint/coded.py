@@ -85,7 +85,8 @@ def decoded(
     """
     found, layers = Decoding(), _configurations(tensors, metadata or {}, where)
     marked = MARKER in tensors
-    scaled = marked or any(name.endswith(".scale_weight") for name in tensors)
+    stated = any(FORMATS[said["format"]] for said in layers.values())
+    scaled = marked or stated or any(name.endswith(".scale_weight") for name in tensors)
     used = {MARKER, *(f"{layer}.{CONFIGURATION}" for layer in layers)}
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -104,7 +105,7 @@ def decoded(
                 raise CheckpointError(
                     "a weight in FP8 without its scale, in a file of scaled ones",
                     where=_of(tensor),
-                    expected=f"{path}.scale_weight",
+                    expected=f"{path}.{'weight_scale' if stated else 'scale_weight'}",
                     hint=HINT,
                 )
             kind = f"{EIGHT[tensor.info.dtype]}, cast"

@@ -46,6 +46,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Decoded], dict[str, str]]:
 
     try:
         reader = GGUFReader(os.fspath(path))
+        if reader.byte_order != "I":  # the package turns plain numbers, and not those inside of blocks
+            raise CheckpointError(
+                "a GGUF file for machines of the other byte order", where=str(path), hint="Convert it to this one's."
+            )
         texts = {
             key: _text(field) for key, field in reader.fields.items() if field.types and field.types[0].name == "STRING"
         }
@@ -66,7 +70,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Decoded], dict[str, str]]:
         raise CheckpointError(
             "not a GGUF file, or a damaged one",
             where=str(path),
-            got=brief(error),
+            got=brief(error).rstrip("."),
             hint="Download or convert it again.",
         ) from None
     return tensors, texts
