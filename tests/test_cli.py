@@ -177,6 +177,19 @@ def test_a_directory_that_is_not_there(monkeypatch, capsys, tmp_path, directory)
     assert code == 2 and out == "" and err.startswith(f"error: {directory}: no such directory")
 
 
+@pytest.mark.parametrize("args", [("info",), ("generate", "--prompt", "x")])
+def test_a_single_file_is_not_taken_for_nothing(monkeypatch, capsys, tmp_path, args):
+    file = tmp_path / "high.gguf"
+    file.touch()
+    code, out, err = mxdit_command(monkeypatch, capsys, args[0], file, *args[1:])
+    assert (
+        code == 2
+        and out == ""
+        and err.startswith(f"error: {file}: a file, not a directory.")
+        and "mxdit inspect" in err
+    )
+
+
 @pytest.mark.parametrize(
     "old, new",
     [

@@ -131,7 +131,11 @@ def open_model(path: Path) -> ModelDirectory:
         CheckpointError: a JSON file in it is missing or damaged.
     """
     if not os.path.isdir(path):  # unlike Path.is_dir, it does not raise for an impossible name
-        raise InputError("no such directory", where=str(path), hint="Name a diffusers pipeline directory.")
+        hint = "Name a diffusers pipeline directory."
+        if os.path.isfile(path):
+            hint += " `mxdit inspect` says what a file is, and `mxdit quantize` makes a directory of it."
+            raise InputError("a file, not a directory", where=str(path), hint=hint)
+        raise InputError("no such directory", where=str(path), hint=hint)
     if not (path / "model_index.json").is_file():
         raise InputError(
             "this is no diffusers pipeline directory",
