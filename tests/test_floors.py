@@ -22,7 +22,7 @@ FLOORS = (
     {"models", "config"},
     {"ops"},
     {"backends"},
-    {"weights", "shards"},
+    {"weights", "shards", "packed"},
     {"layers", "embedding"},
     {"quantize"},
     {"conformance", "checkpoint"},

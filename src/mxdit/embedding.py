@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mxdit.errors import FormatError
-from mxdit.numerics.codec import Packed
-from mxdit.numerics.formats import FLOATS, TensorInfo, block_format
+from mxdit.numerics.formats import FLOATS
+from mxdit.packed import PackedModule
 from mxdit.weights import quantize_weight
 
 
-class MXEmbedding(nn.Module):
+class MXEmbedding(PackedModule):
     """A table of vectors in a microscaling format: a lookup takes packed rows out of it and decodes those, never the table.
 
     What it returns has the bits of the whole table decoded and indexed. The table is frozen, and lies in buffers as the weight
@@ -37,8 +37,6 @@ class MXEmbedding(nn.Module):
     """
 
     weight: Tensor
-    weight_scale: Tensor
-    weight_dual_scale: Tensor | None
 
     def __init__(
         self,
@@ -53,12 +51,7 @@ class MXEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         where = "MXEmbedding"
-        row = block_format(method, where=where)
-        self.record = row.tensors(num_embeddings, embedding_dim, where=where)
-        if rule is not None and rule not in row.rules:
-            raise FormatError(
-                f"{method} has no such scale rule", where=where, got=repr(rule), expected=" or ".join(row.rules)
-            )
+        self._hold(num_embeddings, embedding_dim, method=method, rule=rule, device=device, where=where)
         self.dtype = dtype or torch.get_default_dtype()
         if self.dtype not in FLOATS:
             raise FormatError(
@@ -70,13 +63,8 @@ class MXEmbedding(nn.Module):
                 where=where,
                 got=f"padding_idx={padding_idx}, {num_embeddings} rows",
             )
-        self.num_embeddings, self.embedding_dim, self.method = num_embeddings, embedding_dim, method
-        self.rule = rule or row.default_rule
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx if padding_idx is None else padding_idx % num_embeddings
-        for name in ("weight", "weight_scale", "weight_dual_scale"):
-            info = self.record.get(name)
-            empty = None if info is None else torch.empty(info.shape, dtype=info.dtype, device=device)
-            self.register_buffer(name, empty)
 
     @classmethod
     def like(
@@ -139,22 +127,6 @@ class MXEmbedding(nn.Module):
         layer.load(parts)
         return layer
 
-    def load(self, parts: Mapping[str, Tensor]) -> None:
-        """Take tensors of the record as they are, without a copy; those that are not given stay.
-
-        Raises:
-            FormatError: a name, shape or dtype that is not the record's; nothing is taken then.
-        """
-        for name, part in parts.items():
-            self._check(name, part, name)
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def packed(self) -> Packed:
-        """The table, (V, K) to `mxdit.decode`."""
-        dual = self.weight_dual_scale
-        return Packed(self.weight, self.weight_scale, None if dual is None else dual.squeeze(-1), self.method)
-
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 or int32 to (..., K) in `dtype`. Ids outside of the table are torch's own error."""
         table = self.packed()
@@ -162,36 +134,12 @@ class MXEmbedding(nn.Module):
         outer = None if table.outer is None else F.embedding(ids, table.outer)
         return torch.ops.mxdit.dequantize(codes, scale, outer, self.method, self.dtype)
 
-    def check_state(self, state: Mapping[str, Tensor], prefix: str) -> None:
-        """Raise FormatError unless what a state_dict holds for this layer is of its very shapes and dtypes."""
-        for name in ("weight", "weight_scale", "weight_dual_scale"):
-            if prefix + name in state:
-                self._check(name, state[prefix + name], prefix + name)
-
-    def _check(self, name: str, part: Tensor, where: str) -> None:
-        if TensorInfo.of(part) != self.record.get(name):
-            raise FormatError(
-                f"not a tensor of this {self.method} embedding",
-                where=where,
-                got=TensorInfo.of(part),
-                expected=self.record.get(name, f"one of {', '.join(self.record)}"),
-                hint="Loading does not quantize: load floats into the float model, and quantize that.",
-            )
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
-        self.check_state(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, method={self.method}, rule={self.rule}, dtype={self.dtype}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MXEmbedding:
-        """``nn.Module._apply``: a cast changes what lookups return, and never the fp32 scales, which are moved only."""
-        outer = self.weight_dual_scale
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A cast changes what lookups return, and never the table."""
         super()._apply(fn, recurse)
-        moved = self.weight_dual_scale
-        if outer is not None and moved is not None and moved.dtype is not outer.dtype:
-            self.weight_dual_scale = outer.to(moved.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         return self

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from mxdit.backends import Layout, layout_for
 from mxdit.errors import FormatError
-from mxdit.numerics.codec import Packed
-from mxdit.numerics.formats import FLOATS, PARTS, Scheme, TensorInfo, block_format, scheme_for
+from mxdit.numerics.formats import FLOATS, Scheme, block_format, scheme_for
+from mxdit.packed import PackedModule
 from mxdit.weights import Codes, quantize_weight
 
 
-class MXLinear(nn.Linear):
+class MXLinear(PackedModule, nn.Linear):
     """``y = x @ W.T + b`` with W stored in a microscaling format and x quantized on the fly.
 
     It is an `nn.Linear`, so that peft puts its adapters beside it (`mxdit.quantize.adapters`), with one difference: the packed
@@ -44,10 +44,6 @@ class MXLinear(nn.Linear):
         FormatError: for a method, activation, rule or shape that does not exist.
     """
 
-    weight_scale: Tensor
-    weight_dual_scale: Tensor | None
-    mul_scale: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -62,22 +58,11 @@ class MXLinear(nn.Linear):
         smooth: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a float weight
-        row = block_format(method, where="MXLinear")
-        self.record = row.tensors(out_features, in_features, smooth=smooth, where="MXLinear")
-        if rule is not None and rule not in row.rules:
-            raise FormatError(
-                f"{method} has no such scale rule", where="MXLinear", got=repr(rule), expected=" or ".join(row.rules)
-            )
-        self.in_features, self.out_features, self.method = in_features, out_features, method
-        self.rule = rule or row.default_rule
         self._layout: Layout | None = None  # of the weight, where it is not the canonical one
-        self.activation = activation or ("mxfp8" if row.bits == 8 else "mxfp4")
-
-        for name in PARTS:
-            info = self.record.get(name)
-            self.register_buffer(
-                name, None if info is None else torch.empty(info.shape, dtype=info.dtype, device=device)
-            )
+        held: Any = {"method": method, "rule": rule, "device": device, "smooth": smooth}
+        self._hold(out_features, in_features, **held, where="MXLinear")
+        self.in_features, self.out_features = in_features, out_features
+        self.activation = activation or ("mxfp8" if block_format(method).bits == 8 else "mxfp4")
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 
@@ -119,38 +104,19 @@ class MXLinear(nn.Linear):
         return codes.as_subclass(Codes)
 
     def load(self, parts: Mapping[str, Tensor]) -> None:
-        """Take tensors of the record as they are, without a copy; those that are not given stay.
-
-        Args:
-            parts: name -> tensor in canonical layout, on any device. The weight is brought into its device's layout.
-
-        Raises:
-            FormatError: a name, shape or dtype that is not the record's; nothing is taken then.
-        """
-        for name, part in parts.items():
-            if TensorInfo.of(part) != self.record.get(name):
-                raise FormatError(
-                    f"not a tensor of this {self.method} layer",
-                    where=name,
-                    got=TensorInfo.of(part),
-                    expected=self.record.get(name, f"one of {', '.join(self.record)}"),
-                )
-        for name, part in parts.items():
-            setattr(self, name, part)
-            if name == "weight":
-                self._layout = None
-                self.prepack()
+        """As `PackedModule.load`; the weight is then brought into its device's layout."""
+        super().load(parts)
+        if "weight" in parts:
+            self._layout = None
+            self.prepack()
 
     @property
     def _codes(self) -> Tensor:
         """The buffer itself, whatever `weight` shows of it."""
         return cast(Tensor, self._buffers["weight"])
 
-    def packed(self) -> Packed:
-        """The weight in canonical layout, (N, K) to `mxdit.decode`."""
-        codes = self._codes if self._layout is None else self._layout.unpack(self._codes)
-        dual = self.weight_dual_scale
-        return Packed(codes, self.weight_scale, None if dual is None else dual.squeeze(-1), self.method)
+    def _canonical(self) -> Tensor:
+        return self._codes if self._layout is None else self._layout.unpack(self._codes)
 
     @property
     def activation(self) -> str:
@@ -224,23 +190,11 @@ class MXLinear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._layout is not None:
-            destination[f"{prefix}weight"] = self._layout.unpack(self._codes)
+            destination[f"{prefix}weight"] = self._canonical()
 
     def check_state(self, state: Mapping[str, Tensor], prefix: str) -> None:
-        """Raise FormatError unless what a state_dict holds for this layer is of its very shapes and dtypes.
-
-        `nn.Module` would cast floats to codes, and leave out multipliers that one of the two sides does not have.
-        """
-        for name in PARTS:
-            part = state.get(prefix + name)
-            if part is not None and TensorInfo.of(part) != self.record.get(name):
-                raise FormatError(
-                    f"not a tensor of this {self.method} layer",
-                    where=prefix + name,
-                    got=TensorInfo.of(part),
-                    expected=self.record.get(name, "none"),
-                    hint="Loading does not quantize: load floats into the float model, and quantize that.",
-                )
+        """As `PackedModule.check_state`, and a weight comes with its multipliers."""
+        super().check_state(state, prefix)
         if self.mul_scale is not None and f"{prefix}weight" in state and f"{prefix}mul_scale" not in state:
             raise FormatError(
                 "the weight comes without the multipliers that it was made under",
@@ -250,7 +204,7 @@ class MXLinear(nn.Linear):
             )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
-        self.check_state(state_dict, prefix)
+        self.check_state(state_dict, prefix)  # before anything is touched
         self._unpack()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.prepack()
@@ -268,21 +222,14 @@ class MXLinear(nn.Linear):
             + (", smooth" if self.mul_scale is not None else "")
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MXLinear:
-        """``nn.Module._apply``, which serves every move and cast; the fp32 scales are moved but never cast.
-
-        Nor is the bias to a dtype that is none to compute with: diffusers' layerwise casting stores linears in eight bits.
-        """
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As `PackedModule._apply`; nor is the bias cast to a dtype that is none to compute with: diffusers' layerwise casting
+        stores linears in eight bits."""
         self._unpack()  # another device has another layout, or none
-        before = {name: self._buffers[name] for name in PARTS}
         bias = None if self.bias is None else self.bias.data
         super()._apply(fn, recurse)
         if bias is not None and self.bias is not None and self.bias.dtype not in FLOATS and bias.dtype in FLOATS:
             self.bias.data = bias.to(self.bias.device)
-        for name, kept in before.items():
-            moved = self._buffers[name]
-            if kept is not None and moved is not None and moved.dtype is not kept.dtype:
-                self._buffers[name] = kept.to(moved.device)
         self.prepack()
         return self
 

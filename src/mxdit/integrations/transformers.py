@@ -29,6 +29,7 @@ from mxdit.errors import CheckpointError, ConfigError, FormatError
 from mxdit.layers import HostedLinear, MXLinear
 from mxdit.models import spec_of
 from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo
+from mxdit.packed import PackedModule
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.preconditions import check_state
@@ -226,7 +227,7 @@ class MXTransformersQuantizer(HfQuantizer):
             self.put(model, path, param_value.to(target_device))
             return
         module = model.get_submodule(path)
-        assert isinstance(module, (MXLinear, MXEmbedding))
+        assert isinstance(module, PackedModule)
         try:
             module.load({leaf: param_value.to(target_device)})
         except FormatError as error:
@@ -290,7 +291,7 @@ class MXTransformersQuantizer(HfQuantizer):
             if path is None:
                 continue
             layer = model.get_submodule(path)
-            if not isinstance(layer, (MXLinear, MXEmbedding)):
+            if not isinstance(layer, PackedModule):
                 absent.append(f"{path}.weight")
                 continue
             for leaf, info in layer.record.items():
@@ -309,7 +310,7 @@ class MXTransformersQuantizer(HfQuantizer):
                 layer.prepack()
                 if layer.bias is not None:
                     layer.bias.requires_grad_(False)
-            elif self.dtype is not None:
+            elif isinstance(layer, MXEmbedding) and self.dtype is not None:
                 layer.dtype = self.dtype
         if absent:
             raise _absent(model, absent)

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mxdit.embedding import MXEmbedding
 from mxdit.errors import ModelError
-from mxdit.layers import MXLinear
 from mxdit.models.skeleton import skeleton_like
 from mxdit.numerics.formats import FLOATS
+from mxdit.packed import PackedModule
 
 # Part of a module's path that gives away what was done to a model -> what that is, and what undoes it.
 CHANGES = {
@@ -128,7 +127,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: 
     Each layer checks for itself as well, but torch comes to it when those before it have been overwritten.
     """
     for path, module in model.named_modules(remove_duplicate=False):  # tied embeddings have several names
-        if isinstance(module, (MXLinear, MXEmbedding)):
+        if isinstance(module, PackedModule):
             module.check_state(state, f"{prefix}{path}.")
 
 
