@@ -36,7 +36,7 @@ def convert_checkpoint(
 
     Args:
         source: a quantized checkpoint in any layout: msModelSlim's (packed or numeric, wrapped or not), vLLM-Omni's,
-            SGLang's, ours, or single files of ComfyUI's with MXFP8 layers: one, or component -> file.
+            SGLang's, AutoRound's, ours, or single files of ComfyUI's with MXFP8 layers: one, or component -> file.
         destination: a directory that does not exist.
         to: one of `layouts.TARGETS`: "packed", "vllm-omni", "sglang" or "modelslim".
         base: the unquantized model, for what `source` lacks: config.json, text encoder, VAE, and layers.

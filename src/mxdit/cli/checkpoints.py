@@ -193,8 +193,8 @@ def convert(
 ) -> None:
     """Bring a quantized checkpoint into another layout, streaming, bit for bit where the formats allow it.
 
-    Reads msModelSlim's directories (packed or numeric, wrapped or not), vLLM-Omni's, SGLang's and ours, and ComfyUI's single
-    files with MXFP8 layers.
+    Reads msModelSlim's directories (packed or numeric, wrapped or not), vLLM-Omni's, SGLang's, AutoRound's and ours, and
+    ComfyUI's single files with MXFP8 layers.
 
         mxdit convert msmodelslim-out Wan2.2-T2V-A14B-mxfp4 --base Wan2.2-T2V-A14B-Diffusers
         mxdit convert Wan2.2-T2V-A14B-mxfp4 for-vllm --to vllm-omni
