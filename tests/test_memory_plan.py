@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mxdit
@@ -21,8 +22,9 @@ from command import mxdit_command
 from mxdit.backends import cpu
 from mxdit.bench.memory import tensor_bytes
 from mxdit.checkpoint import quantize_checkpoint
+from mxdit.config.encoders import encoder_config
 from mxdit.errors import InputError
-from mxdit.generation import pages
+from mxdit.generation import loading, pages
 from mxdit.generation.directory import bundled, open_model
 from mxdit.generation.footprint import weights_of
 from mxdit.generation.loading import quantization
@@ -35,12 +37,18 @@ from tiny_families import wan_inputs
 pytestmark = pytest.mark.slow
 
 SMALL = {"prompt": "a red seven moving left", "size": (16, 16), "frames": 5, "steps": 2}
-METHODS = (None, "mxfp4", "mxfp4_dualscale", "mxfp8")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("models") / "t2v")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Task -> a tiny model in BF16."""
+    folder = tmp_path_factory.mktemp("models")
+    return {task: tiny.save(folder / task, task) for task in tiny.TASKS}
+
+
+@pytest.fixture(scope="module")
+def model(saved: dict[str, Path]) -> Path:
+    return saved["t2v"]
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +97,41 @@ def test_two_ways_to_offload_are_refused(model):
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", tiny.TASKS)
-@pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_weights_are_counted_as_they_are_held(method, stored, task, tmp_path):
-    path = tiny.save(tmp_path / "bf16", task)
-    if stored and method:
-        quantize_checkpoint(path, tmp_path / "packed", method).write()
-        path, method = tmp_path / "packed", None
-    session = mxdit.Session.open(path, method=method)
-    configs = quantization(session.model, method, {})
-    pipeline = session.load()
+MIXED = {"quant_method": "mxfp4", "layer_methods": {"mxfp8": ["blocks.0.*"]}}
+MIXED_TEXT = {"quant_method": "mxfp8", "embedding": "mxfp4", "layer_methods": {"mxfp4": ["*.layer.0.*"]}}
+DUAL_TEXT = {"quant_method": "mxfp4_dualscale", "embedding": "mxfp4_dualscale"}
+
+
+@pytest.mark.parametrize(
+    "task, stored, experts, text",
+    [
+        ("t2v", False, None, None),
+        ("i2v", False, None, None),
+        ("i2v", True, "mxfp8", None),
+        *(
+            ("t2v", stored, experts, text)
+            for stored in (False, True)
+            for experts, text in (
+                ("mxfp4", "mxfp8"),
+                ("mxfp4_dualscale", DUAL_TEXT),
+                ("mxfp8", {"quant_method": "mxfp4", "embedding": "mxfp8"}),
+                (MIXED, MIXED_TEXT),
+            )
+        ),
+    ],
+)
+def test_weights_are_counted_as_they_are_held(task, stored, experts, text, saved, tmp_path):
+    path = saved[task]
+    if stored:
+        encoders = {} if text is None else {"text_encoder": encoder_config(text, "text_encoder")}
+        quantize_checkpoint(path, tmp_path / "packed", experts, encoders=encoders).write()
+        session = mxdit.Session.open(tmp_path / "packed")
+    else:
+        asked = {"keys": experts} if isinstance(experts, dict) else {"method": experts}
+        session = mxdit.Session.open(path, **asked, components={"text_encoder": text} if text else None)
+    configs, pipeline = {**session.configs, **session.encoders}, session.load()
     bare = tmp_path / "bare"
-    shutil.copytree(path, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(session.model.path, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     clean = list(pages._clean())
     for name in ("text_encoder", "vae", "transformer", "transformer_2"):
         dtype = torch.float32 if name == "vae" else torch.bfloat16
@@ -116,8 +146,22 @@ def test_weights_are_counted_as_they_are_held(method, stored, task, tmp_path):
         assert found.mapped == mapped, name
         assert weights_of(open_model(bare), name, configs.get(name), dtype).total == found.total, name
         if name.startswith("transformer"):
-            block = module.get_submodule("blocks.0")
-            assert found.block == tensor_bytes(block) and found.blocks == tiny.BLOCKS * found.block
+            held = [tensor_bytes(block) for block in module.blocks]
+            assert (found.blocks, found.block) == (sum(held), max(held)), name
+
+
+@pytest.mark.parametrize("text", [None, "mxfp8", {"quant_method": "mxfp8", "embedding": "mxfp4"}])
+def test_wo_in_fp16_and_a_table_stored_twice_are_counted_as_they_are_held(text, saved, tmp_path):
+    shutil.copytree(saved["t2v"], tmp_path / "twice")
+    file = tmp_path / "twice" / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"].clone()}, file, {"format": "pt"})
+    components = {"text_encoder": text} if text else None
+    session = mxdit.Session.open(tmp_path / "twice", components=components, dtype=torch.float16)
+    others = [name for name in session.model.parts if name != "text_encoder"]
+    read = loading.read(session.model, "t2v", {}, dtype=torch.float16, encoders=session.encoders, without=others)
+    found = weights_of(session.model, "text_encoder", session.encoders.get("text_encoder"), torch.float16)
+    assert found.total == tensor_bytes(read.components["text_encoder"])
 
 
 # -- what is computed --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mxdit.checkpoint.folders import open_tensors
 from mxdit.config import MXConfig
 from mxdit.errors import CheckpointError
 from mxdit.generation.directory import ModelDirectory
+from mxdit.models import spec_of
 from mxdit.models.skeleton import UNBUILDABLE, skeleton_of
 from mxdit.numerics.formats import FLOATS, TensorInfo, block_format
 from mxdit.quantize.plan import plan
@@ -58,22 +59,31 @@ def weights_of(
     """
     folder, skeleton = model.path / name, component_of(model, name)
     stored = _stored(folder, variant)
-    quantized = config if config is not None else {**model.stored, **model.stored_encoders}.get(name)
-    decisions = {} if quantized is None else plan(skeleton, quantized)
-    packs = {path for path, decision in decisions.items() if decision.scheme}
+    packed = {**model.stored, **model.stored_encoders}.get(name)
+    quantized = packed.run_as(config) if packed and config else packed or config
+    kept = _float32(skeleton, dtype)
+    methods: dict[str, str] = {}  # of what is packed, on the disk or while it loads
+    names = spec_of(skeleton).tables if name in model.encoders else ()  # of the token table
+    if quantized is not None:
+        decided = {path: decision.method for path, decision in plan(skeleton, quantized).items()}
+        # What transformers keeps in FP32 it does not quantize.
+        methods = {path: method for path, method in decided.items() if method and not kept(f"{path}.weight")}
+        if quantized.embedding:
+            methods |= dict.fromkeys(names, str(quantized.embedding))
     tables = {path for path, part in skeleton.named_modules(remove_duplicate=False) if isinstance(part, nn.Embedding)}
-    kept = _float32(skeleton, dtype, quantized is not None)
     found = stored or {name: TensorInfo.of(tensor) for name, tensor in _once(skeleton).items()}
     own = mapped = rows = inside = 0
     blocks: dict[tuple[str, int], int] = {}
     for tensor, info in found.items():
         path, _, leaf = tensor.rpartition(".")
         held = torch.float32 if kept(tensor) else dtype
-        method = decisions[path].method if path in packs else None
+        method = methods.get(path)
+        if path in names[1:] and f"{names[0]}.weight" in found:  # a second name of what is there
+            continue
         if method and leaf == "weight" and info.dtype in FLOATS:
             record = block_format(method).tensors(*info.shape, where=tensor)
             nbytes, maps = sum(part.nbytes for part in record.values()), stored is None
-        elif info.dtype in FLOATS and not (path in packs and leaf in ("weight_dual_scale", "mul_scale")):
+        elif info.dtype in FLOATS and not (method and leaf in ("weight_dual_scale", "mul_scale")):
             nbytes, maps = TensorInfo(info.shape, held).nbytes, stored is None or info.dtype is held
         else:  # packed: bytes stay bytes
             nbytes, maps = info.nbytes, True
@@ -132,7 +142,7 @@ def _once(skeleton: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _float32(skeleton: nn.Module, dtype: torch.dtype, quantized: bool) -> Callable[[str], bool]:
+def _float32(skeleton: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
     """Whether the library that loads a tensor keeps it in FP32, whatever the dtype of the rest.
 
     diffusers does so for a class's `_keep_in_fp32_modules`, transformers for those only in FP16, and for its strict ones.
