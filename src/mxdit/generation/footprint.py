@@ -63,7 +63,7 @@ def weights_of(
     quantized = packed.run_as(config) if packed and config else packed or config
     kept = _float32(skeleton, dtype)
     methods: dict[str, str] = {}  # of what is packed, on the disk or while it loads
-    names = spec_of(skeleton).tables if name in model.encoders else ()  # of the token table
+    names = list(spec_of(skeleton).tables) if name in model.encoders else []  # of the token table
     if quantized is not None:
         decided = {path: decision.method for path, decision in plan(skeleton, quantized).items()}
         # What transformers keeps in FP32 it does not quantize.
