@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import mmap
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +25,13 @@ from mxdit.bench.memory import tensor_bytes
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.config.encoders import encoder_config
 from mxdit.errors import InputError
-from mxdit.generation import loading, pages
+from mxdit.generation import loading, offload, pages
 from mxdit.generation.directory import bundled, open_model
 from mxdit.generation.footprint import weights_of
 from mxdit.generation.loading import quantization
-from mxdit.generation.memory import status
 from mxdit.generation.plan import BLOCKS, DROP, STAY, SWAP, TILES, WHOLE, Planner, Policy, budget_of
 from mxdit.generation.recording import transformers_of
+from mxdit.generation.request import Request
 from mxdit.generation.work import Works, live
 from tiny_families import wan_inputs
 
@@ -201,13 +202,15 @@ def test_a_forward_without_data_takes_what_one_with_data_takes():
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
-@pytest.mark.parametrize("frames", [5, 29])
-def test_the_vae_is_traced_in_part(model, frames):
+@pytest.mark.parametrize(
+    "size, frames, tiles", [((272, 288), 5, (32 + 10) * (32 + 12) / (34 * 36)), ((272, 192), 17, (32 + 10) / 34)]
+)
+def test_the_vae_is_traced_in_part(size, frames, tiles, model):
     works = Works(open_model(model), "t2v", torch.bfloat16)
-    work, vae = works.at(320, 336, frames), works._vae
-    latents = torch.empty(1, 16, (frames - 1) // 4 + 1, 40, 42, device="meta")
+    work, vae = works.at(*size, frames), works._vae
+    latents = torch.empty(1, 16, (frames - 1) // 4 + 1, size[0] // 8, size[1] // 8, device="meta")
     assert work.decode == pytest.approx(live(lambda: vae.decode(latents)).peak, rel=0.05)
-    assert work.tiles == pytest.approx((32 + 16) * (32 + 18) / (40 * 42))
+    assert work.tiles == pytest.approx(tiles)
     vae.enable_tiling()
     assert work.decode_tiled == pytest.approx(live(lambda: vae.decode(latents)).peak, rel=0.05)
 
@@ -240,9 +243,9 @@ def test_the_cheapest_that_fits_is_chosen(packed, device):
 
 def test_an_error_names_the_longest_clip_that_fits(packed):
     planned = planner(packed)
-    fits = min(plan.peak for plan in planned.plans((320, 320), 9))
+    fits = min(plan.peak for plan in planned.plans((256, 256), 9))
     with pytest.raises(InputError, match="at most 9 frames fit"):
-        planned.choose(fits, (320, 320), 61)
+        planned.choose(fits, (256, 256), 25)
 
 
 def test_each_measure_takes_what_it_says_from_its_phase(packed):
@@ -271,45 +274,70 @@ def test_what_cannot_be_done_is_not_planned(model, packed):
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, packed."""
+    folder = tmp_path_factory.mktemp("trained") / "packed"
+    quantize_checkpoint(bundled("t2v"), folder, "mxfp4").write()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(trained: Path) -> list[tuple[Request, np.ndarray]]:
+    """Requests of it, and what they make where all is held."""
+    plain = mxdit.Session.open(trained)
+    requests = [plain.request(frames=5, steps=2, **more) for more in ({}, {"prompt": "a blue three moving up"})]
+    return [(request, plain.run(request).frames) for request in requests]
+
+
 @pytest.mark.parametrize("text", [STAY, DROP])
 @pytest.mark.parametrize("transformers", [STAY, SWAP])
-def test_pixels_are_the_same_however_the_bundled_model_is_held(text, transformers, tmp_path, monkeypatch):
-    quantize_checkpoint(bundled("t2v"), tmp_path / "packed", "mxfp4").write()
-    plain = mxdit.Session.open(tmp_path / "packed")
-    requests = [plain.request(frames=5, steps=2, **more) for more in ({}, {"prompt": "a blue three moving up"})]
-    expected = [plain.run(request).frames for request in requests]
+def test_pixels_are_the_same_however_the_bundled_model_is_held(text, transformers, trained, clips, monkeypatch):
     only(monkeypatch, Policy(text, transformers))
-    session = mxdit.Session.open(tmp_path / "packed", memory="1TiB")
-    for request, frames in (*zip(requests, expected, strict=True), (requests[0], expected[0])):
+    session = mxdit.Session.open(trained, memory="1TiB")
+    experts = transformers_of(session.load())
+    done = {name: list[str]() for name in experts}
+    name_of = {model: name for name, model in experts.items()}
+    present: list[int] = []
+
+    def spied(model: nn.Module) -> int:
+        done[name_of[model]].append("released")
+        held = mapped(model)
+        assert sum(map(resident, held)) > 0
+        released = pages.release(model)
+        present.append(sum(map(resident, held)))
+        return released
+
+    monkeypatch.setattr(offload, "release", spied)
+    for name, expert in experts.items():
+        expert.register_forward_hook(lambda *_, name=name: done[name].append("ran"))
+    for request, frames in (*clips, clips[0]):
         assert np.array_equal(session.run(request).frames, frames)
     assert (session.load().text_encoder is None) == (text == DROP)
-    if transformers == SWAP:  # the last run left none of the pages behind
-        for expert in transformers_of(session.load()).values():
-            assert _resident(expert) < 0.25
+    once = ["ran", "ran", *(["released"] if transformers == SWAP else [])]
+    assert done == dict.fromkeys(experts, once * 3) and present == [0] * (6 if transformers == SWAP else 0)
 
 
-def _resident(module: nn.Module) -> float:
-    """The share of a module's mapped pages that are resident, by /proc/self/smaps."""
-    addresses = [t.data_ptr() for t in module.buffers() if t.numel() > 4096]
-    size = resident = 0
-    found = False
-    for line in pages.MAPS.read_text().splitlines():
-        key, value, *_ = line.split()
-        if not key.endswith(":"):
-            low, _, high = key.partition("-")
-            inside = any(int(low, 16) <= address < int(high, 16) for address in addresses)
-            found = inside and line.endswith(".safetensors")
-        elif found and key in ("Size:", "Rss:"):
-            size, resident = size + int(value) * (key == "Size:"), resident + int(value) * (key == "Rss:")
-    return resident / size
+def mapped(module: nn.Module) -> list[range]:
+    """The whole pages of each of a module's tensors that lies in a mapped file."""
+    clean, page = list(pages._clean()), mmap.PAGESIZE
+    tensors = [t for t in module.buffers() if any(low <= t.data_ptr() < high for low, high in clean)]
+    return [range(-(-t.data_ptr() // page), (t.data_ptr() + t.nbytes) // page) for t in tensors]
+
+
+def resident(span: range) -> int:
+    """How many of these pages the process has (Linux: Documentation/admin-guide/mm/pagemap.rst)."""
+    with Path("/proc/self/pagemap").open("rb") as file:
+        file.seek(span.start * 8)
+        return int((np.frombuffer(file.read(len(span) * 8), np.uint64) >> np.uint64(63)).sum())
 
 
 @pytest.mark.parametrize("task", tiny.TASKS)
-def test_tiles_differ_a_little_and_do_not_outlast_their_run(task, tmp_path, monkeypatch):
-    path = tiny.save(tmp_path / task, task)
+def test_tiles_differ_a_little_and_do_not_outlast_their_run(task, saved, monkeypatch):
+    path = saved[task]
     plain = mxdit.Session.open(path)
-    image = {"image": Image.new("RGB", (288, 272), "red")} if task == "i2v" else {}
-    request = plain.request(**SMALL | {"size": (272, 288), "frames": 1, "steps": 1}, **image)
+    image = {"image": Image.new("RGB", (32, 272), "red")} if task == "i2v" else {}
+    request = plain.request(**SMALL | {"size": (272, 32), "frames": 1, "steps": 1}, **image)
     expected = plain.run(request).frames
     session = mxdit.Session.open(path, memory="1TiB")
     only(monkeypatch, Policy(vae=TILES))
@@ -364,13 +392,13 @@ def test_a_prompt_is_encoded_once(packed, monkeypatch):
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 
-def test_pages_are_given_back_and_read_again(tmp_path):
-    quantize_checkpoint(bundled("t2v"), tmp_path / "packed", "mxfp4").write()
-    model = mxdit.Session.open(tmp_path / "packed").load().transformer
+def test_pages_are_given_back_and_read_again(trained):
+    model = mxdit.Session.open(trained).load().transformer
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    held = status("RssFile")
-    released = pages.release(model)
-    assert released > 2 << 20 and held - status("RssFile") > released // 2
+    held = mapped(model)
+    assert sum(map(resident, held)) == sum(map(len, held))
+    assert pages.release(model) > 2 << 20
+    assert sum(map(resident, held)) == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -407,14 +435,16 @@ def test_packed_weights_move_on_an_accelerator(transformers, stored, model, pack
     weight = {name: expert.blocks[1].ffn.net[0].proj for name, expert in experts.items()}
     for expert in experts.values():
         expert.blocks[0].register_forward_hook(
-            lambda *_: there.append(tuple(name for name, layer in weight.items() if layer.weight.device.type == "npu"))
+            lambda *_: there.append(
+                tuple(name for name, layer in weight.items() if layer._buffers["weight"].device.type == "npu")
+            )
         )
     assert np.array_equal(session.run(request).frames, expected)
     first, second = ("transformer",), ("transformer_2",)
     seen = {STAY: {first + second}, SWAP: {first, second}, BLOCKS: {()}}
     assert set(there) == seen[transformers]
     if transformers != STAY:
-        assert all(layer.weight.device.type == "cpu" for layer in weight.values())
+        assert all(layer._buffers["weight"].device.type == "cpu" for layer in weight.values())
     assert np.array_equal(session.run(request).frames, expected)
 
 
@@ -448,18 +478,20 @@ def test_generate_keeps_a_budget(packed, monkeypatch, capsys, tmp_path):
 # -- at any size -------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_of_any_size_is_made_and_run_beside_its_plan(tmp_path):
-    script = Path(__file__).parent.parent / "benchmarks" / "full_size.py"
+def test_a_model_of_any_size_is_made_and_run_beside_its_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    full_size = importlib.import_module("full_size")
 
-    def call(*arguments: object) -> str:
-        done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
-        # 1 where the plan is more than 5 % off: of a model this small nearly all is the libraries' own.
-        assert done.returncode in (0, int(arguments[0] == "run")), done.stdout + done.stderr
-        return done.stdout
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["full_size.py", *map(str, arguments)])
+        return full_size.main(), capsys.readouterr().out
 
-    call("make", tmp_path / "tiny", "--scale", "tiny")
-    assert "transformer is there" in call("make", tmp_path / "tiny", "--scale", "tiny")
+    assert call("make", tmp_path / "tiny", "--scale", "tiny")[0] == 0
+    assert "transformer is there" in call("make", tmp_path / "tiny", "--scale", "tiny")[1]
+    code, out, _ = mxdit_command(monkeypatch, capsys, "inspect", tmp_path / "tiny")
+    assert code == 0 and "7 mxfp4, 1 mxfp8 embedding" in out
+    # Of a model this small nearly all is the libraries' own, of which the system maps more or less: no limit holds there.
     call("run", tmp_path / "tiny", "--size", "64x64", "--memory", "4GiB", "--json", tmp_path / "run.json")
     row = json.loads((tmp_path / "run.json").read_text())
     assert row["forwards"] == {"transformer": 2, "transformer_2": 2} and row["kept"]
-    assert row["rss"] == pytest.approx(row["plan"]["peak"], rel=0.1)
+    assert row["rss"] == pytest.approx(row["plan"]["peak"], rel=0.3)

@@ -174,11 +174,11 @@ class Works:
         decode_tiled = whole.peak
         if tiles.many:
             one = self._decoded(latents[..., : tiles.size[0], : tiles.size[1]]).peak / (tiles.size[0] * tiles.size[1])
-            # Each is kept until all are joined; joining holds the rows, the clip, and its clamped copy.
+            # Each is kept until all are joined; joining holds the rows, the clip, its clamped copy, and the last tile's frames.
             pixels = float_clip / (latents.shape[-1] * latents.shape[-2])
             before = accumulate(tiles.areas, initial=0)
             peaks = [done * pixels + area * one for done, area in zip(before, tiles.areas, strict=False)]
-            decode_tiled = int(max(*peaks, (tiles.area + 3) * float_clip))
+            decode_tiled = int(max(*peaks, (tiles.area + 3) * float_clip + tiles.areas[-1] * pixels))
         image = image_tiled = 0
         if self.task == "i2v":
             # The frames that follow the first one are encoded, too, as gray; but not where it has timesteps of its own.
