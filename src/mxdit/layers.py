@@ -97,11 +97,15 @@ class MXLinear(PackedModule, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] - of nn.Linear, where it is a parameter
-        """The buffer of that name, as `Codes`: nobody takes it for the float weight of a linear."""
+        """The buffer of that name, as `Codes`: nobody takes it for the float weight of a linear.
+
+        In a layout of its device it is as it is, for no view of it may be made there; and it has another shape than a weight.
+        """
         codes = self._buffers.get("weight")
         if codes is None:
             raise AttributeError("weight")
-        return codes.as_subclass(Codes)
+        plain = type(codes) is Tensor and self._layout is None
+        return codes.as_subclass(Codes) if plain else codes
 
     def load(self, parts: Mapping[str, Tensor]) -> None:
         """As `PackedModule.load`; the weight is then brought into its device's layout."""
@@ -266,6 +270,9 @@ class HostedLinear(MXLinear):
         if not torch.compiler.is_compiling():
             seen._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]  # or it would draw initial values
         return seen
+
+    def prepack(self) -> None:
+        """Nothing: of a device's own layout there is no such view."""
 
 
 class _StraightThrough(torch.autograd.Function):
