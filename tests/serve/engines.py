@@ -41,7 +41,8 @@ class FakeEngine:
 
     Args:
         takes: seconds that a job takes.
-        faults: chance of each of "busy", "refuses", "drops the answer", "job fails", "html", "cuts the file", "deletes later".
+        faults: chance of each of "busy", "refuses", "drops the answer", "job fails", "html", "cuts the file", "deletes later";
+            one of a tenth happens in ten occasions at the latest, so that a test may count on it.
 
     Attributes:
         forms: what was accepted, in order, over all its lives.
@@ -56,6 +57,7 @@ class FakeEngine:
         self.made: list[str] = []
         self.deleted: list[tuple[str, str]] = []
         self.faulted: dict[str, int] = {}
+        self._spared: dict[str, int] = {}  # occasions since a fault happened
         self._port = free_port()
         self.address = f"http://127.0.0.1:{self._port}"
         self._listener: Listener | None = None
@@ -77,8 +79,11 @@ class FakeEngine:
         return [job["prompt"] for job in self._jobs.values() if job["status"] == "in_progress"]
 
     def _fault(self, name: str) -> bool:
-        if self._random.random() >= self.faults.get(name, 0):
+        chance, spared = self.faults.get(name, 0), self._spared.get(name, 0) + 1
+        if self._random.random() >= chance and spared * chance < 1:
+            self._spared[name] = spared
             return False
+        self._spared[name] = 0
         self.faulted[name] = self.faulted.get(name, 0) + 1
         return True
 
