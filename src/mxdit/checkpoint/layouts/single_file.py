@@ -26,7 +26,10 @@ def _recognizes(folder: Folder) -> bool:
 
 def _read_comfyui(folder: Folder) -> Stored:
     spec = folder.spec
-    inside = lambda path: spec.place_of(_ours(spec, path)) is not None  # noqa: E731
+
+    def inside(path: str) -> bool:
+        return spec.place_of(_ours(spec, path)) is not None
+
     return _stored(COMFYUI, folder, decoded(folder.tensors, folder.metadata, inside, folder.path.name))
 
 
