@@ -28,7 +28,17 @@ from mxdit.models.skeleton import skeleton_of
 from mxdit.numerics.formats import FORMATS
 from tiny_families import TINY, families, pipelines, tiny_of
 
-methods = pytest.mark.parametrize("method", FORMATS)
+# What a method does to a layer has tests of its own: here the first family has all of them, and others the one that asks most
+# of their shapes.
+methods = pytest.mark.parametrize(
+    "spec, method",
+    [
+        pytest.param(spec, method, id=f"{method}-{name}")
+        for i, (name, spec) in enumerate(SPECS.items())
+        for method in FORMATS
+        if i == 0 or method == "mxfp4_dualscale"
+    ],
+)
 
 
 def forward(spec: ModelSpec, model: Any) -> torch.Tensor:
@@ -50,8 +60,13 @@ def linears_inside(spec: ModelSpec, model: nn.Module) -> dict[str, str]:
 def test_the_spec_says_all_that_is_needed(spec):
     assert getattr(diffusers, spec.transformer, None), f"diffusers has no {spec.transformer}"
     assert spec.blocks, "name the ModuleLists of the transformer's blocks in `blocks`"
-    assert spec.pipelines, "name the pipeline classes that run the model in `pipelines`"
-    assert spec.geometry, "say in `geometry` what sizes the model takes"
+    assert spec.title, "say in `title` what people call the family"
+    assert all(spec.keep.values()), "say in `keep` why each of them stays"
+    assert spec.published, "name in `published` the models whose sizes docs/supported-models.md shows"
+    assert spec.pipelines or spec.hosts, (
+        "name the pipeline classes that run the model in `pipelines`, or hold it in `hosts`"
+    )
+    assert spec.geometry or not spec.pipelines, "say in `geometry` what sizes the model takes"
     config = dict(tiny_of(spec).transformer().config)
     assert set(spec.needed) <= set(config), "`needed` names keys that the transformer's config does not have"
     for made in spec.pipelines.values():
@@ -70,7 +85,7 @@ def test_every_linear_of_a_block_is_decided(spec, more):
     inside = linears_inside(spec, model)
     decided = mxdit.plan(model, "mxfp4")
     for path, decision in decided.items():
-        kept = any(fnmatchcase(inside.get(path, ""), pattern) for pattern in spec.keep)
+        kept = spec.kept(inside.get(path, "")) is not None
         assert bool(decision.scheme) is (path in inside and not kept), path
     for blocks in spec.blocks:
         assert any(path.startswith(f"{blocks}.") and decided[path].scheme for path in inside), (
@@ -111,7 +126,7 @@ def test_groups_are_the_linears_that_share_an_input_and_one_row_a_sample_stays(s
     for path, tensor in inputs.items():
         place = spec.place_of(path)
         assert place is not None
-        kept = any(fnmatchcase(place.inside, pattern) for pattern in spec.keep)
+        kept = spec.kept(place.inside) is not None
         rows = tensor.numel() // tensor.shape[-1]
         assert kept is (rows == 1), f"{path} sees {rows} rows: name it in `keep` if it sees one a sample, and only then"
         together[place.blocks, place.index, id(tensor)].add(place.inside)
@@ -147,6 +162,15 @@ def test_the_first_blocks_are_counted_in_running_order(spec):
     assert kept == set(order[:first])
 
 
+@families
+def test_hosts_hold_the_model(spec):
+    for name in spec.hosts:
+        pipeline = getattr(diffusers, name, None)
+        assert pipeline is not None, f"diffusers has no {name}"
+        components = set(inspect.signature(pipeline.__init__).parameters)
+        assert components & set(spec.components), f"{name} has no component named {' or '.join(spec.components)}"
+
+
 @pipelines
 def test_the_pipeline_takes_what_the_spec_hands_it(spec, name):
     pipeline = getattr(diffusers, name, None)
@@ -173,13 +197,22 @@ def test_the_pipeline_takes_what_the_spec_hands_it(spec, name):
 # -- quantize, save, reload, convert, inspect ---------------------------------------------------------------------------
 
 
+class Transformers(dict[str, Path]):
+    """A float transformer's directory of each family, made when it is asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self.root / name
+        TINY[name].transformer().bfloat16().save_pretrained(self[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def transformers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A float transformer's directory of every family."""
-    root = tmp_path_factory.mktemp("transformers")
-    for name, own in TINY.items():
-        own.transformer().bfloat16().save_pretrained(root / name)
-    return {name: root / name for name in TINY}
+def transformers(tmp_path_factory: pytest.TempPathFactory) -> Transformers:
+    return Transformers(tmp_path_factory.mktemp("transformers"))
 
 
 def loaded(spec: ModelSpec, directory: Path, config: Any = None) -> Any:
@@ -187,7 +220,6 @@ def loaded(spec: ModelSpec, directory: Path, config: Any = None) -> Any:
     return transformer.from_pretrained(directory, torch_dtype=torch.bfloat16, quantization_config=config)
 
 
-@families
 @methods
 def test_quantize_save_reload(transformers, tmp_path, spec, method):
     model, floats = (loaded(spec, transformers[spec.transformer]) for _ in range(2))
@@ -204,7 +236,6 @@ def contents(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.read() for name, tensor in open_tensors(directory).items()}
 
 
-@families
 @methods
 def test_offline_as_online_then_every_layout_and_back(transformers, tmp_path, spec, method):
     source = transformers[spec.transformer]
@@ -221,7 +252,7 @@ def test_offline_as_online_then_every_layout_and_back(transformers, tmp_path, sp
     assert inspection.clean and inspection.components[0].loaders["diffusers + mxdit"] is None
     assert set(inspection.components[0].kept) == {
         path for path, name in linears_inside(spec, tiny_of(spec).transformer()).items()
-        if any(fnmatchcase(name, pattern) for pattern in spec.keep)
+        if spec.kept(name) is not None
     }  # fmt: skip
 
     for to in ("packed", "vllm-omni", "sglang"):
@@ -246,6 +277,33 @@ def test_a_config_makes_the_skeleton(transformers, spec):
     assert skeleton.state_dict().keys() == contents(where).keys()
 
 
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@families
+def test_a_lora_file_is_loaded_beside_quantized_weights(spec):
+    """By diffusers' own loader, where it has one for a pipeline of the family; taken off, the bits are as before."""
+    names = (*spec.pipelines, *spec.hosts)
+    loader = next(
+        (cls for name in names if hasattr(cls := getattr(diffusers, name), "load_lora_into_transformer")), None
+    )
+    if loader is None:
+        pytest.skip("diffusers has no loader for its pipelines")
+    model = tiny_of(spec).transformer().bfloat16()
+    report, state = mxdit.quantize_(model, "mxfp4"), dict[str, torch.Tensor]()
+    for i, layer in enumerate(report.quantized[:8]):
+        outputs, inputs = layer.shape
+        generator = torch.Generator().manual_seed(i)
+        state[f"transformer.{layer.path}.lora_A.weight"] = torch.randn(4, inputs, generator=generator) * 0.2
+        state[f"transformer.{layer.path}.lora_B.weight"] = torch.randn(outputs, 4, generator=generator) * 0.2
+    plain, given = forward(spec, model), inspect.signature(loader.load_lora_into_transformer).parameters
+    alphas = {"network_alphas": None} if "network_alphas" in given else {}
+    loader.load_lora_into_transformer(state, transformer=model, **alphas)
+    assert not torch.equal(forward(spec, model), plain)
+    model.unload_lora()
+    assert torch.equal(forward(spec, model), plain)
+
+
 @pytest.fixture
 def registry():
     specs, components = dict(SPECS), list(COMPONENTS)
@@ -263,7 +321,7 @@ def test_a_family_can_be_registered_at_run_time(registry):
                 nn.ModuleDict({"up": nn.Linear(64, 64), "gate": nn.Linear(64, 64)}) for _ in "ab"
             )
 
-    register_family(ModelSpec("TinyTransformer", blocks=("layers",), keep=("gate",), components=("backbone",)))
+    register_family(ModelSpec("TinyTransformer", blocks=("layers",), keep={"gate": "small"}, components=("backbone",)))
     assert COMPONENTS[-1] == "backbone"
     report = mxdit.quantize_(TinyTransformer(), "mxfp4")
     assert [layer.path for layer in report.quantized] == ["layers.0.up", "layers.1.up"]

@@ -23,15 +23,23 @@ from tiny_families import families, pipelines, tiny_of
 pytestmark = pytest.mark.slow
 
 
+class Saved(dict[str, Path]):
+    """The directory of a whole pipeline, by its class name, made when it is asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> Path:
+        spec = next(spec for spec in SPECS.values() if name in spec.pipelines)
+        self[name] = self.root / name
+        tiny_of(spec).pipeline(spec.pipelines[name].task).save_pretrained(self[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The directory of a whole pipeline, by its class name."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-    for spec in SPECS.values():
-        for name, called in spec.pipelines.items():
-            made[name] = root / name
-            tiny_of(spec).pipeline(called.task).save_pretrained(made[name])
-    return made
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("pipelines"))
 
 
 def request(session: Session, **options: Any) -> Request:

@@ -22,7 +22,7 @@ from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_ch
 from mxdit.checkpoint.folders import open_tensors
 from mxdit.checkpoint.sources import open_source
 from mxdit.errors import CheckpointError, InputError, MXDiTError
-from mxdit.models.wan import WAN
+from mxdit.models.families.wan import WAN
 
 DECODED = [kind for kind in KINDS if kind != "mxfp8"]
 PREFIXES = ("", "diffusion_model.", "model.diffusion_model.")

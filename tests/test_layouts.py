@@ -17,7 +17,7 @@ import tiny
 from command import mxdit_command
 from mxdit.checkpoint.layouts import LAYOUTS, TARGETS
 from mxdit.checkpoint.sources import open_folder
-from mxdit.models.wan import WAN
+from mxdit.models.families.wan import WAN
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ import mxdit
 import tiny
 from mxdit.checkpoint import convert_checkpoint, quantize_checkpoint
 from mxdit.config import MXConfig
-from mxdit.models.wan import WAN
+from mxdit.models.families.wan import WAN
 from mxdit.weights import quantize_weight
 
 EXPERTS = ("transformer", "transformer_2")

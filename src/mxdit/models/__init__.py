@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from torch import nn
 
 from mxdit.errors import ModelError
+from mxdit.models import families
 from mxdit.models.encoders import TEXT_ENCODERS, encoder_spec
-from mxdit.models.flux import FLUX
-from mxdit.models.hunyuan import HUNYUAN_VIDEO_15
 from mxdit.models.spec import ModelSpec
-from mxdit.models.wan import WAN
 
 SPECS: dict[str, ModelSpec] = {}  # by the class name of the transformer
 COMPONENTS: list[str] = []  # every name that a pipeline of any family gives a transformer
@@ -34,7 +35,14 @@ def register_family(spec: ModelSpec) -> None:
     COMPONENTS.extend(name for name in spec.components if name not in COMPONENTS)
 
 
-for _spec in (WAN, FLUX, HUNYUAN_VIDEO_15):
+_own = [
+    spec
+    for module in iter_modules(families.__path__)
+    for spec in import_module(f"{families.__name__}.{module.name}").SPECS
+]
+# Those whose releases mxdit reads come first: they are told from others by their tensors, and the first of all where a file
+# has the names of diffusers, which says nothing of the family.
+for _spec in sorted(_own, key=lambda spec: not spec.original):
     register_family(_spec)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 
@@ -107,19 +108,40 @@ class Place(NamedTuple):
     inside: str
 
 
+MODULATION = "modulation: one row a sample, whose error is one of every token"
+"""Why the linear of an adaptive norm stays, as `ModelSpec.keep` says it."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model of the family that can be downloaded, as docs/supported-models.md shows it.
+
+    repository    at Hugging Face: "Wan-AI/Wan2.2-T2V-A14B-Diffusers".
+    config        keys of its transformer's config.json that differ from the defaults of diffusers' class.
+    transformers  of this config, that it has.
+    """
+
+    repository: str
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    transformers: int = 1
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """One family of transformers. Layer names are diffusers module paths; docs/adapting-a-model.md shows how to add one.
 
+    title        what people call the family.
     transformer  class name of the diffusers transformer.
     blocks       paths of the ModuleLists of its repeated blocks, in the order in which they run. Only linears inside the
                  blocks are ever quantized.
     groups       linears of a block, by their path inside it, that share an input: runtimes fuse them into one product, so
                  they must have one precision and one `mul_scale`. Members that a block does not have are passed over.
-    keep         globs of linears, by their path inside a block, that stay in their float dtype.
+    keep         glob of linears, by their path inside a block, that stay in their float dtype -> why they do.
     tables       paths of a text encoder's token table, and then of modules that look the same table up.
     components   names that pipelines give their transformers; a cascade has several.
     pipelines    pipeline class name -> how it is called. The first that is listed for a task is the one that runs it.
+    hosts        further pipeline classes that hold the model and take what no request has, such as a video to follow: their
+                 checkpoints are quantized and packed, and called through diffusers.
     shared       key of model_index.json that is true where one set of weights serves all of `pipelines`.
     needed       keys that a transformer's config.json must have for `geometry`.
     geometry     the sizes that a model takes, given its transformer's and its VAE's config.json.
@@ -127,6 +149,8 @@ class ModelSpec:
                  height, width and frames; a family without it has no plan of memory.
     text_tokens  that a prompt is filled up to.
     presets      defaults, the first that fits counts; for each task the last must fit any model of the family.
+    published    models whose sizes docs/supported-models.md shows.
+    recipes      who else quantizes the family -> what that keeps in 16 bits, and why ours differs where it does.
     original     module and tensor paths of the model's own release -> ours, "#" for a block's index; the longest one that a
                  path begins with counts.
     original_mark        prefix of a tensor's name that only such a transformer has, in the release and in diffusers.
@@ -142,16 +166,19 @@ class ModelSpec:
     transformer: str
     blocks: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] = ()
-    keep: tuple[str, ...] = ()
+    keep: Mapping[str, str] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
     components: tuple[str, ...] = ("transformer",)
     pipelines: Mapping[str, PipelineSpec] = field(default_factory=dict)
+    hosts: tuple[str, ...] = ()
     shared: str | None = None
     needed: tuple[str, ...] = ()
     geometry: Callable[[Mapping[str, Any], Mapping[str, Any]], Geometry] | None = None
     shapes: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int, int, int], Shapes] | None = None
     text_tokens: int = 512
     presets: tuple[Preset, ...] = ()
+    published: tuple[Published, ...] = ()
+    recipes: Mapping[str, str] = field(default_factory=dict)
     original: Mapping[str, str] = field(default_factory=dict)
     original_mark: str | None = None
     original_components: Mapping[str, str] = field(default_factory=dict)
@@ -159,6 +186,7 @@ class ModelSpec:
     original_sizes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any] | None] | None = None
     gguf: str | None = None
     runtimes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    title: str = ""
 
     def place_of(self, path: str) -> Place | None:
         """Where the module at `path` is inside the blocks, or None outside them."""
@@ -168,6 +196,10 @@ class ModelSpec:
             if dot and not head and inner_dot and index.isdigit():
                 return Place(blocks, int(index), inside)
         return None
+
+    def kept(self, inside: str) -> str | None:
+        """Why a linear stays in its float dtype, by its path inside its block; None for one that is quantized."""
+        return next((why for pattern, why in self.keep.items() if fnmatchcase(inside, pattern)), None)
 
     def sharing(self, paths: Iterable[str]) -> Iterator[list[str]]:
         """The linears among `paths` that share their input: a list for each of `groups` in each block, in that order."""

@@ -75,8 +75,8 @@ def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
             decisions[path] = Decision(reason=f"num_bf16_fallback_layers: {first}")
         elif found[path].in_features % block_format(method).per_byte:
             decisions[path] = Decision(reason="odd number of input features")
-        elif any(fnmatchcase(place.inside, pattern) for pattern in spec.keep):
-            decisions[path] = Decision(reason=f"kept by the spec of {spec.transformer}")
+        elif (kept := spec.kept(place.inside)) is not None:
+            decisions[path] = Decision(reason=f"kept by the spec of {spec.transformer}: {kept}")
         else:
             activation = "mxfp8" if path in raised else config.activation_of(method)
             decisions[path] = Decision(scheme_for(method, activation).name, activation, method=method)

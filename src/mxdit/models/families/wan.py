@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Shapes
+from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published, Shapes
 
 
 def _original_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -132,8 +132,23 @@ _PRESETS = (
     Preset("Wan", "i2v", (480, 832), 81, 16, 40, 3.5, 3.5),
 )  # fmt: skip
 
+# Source: docs/wan22.md; all else as diffusers' class has it.
+_5B_SIZES = {**_5B, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+_1B_SIZES = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
+_RELEASES = (
+    Published("Wan-AI/Wan2.2-T2V-A14B-Diffusers", transformers=2),
+    Published("Wan-AI/Wan2.2-I2V-A14B-Diffusers", {"in_channels": 36}, 2),
+    Published("Wan-AI/Wan2.2-TI2V-5B-Diffusers", _5B_SIZES),
+    Published("Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    Published("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _1B_SIZES),
+    Published(
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+    ),
+)
+
 
 WAN = ModelSpec(
+    title="Wan 2.1 and 2.2",
     transformer="WanTransformer3DModel",
     blocks=("blocks",),
     groups=(
@@ -153,6 +168,7 @@ WAN = ModelSpec(
     geometry=_geometry,
     shapes=_shapes,
     presets=_PRESETS,
+    published=_RELEASES,
     original_mark="patch_embedding",
     original={
         "patch_embedding": "patch_embedding",
@@ -212,3 +228,5 @@ WAN = ModelSpec(
         },
     },
 )
+
+SPECS = (WAN,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -26,6 +26,7 @@ _PRESETS = (
 
 
 FLUX = ModelSpec(
+    title="FLUX.1",
     transformer="FluxTransformer2DModel",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     groups=(
@@ -33,9 +34,7 @@ FLUX = ModelSpec(
         ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),  # the text's side, in the double blocks only
     ),
-    # They turn the timestep's embedding, one row a sample, into the shifts, scales and gates of all tokens: there is no
-    # time to gain, and each error of theirs is one of every token.
-    keep=("norm1.linear", "norm1_context.linear", "norm.linear"),
+    keep=dict.fromkeys(("norm1.linear", "norm1_context.linear", "norm.linear"), MODULATION),
     pipelines={
         "FluxPipeline": PipelineSpec(
             "t2i",
@@ -52,4 +51,11 @@ FLUX = ModelSpec(
     needed=("num_layers", "num_single_layers"),
     geometry=_geometry,
     presets=_PRESETS,
+    # Source: transformer/config.json of the releases; all else as diffusers' class has it.
+    published=(
+        Published("black-forest-labs/FLUX.1-dev", {"guidance_embeds": True}),
+        Published("black-forest-labs/FLUX.1-schnell"),
+    ),
 )
+
+SPECS = (FLUX,)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -48,6 +48,7 @@ _PRESETS = (
 
 
 HUNYUAN_VIDEO_15 = ModelSpec(
+    title="HunyuanVideo 1.5",
     transformer="HunyuanVideo15Transformer3DModel",
     # Not the text's refiner (context_embedder.token_refiner.refiner_blocks): two small blocks that see the text alone,
     # and whose output every block takes.
@@ -56,8 +57,7 @@ HUNYUAN_VIDEO_15 = ModelSpec(
         ("attn.to_q", "attn.to_k", "attn.to_v"),
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),  # the text's side
     ),
-    # They turn the timestep's embedding, one row a sample, into the shifts, scales and gates of all tokens.
-    keep=("norm1.linear", "norm1_context.linear"),
+    keep=dict.fromkeys(("norm1.linear", "norm1_context.linear"), MODULATION),
     pipelines={
         "HunyuanVideo15Pipeline": PipelineSpec("t2v", {**_CALL, "height": "height", "width": "width"}),
         "HunyuanVideo15ImageToVideoPipeline": PipelineSpec("i2v", {**_CALL, "image": "image"}),
@@ -65,4 +65,8 @@ HUNYUAN_VIDEO_15 = ModelSpec(
     needed=("num_layers", "patch_size", "target_size"),
     geometry=_geometry,
     presets=_PRESETS,
+    # Source: diffusers' class, whose defaults are the releases'.
+    published=(Published("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v"),),
 )
+
+SPECS = (HUNYUAN_VIDEO_15,)

@@ -1,0 +1,1 @@
+"""The families that come with mxdit: a file each, whose `SPECS` are registered with `import mxdit`."""

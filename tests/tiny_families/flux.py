@@ -1,0 +1,73 @@
+"""FLUX.1 at tiny size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tiny_families.parts import TEXT, Tiny, clip_tokenizer, normal, seeded, t5, t5_tokenizer
+
+
+def flux(**overrides: Any) -> FluxTransformer2DModel:
+    """Two blocks of each list, d=128, so that a single block's proj_out has K=640."""
+    config = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": TEXT,
+        "pooled_projection_dim": TEXT,
+        "guidance_embeds": True,
+        "axes_dims_rope": (8, 12, 12),
+    }
+    return seeded(lambda: FluxTransformer2DModel(**(config | overrides)))
+
+
+def flux_inputs(model: Any) -> dict[str, Any]:
+    """16 tokens of an image and 6 of text."""
+    return {
+        "hidden_states": normal(model, 1, 1, 16, 16),
+        "encoder_hidden_states": normal(model, 2, 1, 6, TEXT),
+        "pooled_projections": normal(model, 3, 1, TEXT),
+        "timestep": torch.tensor([0.7]),
+        "guidance": torch.tensor([3.5]) if model.config.guidance_embeds else None,
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(6, 3),
+    }
+
+
+def flux_pipeline(task: str) -> DiffusionPipeline:
+    """CLIP and T5, a VAE of stride 2."""
+    assert task == "t2i"
+    tokenizer = clip_tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    vae = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 4), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2,
+        "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.36,
+    }  # fmt: skip
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=seeded(lambda: AutoencoderKL(**vae)).bfloat16(),
+        text_encoder=seeded(lambda: CLIPTextModel(clip)).bfloat16(),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(64),
+        tokenizer_2=t5_tokenizer(),
+        transformer=flux().bfloat16(),
+    )
+
+
+TINY = {"FluxTransformer2DModel": Tiny(flux, flux_inputs, flux_pipeline, (16, 24))}

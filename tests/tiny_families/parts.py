@@ -1,0 +1,65 @@
+"""What the tiny families are made of: `Tiny`, seeds, and small text encoders of the real classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+TEXT = 32  # width of every text and image encoder
+_LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One family at tiny size.
+
+    transformer  makes one, float32 and seeded; takes keys of its config.
+    inputs       seeded arguments of its forward, in the model's dtype, given the model.
+    pipeline     makes a whole one for a task, bfloat16 and seeded.
+    size         (height, width) of a run.
+    frames       of a run, None for an image.
+    more         keys of a config that has linears which the plain one has not.
+    """
+
+    transformer: Callable[..., Any]
+    inputs: Callable[[Any], dict[str, Any]]
+    pipeline: Callable[[str], DiffusionPipeline]
+    size: tuple[int, int]
+    frames: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def normal(model: Any, seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.dtype)
+
+
+def seeded(make: Callable[[], Any], seed: int = 7) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().eval()
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Of single letters, 24 tokens long."""
+    letters = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS)]
+    words = {piece: i for i, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=words, merges=[], model_max_length=24)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """Of single letters; its vocabulary is smaller than 64."""
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5Tokenizer(vocab=[*marks, *((letter, -3.0) for letter in _LETTERS)], extra_ids=0)
+
+
+def t5(vocabulary: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=vocabulary, d_model=TEXT, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    return seeded(lambda: T5EncoderModel(config)).bfloat16()
