@@ -271,7 +271,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("transformer", "transformer_2"):
         pipeline.components[name].register_forward_hook(partial(count, experts, name))
     with Sampler(every=0.01) as making:
-        result = session.run(request)
+        result = session.run(request, told)
     return {
         "directory": str(args.directory),
         "request": {"size": args.size, "frames": args.frames, "steps": args.steps},
@@ -287,6 +287,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": {**dict(tell), "run": result.seconds, "steps": list(result.step_seconds)},
         "threads": torch.get_num_threads(),
     }
+
+
+def told(done: int, steps: int) -> None:
+    print(f"step {done} of {steps}", file=sys.stderr, flush=True)
 
 
 def count(counts: dict[str, int], name: str, *_: object) -> None:

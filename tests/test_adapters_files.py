@@ -15,12 +15,12 @@ import loras
 import mxdit
 import mxdit_models
 import tiny
-import tiny_families
 from adapted import lora
 from mxdit.errors import FormatError
 from mxdit.layers import linears_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.quantize.loras import check_layers, layers_of, named
+from tiny_families import flux
 
 ORIGINAL = {  # Wan's own names of the linears
     **{f"attn1.to_{name}": f"self_attn.{name}" for name in "qkv"},
@@ -128,10 +128,10 @@ def test_the_bundled_adapter_fits_both_experts():
 
 def test_flux_by_mxdit_s_verb(tmp_path):
     """FLUX.1's pipeline compares shapes of weights and would widen packed ones: refused there, and unchanged."""
-    pipe = tiny_families.flux_pipeline("t2i")
+    pipe = flux.flux_pipeline("t2i")
     model = pipe.transformer
     mxdit.quantize_(model, "mxfp4")
-    family = tiny_families.flux_inputs(model)
+    family = flux.flux_inputs(model)
     found = dict(linears_of(model))
     paths = [path for path in found if path.endswith(("attn.to_q", "ff.net.2", "proj_mlp"))]
     generator = torch.Generator().manual_seed(0)

@@ -21,7 +21,8 @@ from mxdit.calibrate.observe import bytes_of_state
 from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.walk import Walk, _Given
 from mxdit.evals.cache import Cache
-from tiny_families import TINY, families, tiny_of, wan_inputs
+from tiny_families import TINY, families, tiny_of
+from tiny_families.wan import wan_inputs
 
 CALLS = 2
 

@@ -16,11 +16,11 @@ import layouts
 import mxdit
 import original
 import tiny
-import tiny_families
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import CheckpointError, InputError
 from safefiles import contents
+from tiny_families import flux
 
 pytestmark = pytest.mark.slow
 
@@ -180,7 +180,7 @@ def test_one_expert_lies_at_the_root_of_modelslims_directory(wan, tmp_path):
 
 
 def test_a_family_whose_release_mxdit_does_not_know_has_no_modelslim_layout(tmp_path):
-    tiny_families.flux().bfloat16().save_pretrained(tmp_path / "float")
+    flux.flux().bfloat16().save_pretrained(tmp_path / "float")
     packed = quantize(tmp_path / "float", tmp_path / "packed", CONFIGS["mxfp8"])
     with pytest.raises(InputError, match=r"does not know the names that Flux.* has in its own release"):
         convert(packed, tmp_path / "exported", "modelslim")

@@ -33,7 +33,7 @@ from mxdit.generation.plan import BLOCKS, DROP, STAY, SWAP, TILES, WHOLE, Planne
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request
 from mxdit.generation.work import Works, live
-from tiny_families import wan_inputs
+from tiny_families.wan import wan_inputs
 
 pytestmark = pytest.mark.slow
 

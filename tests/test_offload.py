@@ -21,7 +21,7 @@ from mxdit.calibrate.walk import Walk
 from mxdit.checkpoint.files import read_json
 from mxdit.generation import offload
 from mxdit.generation.recording import Recorder, repeat, transformers_of
-from tiny_families import wan_inputs
+from tiny_families.wan import wan_inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("npu")]
 

@@ -14,7 +14,6 @@ from diffusers import FluxPipeline, WanPipeline
 
 import loras
 import tiny
-import tiny_families
 from command import mxdit_command
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
 from mxdit.checkpoint.files import StoredTensor
@@ -23,6 +22,7 @@ from mxdit.checkpoint.loras import MERGED, check_fits
 from mxdit.errors import MXDiTError
 from mxdit.integrations.lora_files import read_lora
 from mxdit.models import SPECS
+from tiny_families import flux
 
 WAN = SPECS["WanTransformer3DModel"]
 EXPERTS = ("transformer", "transformer_2")
@@ -171,7 +171,7 @@ def test_a_component_alone_and_another_family(tmp_path):
     tiny.transformer(seed=4).save_pretrained(tmp_path / "one")
     file = loras.made(tmp_path / "lora.safetensors")
     quantize_checkpoint(tmp_path / "one", tmp_path / "out", "mxfp4", loras={"": [(read_lora(file, WAN), 1.0)]}).write()
-    pipe = tiny_families.flux_pipeline("t2i").to(torch.float32)
+    pipe = flux.flux_pipeline("t2i").to(torch.float32)
     pipe.save_pretrained(tmp_path / "flux")
     made = loras.layers(pipe.transformer)
     state = loras.diffusers(made)
@@ -237,7 +237,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "integers": (changed(f"transformer.{Q}.lora_A.weight", torch.ones(loras.RANK, 64, dtype=torch.int8)), "a dtype that no LoRA has"),
     "a checkpoint": (lambda s: {**tiny.transformer().state_dict()}, "not the transformer's"),
     "another family's": (
-        lambda s: loras.diffusers(loras.layers(tiny_families.flux_pipeline("t2i").transformer)),
+        lambda s: loras.diffusers(loras.layers(flux.flux_pipeline("t2i").transformer)),
         "transformer_blocks.0.*: the LoRA changes a module that the model does not have",
     ),
 }  # fmt: skip

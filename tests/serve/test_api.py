@@ -23,10 +23,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import serving
 import tiny
-import tiny_families
 from mxdit.generation.session import Session
 from mxdit.serve.app import PAGE
 from serving import KEY, SMALL, ended, png
+from tiny_families import flux
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    tiny_families.flux_pipeline("t2i").save_pretrained(root / "t2i")
+    flux.flux_pipeline("t2i").save_pretrained(root / "t2i")
     return {"t2i": root / "t2i"} | {task: tiny.save(root / task, task) for task in ("t2v", "i2v")}
 
 
