@@ -384,7 +384,7 @@ def test_a_bad_recipe_is_caught(tmp_path):
         open_model(bundled("i2v")),
         count=2,
         held=4,
-        request={"steps": 4},
+        request={"frames": 5, "steps": 2},
         recipe=Recipe("mxfp4_dualscale", "mxfp4", steps=("smooth", "gptq", "regress", "bias"), lam=0.01),
         budget=PRESETS["fast"],
     )
