@@ -162,12 +162,18 @@ def test_the_first_blocks_are_counted_in_running_order(spec):
     assert kept == set(order[:first])
 
 
+def modular(pipeline: type) -> bool:
+    """Whether it is made of blocks, which say what components they need, and takes none when it is made."""
+    return issubclass(pipeline, diffusers.ModularPipeline)
+
+
 @families
 def test_hosts_hold_the_model(spec):
     for name in spec.hosts:
         pipeline = getattr(diffusers, name, None)
         assert pipeline is not None, f"diffusers has no {name}"
-        components = set(inspect.signature(pipeline.__init__).parameters)
+        made_of = getattr(diffusers, pipeline.default_blocks_name)().component_names if modular(pipeline) else ()
+        components = {*inspect.signature(pipeline.__init__).parameters, *made_of}
         assert components & set(spec.components), f"{name} has no component named {' or '.join(spec.components)}"
 
 
@@ -281,7 +287,7 @@ def test_a_config_makes_the_skeleton(transformers, spec):
 
 
 @families
-def test_a_lora_file_is_loaded_beside_quantized_weights(spec):
+def test_a_lora_file_is_loaded_beside_quantized_weights(transformers, spec):
     """By diffusers' own loader, where it has one for a pipeline of the family; taken off, the bits are as before."""
     names = (*spec.pipelines, *spec.hosts)
     loader = next(
@@ -289,7 +295,7 @@ def test_a_lora_file_is_loaded_beside_quantized_weights(spec):
     )
     if loader is None:
         pytest.skip("diffusers has no loader for its pipelines")
-    model = tiny_of(spec).transformer().bfloat16()
+    model = loaded(spec, transformers[spec.transformer])
     report, state = mxdit.quantize_(model, "mxfp4"), dict[str, torch.Tensor]()
     for i, layer in enumerate(report.quantized[:8]):
         outputs, inputs = layer.shape
