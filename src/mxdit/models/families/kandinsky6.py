@@ -1,0 +1,50 @@
+"""Kandinsky 6: video with sound in one transformer of fused blocks, and super-resolution in another."""
+
+from __future__ import annotations
+
+from mxdit.models.spec import MODULATION, ModelSpec, Published
+
+KANDINSKY6 = ModelSpec(
+    title="Kandinsky 6",
+    transformer="Kandinsky6Transformer3DModel",
+    # Not the text's blocks (video_text_transformer_blocks, audio_text_transformer_blocks): four of each beside 60, which
+    # see the text alone.
+    blocks=("visual_transformer_blocks",),
+    groups=(
+        *(
+            (f"{side}.self_attention.to_query", f"{side}.self_attention.to_key", f"{side}.self_attention.to_value")
+            for side in ("video_dec_block", "audio_dec_block")
+        ),
+        *(
+            (f"{side}.cross_attention.to_key", f"{side}.cross_attention.to_value")
+            for side in ("video_dec_block", "audio_dec_block")
+        ),
+        # What one side asks the text with, the other side attends to.
+        ("video_dec_block.cross_attention.to_query", "av_cross_attention.to_key", "av_cross_attention.to_value"),
+        ("audio_dec_block.cross_attention.to_query", "va_cross_attention.to_key", "va_cross_attention.to_value"),
+    ),
+    keep=dict.fromkeys(
+        ("*.visual_modulation.out_layer", "?a_modulation.out_layer", "?v_modulation.out_layer"), MODULATION
+    ),
+    hosts=("Kandinsky6TI2VAPipeline",),
+    # Source: diffusers' class, whose defaults and docstring tell the releases' shapes.
+    published=(
+        Published(
+            "kandinskylab/Kandinsky-6.0-Pro-distill-5s-Diffusers",
+            dict.fromkeys(("text_token_padding", "ca_rope", "cross_gates", "fix_modulation"), True),
+        ),
+    ),
+)
+
+KANDINSKY6_SR = ModelSpec(
+    title="Kandinsky 6 super-resolution",
+    transformer="Kandinsky6SRTransformer3DModel",
+    blocks=("visual_transformer_blocks",),
+    groups=(("self_attention.to_query", "self_attention.to_key", "self_attention.to_value"),),
+    keep={"visual_modulation.out_layer": MODULATION},
+    hosts=("Kandinsky6SRPipeline",),  # takes a video
+    # Source: diffusers' class, whose defaults are the distilled release's.
+    published=(Published("kandinskylab/Kandinsky-6.0-VSR-distilled2steps-5s-Diffusers"),),
+)
+
+SPECS = (KANDINSKY6, KANDINSKY6_SR)
