@@ -96,7 +96,8 @@ def test_a_recorded_call_can_be_repeated(saved, spec, name):
         session.run(wanted, on_latents=recorder.on_latents)
     assert [step["step"] for step in recorder.steps] == list(range(wanted.steps))
     for call in recorder.calls:
-        assert call["velocity"].shape == recorder.latents[0].shape
+        # Guidance may double the batch; a pipeline may have variances beside, and leave a given frame out of the latents.
+        assert call["velocity"].shape[-2:] == recorder.latents[0].shape[-2:]
         assert torch.equal(repeat(getattr(session.load(), call["expert"]), call), call["velocity"])
 
 

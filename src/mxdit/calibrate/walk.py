@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mxdit.generation.offload import on
+from mxdit.generation.recording import map_tensors
 from mxdit.models import spec_of
 
 Call = Mapping[str, Any]  # as `mxdit.generation.recording.Recorder` keeps it
@@ -70,7 +71,7 @@ class Walk:
         with on(self.blocks[index][1], self._device):
             for number, call in enumerate(self.calls):
                 with torch.no_grad():
-                    inputs = {key: value.to(self._device) for key, value in call["inputs"].items()}
+                    inputs = _to(call["inputs"], self._device)
                     given.append(_to(self._run(inputs, index, self._before(index, number)), "cpu"))
                 if index and not self._keep:
                     self._given[index - 1][number] = None  # or what two blocks gave would be held
@@ -96,9 +97,9 @@ class Walk:
         gradients = [direction]
         for index in range(last, -1, -1):
             # What the block is given: by the block before, and beside it (the text), from which a branch may begin.
-            given = _map(_to(self._before(index, number), self._device), _leaf)
-            inputs = {key: _leaf(value.to(self._device)) for key, value in call["inputs"].items()}
-            leaves = [t for t in (*_tensors(given), *inputs.values()) if t.requires_grad]
+            given = map_tensors(_to(self._before(index, number), self._device), _leaf)
+            inputs = map_tensors(_to(call["inputs"], self._device), _leaf)
+            leaves = [t for t in (*_tensors(given), *_tensors(inputs)) if t.requires_grad]
             held = on(self.blocks[index][1], self._device) if index < last else nullcontext()
             with held, torch.enable_grad():  # to the end of the pass back, which needs the weights
                 out = _tensors(self._run(inputs, index if index < last else None, given))
@@ -112,7 +113,7 @@ class Walk:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _run(self, inputs: Mapping[str, Tensor], index: int | None, given: Any) -> Any:
+    def _run(self, inputs: Mapping[str, Any], index: int | None, given: Any) -> Any:
         """What block `index` gives, or the model where it is None, when the blocks before it gave `given`."""
         found = list[Any]()
 
@@ -121,10 +122,10 @@ class Walk:
             raise _Reached
 
         stop = len(self.blocks) if index is None else index
-        with self._replaced(stop, _map(given, lambda t: t.to(self._device))):
+        with self._replaced(stop, map_tensors(given, lambda t: t.to(self._device))):
             hook = None if index is None else self.blocks[index][1].register_forward_hook(reached)
             try:
-                found.append(self.model(**inputs, return_dict=False)[0])
+                found.append(self.model(**inputs)[0])
             except _Reached:
                 pass
             finally:
@@ -153,21 +154,15 @@ def _modules(blocks: nn.Module) -> list[nn.Module]:
     return list(blocks.children())
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    return type(value)(_map(part, change) for part in value) if isinstance(value, (tuple, list)) else value
-
-
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
 def _to(value: Any, device: torch.device | str) -> Any:
-    return _map(value, lambda t: t.detach().to(device))
+    return map_tensors(value, lambda t: t.detach().to(device))
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list)) else []
+    found = list[Tensor]()
+    map_tensors(value, lambda t: found.append(t) or t)
+    return found

@@ -6,8 +6,9 @@ text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,13 +23,22 @@ def transformers_of(pipeline: Any) -> dict[str, nn.Module]:
     return {name: model for name, model in found.items() if model is not None}
 
 
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with each tensor in it changed; one in a list, a tuple or a dict, too."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(part, change) for key, part in value.items()}
+    return type(value)(map_tensors(part, change) for part in value) if isinstance(value, (tuple, list)) else value
+
+
 class Recorder:
     """Keeps the calls of the transformers and the latents after each step of one image or video.
 
     Attributes:
-        calls: {"step", "timestep", "expert", "inputs": {name: tensor}, "velocity": tensor}, all on the CPU; "expert" is the
-            component's name, "velocity" has the latents' shape. The conditional call of a step is first, the unconditional
-            one follows where guidance is on.
+        calls: {"step", "timestep", "expert", "inputs": {name: what was given}, "velocity": tensor}, all tensors on the CPU;
+            "expert" is the component's name, "velocity" what the transformer gives first. The conditional call of a step is
+            first, the unconditional one follows where guidance is on; some pipelines make one call of both, as a batch.
         latents: after each step, fp32, as the pipeline has them: of a video (1, C, T, H, W).
         steps: {"step", "timestep", "expert"} of each step.
     """
@@ -59,7 +69,10 @@ class Recorder:
                 hook.remove()
 
     def _hook(self, expert: str) -> Any:
-        def called(_: nn.Module, __: Any, inputs: dict[str, Any], output: Any) -> None:
+        def called(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            inputs = (
+                signature(model.forward).bind(*given, **named).arguments
+            )  # some pipelines name all of them, some do not
             step = {
                 "step": len(self.latents),
                 "timestep": float(inputs["timestep"].max()),  # TI2V has one for each token, 0 for given frames
@@ -68,8 +81,9 @@ class Recorder:
             if len(self.steps) == step["step"]:
                 self.steps.append(step)
             if self._keep_calls:
-                tensors = {key: self._move(value) for key, value in inputs.items() if isinstance(value, Tensor)}
-                self.calls.append({**step, "inputs": tensors, "velocity": output[0].cpu()})
+                inputs.pop("return_dict", None)  # how its output is handed over
+                kept = {key: map_tensors(value, self._move) for key, value in inputs.items() if value is not None}
+                self.calls.append({**step, "inputs": kept, "velocity": output[0].cpu()})
 
         return called
 
@@ -83,7 +97,8 @@ class Recorder:
 
 
 def repeat(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    """The velocity that a transformer predicts for a recorded call, in the latents' shape, on its device."""
+    """The velocity that a transformer predicts for a recorded call, in the same shape, on its device."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        return model(**{key: value.to(device) for key, value in call["inputs"].items()}, return_dict=False)[0]
+        # Without return_dict=False, with which Kandinsky 5 gives a bare tensor and others a tuple.
+        return model(**map_tensors(call["inputs"], lambda tensor: tensor.to(device)))[0]
