@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTokenizer, Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 TEXT = 32  # width of every text and image encoder
 _LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -63,3 +63,17 @@ def t5(vocabulary: int) -> T5EncoderModel:
         vocab_size=vocabulary, d_model=TEXT, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
     )
     return seeded(lambda: T5EncoderModel(config)).bfloat16()
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Of single letters; what is none of them is unknown."""
+    marks = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁")
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate((*marks, *_LETTERS))}, merges=[])
+
+
+def gemma2() -> Gemma2Model:
+    config = Gemma2Config(
+        vocab_size=32, hidden_size=TEXT, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16,
+    )  # fmt: skip
+    return seeded(lambda: Gemma2Model(config)).bfloat16()
