@@ -21,6 +21,7 @@ from mxdit.calibrate.observe import bytes_of_state
 from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.walk import Walk, _Given
 from mxdit.evals.cache import Cache
+from mxdit.generation.recording import map_tensors
 from tiny_families import TINY, families, tiny_of
 from tiny_families.wan import wan_inputs
 
@@ -34,12 +35,12 @@ def calls_of(model: nn.Module, inputs: Any, count: int = CALLS) -> list[Mapping[
         given = {key: value for key, value in inputs(model).items() if value is not None}
         given["hidden_states"] = given["hidden_states"] * (1 + number)
         with torch.no_grad():
-            calls.append({"inputs": given, "velocity": model(**given, return_dict=False)[0]})
+            calls.append({"inputs": given, "velocity": model(**given)[0]})
     return calls
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in tensors(part)]
+    return [value] if isinstance(value, torch.Tensor) else [t for part in value or () for t in tensors(part)]
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def test_every_block_gives_what_the_whole_model_s_gives(family, keep):
     wanted = []
     for call in calls:
         with outputs_of(model, paths) as found, torch.no_grad():
-            model(**call["inputs"], return_dict=False)
+            model(**call["inputs"])
         assert list(found) == paths  # in the order in which they run
         wanted.append(found)
     for index, (path, block, run) in enumerate(walk):
@@ -98,7 +99,8 @@ def test_every_block_gives_what_the_whole_model_s_gives(family, keep):
                 ours, theirs = tensors(found[path]), tensors(wanted[number][path])
                 assert len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
         assert number == CALLS - 1
-        assert sum(map(bool, walk._given)) == (index + 1 if keep else 1)  # what is not needed is not kept
+        lists = {passed.rpartition(".")[0] for passed in paths[: index + 1]}
+        assert sum(map(bool, walk._given)) == (index + 1 if keep else len(lists))  # what is not needed is not kept
         assert dict(model.named_modules()) == before
 
 
@@ -139,7 +141,8 @@ def test_modules_are_restored_after_an_error(spec):
             list(run())
     assert dict(model.named_modules()) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert torch.equal(model(**calls[0]["inputs"], return_dict=False)[0], calls[0]["velocity"])
+    with torch.no_grad():
+        assert torch.equal(model(**calls[0]["inputs"])[0], calls[0]["velocity"])
 
 
 # -- backward --------------------------------------------------------------------------------------------------------------
@@ -147,6 +150,8 @@ def test_modules_are_restored_after_an_error(spec):
 
 def test_gradients_are_those_of_plain_autograd(family):
     model, calls = family
+    if type(model).__name__ == "Kandinsky6SRTransformer3DModel":
+        pytest.skip("torch's FlexAttention has no backward pass on CPUs")
     before = dict(model.named_modules())
     walk = Walk(model, calls, keep=True)
     for _, _, run in walk:
@@ -154,8 +159,8 @@ def test_gradients_are_those_of_plain_autograd(family):
     paths, number = linears_of(model, walk), CALLS - 1
     direction = torch.randn_like(calls[number]["velocity"])
     with outputs_of(model, paths) as outputs:
-        leaves = {key: value.clone().requires_grad_(value.is_floating_point()) for key, value in calls[number]["inputs"].items()}  # fmt: skip
-        velocity = model(**leaves, return_dict=False)[0]
+        leaves = map_tensors(calls[number]["inputs"], lambda t: t.clone().requires_grad_(t.is_floating_point()))
+        velocity = model(**leaves)[0]
     grads = torch.autograd.grad(velocity, [outputs[path] for path in paths], direction, allow_unused=True)
     wanted = {path: grad for path, grad in zip(paths, grads, strict=True) if grad is not None}
     assert len(wanted) > len(paths) / 2
@@ -214,7 +219,7 @@ def moved(model: nn.Module, call: Mapping[str, Any], path: str, layer: nn.Module
     with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
         hook = model.get_submodule(path).register_forward_hook(called)
         with outputs_of(model, [path]) as found:
-            velocity = model(**call["inputs"], return_dict=False)[0]
+            velocity = model(**call["inputs"])[0]
         hook.remove()
         v = torch.zeros_like(velocity, requires_grad=True)
         (back,) = torch.autograd.grad(velocity, found[path], v, create_graph=True)

@@ -1,7 +1,8 @@
 """A transformer run one block at a time over many recorded calls, so that no more than one block has to be at hand.
 
 What is in front of a block and behind it is the model's own `forward`: the blocks before are replaced by modules that give what
-the last of them gave, and the model's code hands that on as it would have. So a family of models needs nothing said about it.
+the last of them in their list gave, and the model's code hands that on as it would have. So a family of models needs nothing
+said about it, whether its lists run one after the other or side by side.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Call = Mapping[str, Any]  # as `mxdit.generation.recording.Recorder` keeps it
 
 
 class _Given(nn.Module):
-    """Stands where a block was, and gives what the last of them gave."""
+    """Stands where a block was, and gives what the last one of its list gave."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -68,21 +69,27 @@ class Walk:
 
     def _through(self, index: int) -> Iterator[Call]:
         given: list[Any] = []
+        needed = self._passed(index + 1).values()
         with on(self.blocks[index][1], self._device):
             for number, call in enumerate(self.calls):
                 with torch.no_grad():
                     inputs = _to(call["inputs"], self._device)
                     given.append(_to(self._run(inputs, index, self._before(index, number)), "cpu"))
-                if index and not self._keep:
-                    self._given[index - 1][number] = None  # or what two blocks gave would be held
+                for before in range(index):
+                    if not self._keep and before not in needed and self._given[before]:
+                        self._given[before][number] = None  # or what two blocks of a list gave would be held
                 yield call
         if not self._keep:
-            self._given = [[] for _ in self._given]
+            self._given = [kept if before in needed else [] for before, kept in enumerate(self._given)]
         self._given.append(given)
 
-    def _before(self, index: int, number: int) -> Any:
-        """What the block before `index` gave to a call; None for the first one."""
-        return self._given[index - 1][number] if index else None
+    def _passed(self, index: int) -> dict[str, int]:
+        """The index of the last block before `index` in each list that has one."""
+        return {path.rpartition(".")[0]: before for before, (path, _) in enumerate(self.blocks[:index])}
+
+    def _before(self, index: int, number: int) -> dict[str, Any]:
+        """What the last block before `index` in each list gave to a call."""
+        return {name: self._given[before][number] for name, before in self._passed(index).items()}
 
     def back(self, number: int, direction: Tensor) -> Iterator[str]:
         """Send a gradient back through the blocks, last one first; yields the path of each block that it has passed.
@@ -94,7 +101,7 @@ class Walk:
             direction: gradient of what is wanted by the velocity, in its shape.
         """
         call, last = self.calls[number], len(self.blocks)
-        gradients = [direction]
+        gradients, waiting = [direction], dict[str, list[Tensor]]()  # by what the last block of a list gave
         for index in range(last, -1, -1):
             # What the block is given: by the block before, and beside it (the text), from which a branch may begin.
             given = map_tensors(_to(self._before(index, number), self._device), _leaf)
@@ -105,16 +112,20 @@ class Walk:
                 out = _tensors(self._run(inputs, index if index < last else None, given))
                 gradients = [g.to(t.device, t.dtype) for g, t in zip(gradients, out, strict=True)]
                 torch.autograd.backward(out, gradients, inputs=leaves)
-            gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in _tensors(given)]
+            for name, value in given.items():
+                found = [torch.zeros_like(t) if t.grad is None else t.grad for t in _tensors(value)]
+                waiting[name] = [a + b for a, b in zip(found, waiting[name], strict=True)] if name in waiting else found
             if index < last:
                 yield self.blocks[index][0]
+            if index:
+                gradients = waiting.pop(self.blocks[index - 1][0].rpartition(".")[0])
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _run(self, inputs: Mapping[str, Any], index: int | None, given: Any) -> Any:
-        """What block `index` gives, or the model where it is None, when the blocks before it gave `given`."""
+    def _run(self, inputs: Mapping[str, Any], index: int | None, given: Mapping[str, Any]) -> Any:
+        """What block `index` gives, or the model where it is None, when the last before it in each list gave `given`."""
         found = list[Any]()
 
         def reached(_: nn.Module, __: Any, output: Any) -> None:
@@ -134,13 +145,13 @@ class Walk:
         return found[0]
 
     @contextmanager
-    def _replaced(self, stop: int, given: Any) -> Iterator[None]:
-        """Inside, the first `stop` blocks give `given`."""
+    def _replaced(self, stop: int, given: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, the first `stop` blocks give what `given` has for their list."""
         number = 0
-        for _, blocks in self._lists:
+        for name, blocks in self._lists:
             for i in range(len(_modules(blocks))):
                 if number < stop:
-                    blocks.register_module(str(i), _Given(given))
+                    blocks.register_module(str(i), _Given(given[name]))
                 number += 1
         try:
             yield
