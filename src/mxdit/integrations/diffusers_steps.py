@@ -119,7 +119,8 @@ def _policies_of(
 def _check_counters(pipe: Any) -> None:
     """Raise ModelError unless the pipeline and its scheduler say at which step they are."""
     scheduler = getattr(pipe, "scheduler", None)
-    lacking = [f"{type(pipe).__name__}.num_timesteps"] * (not hasattr(type(pipe), "num_timesteps"))
+    counted = hasattr(type(pipe), "num_timesteps") or hasattr(scheduler, "num_inference_steps")
+    lacking = [] if counted else [f"{type(pipe).__name__}.num_timesteps"]
     lacking += [f"{type(scheduler).__name__}.{n}" for n in ("step_index", "begin_index") if not hasattr(scheduler, n)]
     if lacking:
         raise ModelError(
@@ -135,6 +136,10 @@ def _step_of(pipe: Any) -> tuple[int, int]:
     """(step, steps) at which the pipeline calls a transformer."""
     _check_counters(pipe)  # its scheduler may have been replaced
     scheduler, loop = pipe.scheduler, getattr(pipe, "num_timesteps", None)  # there is none before the first call
+    if (
+        not hasattr(type(pipe), "num_timesteps") and scheduler.num_inference_steps
+    ):  # PixArt's make every step of the schedule
+        loop = len(scheduler.timesteps)
     if loop is not None and getattr(pipe, "current_timestep", "unknown") is not None:  # None after a call
         every, begin, made = len(scheduler.timesteps), scheduler.begin_index, scheduler.step_index
         if begin is None:  # pipelines that begin in the middle of the schedule need not say so to the scheduler
