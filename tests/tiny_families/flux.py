@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -14,7 +13,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tiny_families.parts import TEXT, Tiny, clip_tokenizer, normal, seeded, t5, t5_tokenizer
+from tiny_families.parts import TEXT, Tiny, clip_tokenizer, image_vae, normal, seeded, t5, t5_tokenizer
 
 
 def flux(**overrides: Any) -> FluxTransformer2DModel:
@@ -54,14 +53,9 @@ def flux_pipeline(task: str) -> DiffusionPipeline:
         vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    vae = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (4, 4), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2,
-        "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.36,
-    }  # fmt: skip
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=seeded(lambda: AutoencoderKL(**vae)).bfloat16(),
+        vae=image_vae(),
         text_encoder=seeded(lambda: CLIPTextModel(clip)).bfloat16(),
         tokenizer=tokenizer,
         text_encoder_2=t5(64),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer, Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -58,9 +58,19 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*marks, *((letter, -3.0) for letter in _LETTERS)], extra_ids=0)
 
 
-def t5(vocabulary: int) -> T5EncoderModel:
+def image_vae() -> AutoencoderKL:
+    """Of stride 2, as the models have it whose transformers pack 2 x 2 latents."""
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 4), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2,
+        "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.36,
+    }  # fmt: skip
+    return seeded(lambda: AutoencoderKL(**config)).bfloat16()
+
+
+def t5(vocabulary: int, width: int = TEXT) -> T5EncoderModel:
     config = T5Config(
-        vocab_size=vocabulary, d_model=TEXT, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
     )
     return seeded(lambda: T5EncoderModel(config)).bfloat16()
 
