@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, gemma2, gemma_tokenizer, normal, seeded
 
 
 def sana(**overrides: Any) -> SanaTransformer2DModel:
@@ -36,4 +42,24 @@ def sana_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"SanaTransformer2DModel": Tiny(sana, sana_inputs, None, (16, 24))}
+def sana_pipeline(task: str) -> DiffusionPipeline:
+    """Gemma 2 and a deep-compression VAE of stride 4."""
+    assert task == "t2i"
+    sides = {
+        side: value
+        for coder in ("encoder", "decoder")
+        for side, value in {
+            f"{coder}_block_types": "ResBlock", f"{coder}_block_out_channels": (4, 4, 4),
+            f"{coder}_layers_per_block": (1, 1, 1), f"{coder}_qkv_multiscales": ((), (), ()),
+        }.items()
+    }  # fmt: skip
+    return SanaPipeline(
+        tokenizer=gemma_tokenizer(),
+        text_encoder=gemma2(),
+        vae=seeded(lambda: AutoencoderDC(latent_channels=4, attention_head_dim=2, **sides)).bfloat16(),
+        transformer=sana().bfloat16(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+TINY = {"SanaTransformer2DModel": Tiny(sana, sana_inputs, sana_pipeline, (32, 64))}
