@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, image_vae, normal, seeded, t5, t5_tokenizer
 
 
 def pixart(**overrides: Any) -> PixArtTransformer2DModel:
@@ -34,4 +34,16 @@ def pixart_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"PixArtTransformer2DModel": Tiny(pixart, pixart_inputs, None, (16, 24))}
+def pixart_pipeline(task: str) -> DiffusionPipeline:
+    """T5 and a VAE of stride 2."""
+    assert task == "t2i"
+    return PixArtAlphaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5(64),
+        vae=image_vae(),
+        transformer=pixart().bfloat16(),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+TINY = {"PixArtTransformer2DModel": Tiny(pixart, pixart_inputs, pixart_pipeline, (16, 24))}
