@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import MODULATION, ModelSpec, Published
+from collections.abc import Mapping
+from typing import Any
 
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The VAE halves the image between its stages; a patch is p x p latents, and has a place in a square table."""
+    stages, patch = len(vae.get("block_out_channels") or (1, 2, 4, 4)), int(config["patch_size"])
+    return Geometry(multiple=2 ** (stages - 1) * patch, positions=int(config["pos_embed_max_size"]))
+
+
+# Source of the figures: the defaults of diffusers' pipeline; of 3.5, its model cards.
+_35 = {"qk_norm": "rms_norm"}
+_PRESETS = (
+    Preset(
+        "Stable-Diffusion-3.5-medium", "t2i", (1024, 1024), 1, 1, 40, 4.5, config={**_35, "pos_embed_max_size": 384}
+    ),
+    Preset("Stable-Diffusion-3.5-large", "t2i", (1024, 1024), 1, 1, 28, 3.5, config=_35),
+    Preset("Stable-Diffusion-3-medium", "t2i", (1024, 1024), 1, 1, 28, 7.0),
+)
 # Source: transformer/config.json of the releases; all else as diffusers' class has it.
 _MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 _RELEASES = (
@@ -31,8 +50,21 @@ STABLE_DIFFUSION3 = ModelSpec(
         ("attn2.to_q", "attn2.to_k", "attn2.to_v"),  # the image alone, in the first blocks of 3.5 medium
     ),
     keep=dict.fromkeys(("norm1.linear", "norm1_context.linear"), MODULATION),
+    pipelines={
+        "StableDiffusion3Pipeline": PipelineSpec(
+            "t2i",
+            {
+                "prompt": "prompt",
+                "negative_prompt": "negative_prompt",
+                "height": "height",
+                "width": "width",
+                "steps": "num_inference_steps",
+                "guidance": "guidance_scale",
+            },
+            output="images",
+        )
+    },
     hosts=(
-        "StableDiffusion3Pipeline",
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusion3InpaintPipeline",
         "StableDiffusion3ControlNetPipeline",
@@ -40,6 +72,9 @@ STABLE_DIFFUSION3 = ModelSpec(
         "StableDiffusion3PAGPipeline",
         "StableDiffusion3PAGImg2ImgPipeline",
     ),
+    needed=("num_layers", "patch_size", "pos_embed_max_size"),
+    geometry=_geometry,
+    presets=_PRESETS,
     published=_RELEASES,
 )
 
