@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel
+from diffusers import (
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, image_vae, normal, seeded, t5, t5_tokenizer
 
 
 def chroma(**overrides: Any) -> ChromaTransformer2DModel:
@@ -38,4 +43,16 @@ def chroma_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"ChromaTransformer2DModel": Tiny(chroma, chroma_inputs, None, (16, 24))}
+def chroma_pipeline(task: str) -> DiffusionPipeline:
+    """T5 and a VAE of stride 2."""
+    assert task == "t2i"
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=image_vae(),
+        text_encoder=t5(64),
+        tokenizer=t5_tokenizer(),
+        transformer=chroma().bfloat16(),
+    )
+
+
+TINY = {"ChromaTransformer2DModel": Tiny(chroma, chroma_inputs, chroma_pipeline, (16, 24))}

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import ModelSpec, Published
+from collections.abc import Mapping
+from typing import Any
+
+from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The VAE halves the image between its stages, and the pipeline packs 2 x 2 latents into one token."""
+    stages = len(vae.get("block_out_channels") or (1, 2, 4, 4))
+    return Geometry(multiple=2 ** (stages - 1) * 2)
+
 
 CHROMA = ModelSpec(
     title="Chroma",
@@ -13,7 +23,25 @@ CHROMA = ModelSpec(
         ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),  # proj_mlp is in the single blocks only
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),  # the text's side, in the double blocks only
     ),
-    hosts=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+    pipelines={
+        "ChromaPipeline": PipelineSpec(
+            "t2i",
+            {
+                "prompt": "prompt",
+                "negative_prompt": "negative_prompt",
+                "height": "height",
+                "width": "width",
+                "steps": "num_inference_steps",
+                "guidance": "guidance_scale",
+            },
+            output="images",
+        )
+    },
+    hosts=("ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+    needed=("num_layers", "num_single_layers"),
+    geometry=_geometry,
+    # Source of the figures: the defaults of diffusers' pipeline.
+    presets=(Preset("Chroma1", "t2i", (1024, 1024), 1, 1, 35, 5.0),),
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("lodestones/Chroma1-HD"),),
 )
