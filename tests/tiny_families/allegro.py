@@ -1,0 +1,42 @@
+"""Allegro at tiny size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AllegroTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+from tiny_families.parts import TEXT, Tiny, normal, seeded
+
+
+def allegro(**overrides: Any) -> AllegroTransformer3DModel:
+    """Two blocks, d=192, so that the FFN's second linear has K=768."""
+    config = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 48,
+        "cross_attention_dim": 192,
+        "num_layers": 2,
+        "sample_height": 4,
+        "sample_width": 6,
+        "sample_frames": 2,
+        "caption_channels": TEXT,
+    }
+    return seeded(lambda: AllegroTransformer3DModel(**(config | overrides)))
+
+
+def allegro_inputs(model: Any) -> dict[str, Any]:
+    """2 frames of 4 x 6 latents and 6 tokens of text, of which one is padding."""
+    *angles, frames, rows, columns = get_3d_rotary_pos_embed_allegro(48, ((0, 0), (2, 3)), (2, 3), 2)
+    positions = torch.cartesian_prod(frames, rows, columns).long().unbind(1)
+    return {
+        "hidden_states": normal(model, 1, 1, 4, 2, 4, 6),
+        "encoder_hidden_states": normal(model, 2, 1, 6, TEXT),
+        "timestep": torch.tensor([700]),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]]),
+        "image_rotary_emb": (angles, [axis[None] for axis in positions]),
+    }
+
+
+TINY = {"AllegroTransformer3DModel": Tiny(allegro, allegro_inputs)}
