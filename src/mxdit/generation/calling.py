@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,4 +71,20 @@ def _telling(scheduler: type, tell: Callable[[Tensor], None]) -> Any:
             tell(made[0])
             return made
 
-    return Telling
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            """A copy tells nothing: pipelines make one for what they make beside the video, as its sound."""
+            other = scheduler.__new__(scheduler)
+            other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            return other
+
+    class Counting(Telling):
+        """For the schedulers of CogVideoX, which do not count their steps; activations by step ask for it."""
+
+        begin_index = step_index = 0
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().step(*args, **kwargs)
+            self.step_index += 1
+            return made
+
+    return Telling if hasattr(scheduler, "step_index") else Counting
