@@ -21,7 +21,7 @@ class Tiny:
 
     transformer  makes one, float32 and seeded; takes keys of its config.
     inputs       seeded arguments of its forward, in the model's dtype, given the model.
-    pipeline     makes a whole one for a task, bfloat16 and seeded.
+    pipeline     makes a whole one for a task, bfloat16 and seeded; None where all pipelines of the family are `hosts`.
     size         (height, width) of a run.
     frames       of a run, None for an image.
     more         keys of a config that has linears which the plain one has not.
@@ -29,8 +29,8 @@ class Tiny:
 
     transformer: Callable[..., Any]
     inputs: Callable[[Any], dict[str, Any]]
-    pipeline: Callable[[str], DiffusionPipeline]
-    size: tuple[int, int]
+    pipeline: Callable[[str], DiffusionPipeline] | None = None
+    size: tuple[int, int] = (16, 16)
     frames: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
