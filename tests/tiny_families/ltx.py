@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import LTXVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, normal, seeded, t5, t5_tokenizer
 
 
 def ltx(**overrides: Any) -> LTXVideoTransformer3DModel:
@@ -37,4 +44,23 @@ def ltx_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"LTXVideoTransformer3DModel": Tiny(ltx, ltx_inputs)}
+def ltx_pipeline(task: str) -> DiffusionPipeline:
+    """T5, and a VAE of stride 2 in time and 16 in space."""
+    vae: dict[str, Any] = {
+        "latent_channels": 8, "block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
+        "down_block_types": ("LTXVideoDownBlock3D",) * 2, "layers_per_block": (1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1), "spatio_temporal_scaling": (True, False),
+        "decoder_spatio_temporal_scaling": (True, False), "decoder_inject_noise": (False,) * 3,
+        "upsample_residual": (False,) * 2, "upsample_factor": (1, 1), "patch_size": 8,
+    }  # fmt: skip
+    made = {"t2v": LTXPipeline, "i2v": LTXImageToVideoPipeline}[task]
+    return made(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05),
+        vae=seeded(lambda: AutoencoderKLLTXVideo(**vae)).bfloat16(),
+        text_encoder=t5(64),
+        tokenizer=t5_tokenizer(),
+        transformer=ltx().bfloat16(),
+    )
+
+
+TINY = {"LTXVideoTransformer3DModel": Tiny(ltx, ltx_inputs, ltx_pipeline, (32, 64), 5)}
