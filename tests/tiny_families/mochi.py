@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import MochiTransformer3DModel
+from diffusers import (
+    AutoencoderKLMochi,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    MochiPipeline,
+    MochiTransformer3DModel,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, normal, seeded, t5, t5_tokenizer
 
 
 def mochi(**overrides: Any) -> MochiTransformer3DModel:
@@ -35,4 +41,20 @@ def mochi_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"MochiTransformer3DModel": Tiny(mochi, mochi_inputs)}
+def mochi_pipeline(task: str) -> DiffusionPipeline:
+    """T5, and a VAE of the stride that the pipeline takes for granted, 6 x 8 x 8."""
+    assert task == "t2v"
+    vae: dict[str, Any] = {
+        "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4, "latent_channels": 4,
+        "layers_per_block": (1,) * 5, "latents_mean": None, "latents_std": None,
+    }  # fmt: skip
+    return MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=seeded(lambda: AutoencoderKLMochi(**vae)).bfloat16(),
+        text_encoder=t5(64),
+        tokenizer=t5_tokenizer(),
+        transformer=mochi().bfloat16(),
+    )
+
+
+TINY = {"MochiTransformer3DModel": Tiny(mochi, mochi_inputs, mochi_pipeline, (16, 32), 7)}

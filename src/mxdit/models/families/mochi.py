@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import MODULATION, ModelSpec, Published
+from collections.abc import Mapping
+from typing import Any
+
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The pipeline takes the VAE's stride for 6 x 8 x 8, whatever it is; a patch is p x p of the latents."""
+    return Geometry(multiple=8 * int(config["patch_size"]), temporal=6)
+
 
 MOCHI = ModelSpec(
     title="Mochi 1",
@@ -12,9 +21,26 @@ MOCHI = ModelSpec(
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
         ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),  # the text's side
     ),
-    # The last block ends the text's stream: its norm has a scale alone, by a linear of another name.
+    # A quarter of the weights. The last block ends the text's stream: its norm has a scale alone, by a linear of another name.
     keep=dict.fromkeys(("norm1.linear", "norm1_context.linear", "norm1_context.linear_1"), MODULATION),
-    hosts=("MochiPipeline",),
+    pipelines={
+        "MochiPipeline": PipelineSpec(
+            "t2v",
+            {
+                "prompt": "prompt",
+                "negative_prompt": "negative_prompt",
+                "height": "height",
+                "width": "width",
+                "frames": "num_frames",
+                "steps": "num_inference_steps",
+                "guidance": "guidance_scale",
+            },
+        )
+    },
+    needed=("patch_size",),
+    geometry=_geometry,
+    # Source of the figures: the defaults of diffusers' pipeline; the frames, 30 a second, are those of its documentation.
+    presets=(Preset("Mochi 1", "t2v", (480, 848), 85, 30, 64, 4.5),),
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("genmo/mochi-1-preview"),),
 )
