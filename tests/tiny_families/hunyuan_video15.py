@@ -18,13 +18,12 @@ from transformers import (
     ByT5Tokenizer,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
-    Qwen2Tokenizer,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded, t5
+from tiny_families.parts import TEXT, Tiny, normal, qwen_tokenizer, seeded, t5
 
 
 def hunyuan(**overrides: Any) -> HunyuanVideo15Transformer3DModel:
@@ -60,18 +59,12 @@ def hunyuan_inputs(model: Any) -> dict[str, Any]:
 
 def hunyuan_pipeline(task: str) -> DiffusionPipeline:
     """The text half of Qwen2.5-VL, ByT5, for I2V SigLIP, and a VAE of stride 4 in time and space."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    pieces = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
+    tokenizer = qwen_tokenizer()
     qwen = Qwen2_5_VLTextConfig(
-        vocab_size=len(pieces), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=2048, pad_token_id=pieces["<|endoftext|>"],
+        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id,
         rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     )  # fmt: skip
-    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    tokenizer = Qwen2Tokenizer(vocab=pieces, merges=[], extra_special_tokens=list(marks[1:]))
-    tokenizer.chat_template = template
     vae: dict[str, Any] = {
         "latent_channels": 4, "block_out_channels": (8, 8, 8), "layers_per_block": 1, "spatial_compression_ratio": 4,
     }  # fmt: skip

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTokenizer, Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEXT = 32  # width of every text and image encoder
 _LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -66,6 +76,20 @@ def image_vae() -> AutoencoderKL:
         "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.36,
     }  # fmt: skip
     return seeded(lambda: AutoencoderKL(**config)).bfloat16()
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Of single bytes and the marks of a chat, which are the last three: <|endoftext|>, <|im_start|>, <|im_end|>."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pieces = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
+    tokenizer = Qwen2Tokenizer(vocab=pieces, merges=[], extra_special_tokens=marks[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    return tokenizer
 
 
 def t5(vocabulary: int, width: int = TEXT) -> T5EncoderModel:
