@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import MODULATION, ModelSpec, Published
+from collections.abc import Mapping
+from math import lcm
+from typing import Any
+
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The VAE halves the image between its stages, and time between all but the first two; the pipeline cuts sizes to 16."""
+    stages = len(vae.get("block_out_channels") or (128, 256, 512, 512))
+    return Geometry(multiple=lcm(16, 2 ** (stages - 1) * int(config["patch_size"])), temporal=2 ** (stages - 2))
+
 
 EASYANIMATE = ModelSpec(
     title="EasyAnimate V5.1",
@@ -16,12 +27,30 @@ EASYANIMATE = ModelSpec(
             "attn1.add_v_proj",
         ),  # the text's side, in the first `mmdit_layers` blocks
     ),
+    # A thirteenth of the weights.
     keep=dict.fromkeys(("norm1.linear", "norm2.linear"), MODULATION),
+    pipelines={
+        "EasyAnimatePipeline": PipelineSpec(
+            "t2v",
+            {
+                "prompt": "prompt",
+                "negative_prompt": "negative_prompt",
+                "height": "height",
+                "width": "width",
+                "frames": "num_frames",
+                "steps": "num_inference_steps",
+                "guidance": "guidance_scale",
+            },
+        )
+    },
     hosts=(
-        "EasyAnimatePipeline",
         "EasyAnimateInpaintPipeline",  # I2V, by a video and its mask
         "EasyAnimateControlPipeline",
     ),
+    needed=("patch_size",),
+    geometry=_geometry,
+    # Source of the figures: the defaults and the example of diffusers' pipeline.
+    presets=(Preset("EasyAnimate V5.1", "t2v", (512, 512), 49, 8, 50, 5.0, negative_prompt="bad detailed"),),
     # Source: diffusers' class, whose docstring has the three sizes that it has no defaults for.
     published=(
         Published(
