@@ -12,6 +12,7 @@ ALLEGRO = ModelSpec(
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
         ("attn2.to_k", "attn2.to_v"),  # of the text
     ),
+    # Its VAE decodes in tiles of 24 x 320 x 320 only, and only where somebody turns tiling on, which no request does.
     hosts=("AllegroPipeline",),
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("rhymes-ai/Allegro"),),
