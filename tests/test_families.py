@@ -112,7 +112,10 @@ def test_every_name_in_the_spec_is_one_of_the_models(spec):
 @families
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "more"])
 def test_groups_are_the_linears_that_share_an_input_and_one_row_a_sample_stays(spec, more):
-    """The model's own forward tells: which linears of a block are given the same tensor, and which see one row."""
+    """The model's own forward tells: which linears of a block are given the same values, and which see one row.
+
+    Values, as HunyuanVideo cuts the text off what proj_mlp reads and puts it back before q, k and v read it.
+    """
     own = tiny_of(spec)
     model = own.transformer(**(own.more if more else {}))
     inside, inputs, hooks = linears_inside(spec, model), {}, []
@@ -130,7 +133,8 @@ def test_groups_are_the_linears_that_share_an_input_and_one_row_a_sample_stays(s
         kept = spec.kept(place.inside) is not None
         rows = tensor.numel() // tensor.shape[-1]
         assert kept is (rows == 1), f"{path} sees {rows} rows: name it in `keep` if it sees one a sample, and only then"
-        together[place.blocks, place.index, id(tensor)].add(place.inside)
+        if not kept:
+            together[place.blocks, place.index, tensor.float().numpy().tobytes()].add(place.inside)
     groups = [set(group) for group in spec.groups]
     for (blocks, index, _), names in together.items():
         present = {name for path, name in inside.items() if path.startswith(f"{blocks}.{index}.")}
@@ -139,6 +143,8 @@ def test_groups_are_the_linears_that_share_an_input_and_one_row_a_sample_stays(s
     for path, name in inside.items():
         place = spec.place_of(path)
         assert place is not None
+        if spec.kept(name):
+            continue
         shared = next(names for key, names in together.items() if key[:2] == place[:2] and name in names)
         for group in groups:
             if name in group:
