@@ -1,0 +1,98 @@
+"""Wan VACE, Wan Animate, SkyReels V2 and ChronoEdit at tiny size: Wan's own sizes, and what each adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    ChronoEditTransformer3DModel,
+    DiffusionPipeline,
+    SkyReelsV2Transformer3DModel,
+    WanAnimateTransformer3DModel,
+    WanVACETransformer3DModel,
+)
+
+import tiny
+from tiny_families.parts import TEXT, Tiny, normal, seeded
+
+_SIZES = {  # d=64, and an FFN whose second linear has K=576
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": tiny.TEXT_DIM,
+    "freq_dim": 64,
+    "ffn_dim": 576,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+_IMAGE = {"image_dim": TEXT, "added_kv_proj_dim": 64}
+
+
+def derived(cls: Any, **own: Any) -> Callable[..., Any]:
+    """Makes one of a class that takes Wan's config, with keys of its own."""
+    return lambda **overrides: seeded(lambda: cls(**(_SIZES | own | overrides)))
+
+
+def inputs(model: Any) -> dict[str, Any]:
+    """2 frames of 8 x 8 latents, 512 tokens of text, as its attention counts on, and 3 of an image where it takes one."""
+    width = model.config.image_dim
+    return {
+        "hidden_states": normal(model, 8, 1, model.config.in_channels, 2, 8, 8),
+        "timestep": torch.tensor([700.0]),
+        "encoder_hidden_states": normal(model, 9, 1, 512, tiny.TEXT_DIM),
+        "encoder_hidden_states_image": normal(model, 10, 1, 3, width) if width else None,
+    }
+
+
+def vace_inputs(model: Any) -> dict[str, Any]:
+    """Latents of what is kept and what is new of a video to follow, and a mask of 8 x 8 pixels to each."""
+    return inputs(model) | {"control_hidden_states": normal(model, 11, 1, model.config.vace_in_channels, 2, 8, 8)}
+
+
+def animate_inputs(model: Any) -> dict[str, Any]:
+    """3 frames of latents, the first of the character's image; a pose for the other two, and 5 frames of a face."""
+    return inputs(model) | {
+        "hidden_states": normal(model, 8, 1, model.config.in_channels, 3, 8, 8),
+        "pose_hidden_states": normal(model, 11, 1, model.config.latent_channels, 2, 8, 8),
+        "face_pixel_values": normal(model, 12, 1, 3, 5, 16, 16),
+    }
+
+
+def hosted(task: str) -> DiffusionPipeline:
+    raise AssertionError("only hosts hold it")
+
+
+_ANIMATE = {
+    "in_channels": 36,
+    "latent_channels": 16,
+    "image_dim": TEXT,
+    "motion_encoder_channel_sizes": {"4": 4, "8": 4, "16": 4},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 8,
+    "face_encoder_hidden_dim": 8,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 1,
+}
+
+TINY = {
+    "WanVACETransformer3DModel": Tiny(
+        derived(WanVACETransformer3DModel, vace_layers=(0, 1)), vace_inputs, hosted, (16, 16), 5, _IMAGE
+    ),
+    "WanAnimateTransformer3DModel": Tiny(
+        derived(WanAnimateTransformer3DModel, **_ANIMATE),
+        animate_inputs,
+        hosted,
+        (16, 16),
+        5,
+        {"added_kv_proj_dim": 64},
+    ),
+    "SkyReelsV2Transformer3DModel": Tiny(derived(SkyReelsV2Transformer3DModel), inputs, hosted, (16, 16), 5, _IMAGE),
+    "ChronoEditTransformer3DModel": Tiny(
+        derived(ChronoEditTransformer3DModel, in_channels=36, **_IMAGE), inputs, hosted, (16, 16)
+    ),
+}
