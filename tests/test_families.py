@@ -42,10 +42,10 @@ methods = pytest.mark.parametrize(
 
 
 def forward(spec: ModelSpec, model: Any) -> torch.Tensor:
-    """One call of a transformer on the family's seeded inputs."""
+    """One call of a transformer on the family's seeded inputs; some give a list with a tensor for each of a batch."""
     with torch.no_grad():
         output = model(**tiny_of(spec).inputs(model), return_dict=False)[0]
-    return output[0] if isinstance(output, list) else output  # some have a list of clips in place of a batch
+    return output[0] if isinstance(output, list) else output
 
 
 def linears_inside(spec: ModelSpec, model: nn.Module) -> dict[str, str]:

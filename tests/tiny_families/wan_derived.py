@@ -1,4 +1,4 @@
-"""Wan VACE, Wan Animate, SkyReels V2 and ChronoEdit at tiny size: Wan's own sizes, and what each adds."""
+"""Wan VACE, Wan Animate, its second version, SkyReels V2 and ChronoEdit at tiny size: Wan's own sizes, and what each adds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from diffusers import (
     ChronoEditTransformer3DModel,
     DiffusionPipeline,
     SkyReelsV2Transformer3DModel,
+    WanAnimate2Transformer3DModel,
     WanAnimateTransformer3DModel,
     WanVACETransformer3DModel,
 )
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
 import tiny
 from tiny_families.parts import TEXT, Tiny, normal, seeded
@@ -61,6 +63,29 @@ def animate_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def animate_2(**overrides: Any) -> WanAnimate2Transformer3DModel:
+    config = {
+        "in_dim": 36, "out_dim": 16, "dim": 64, "num_heads": 2, "ffn_dim": 576, "freq_dim": 64, "num_layers": 2,
+        "text_dim": tiny.TEXT_DIM, "text_len": 8,
+    }  # fmt: skip
+    return seeded(lambda: WanAnimate2Transformer3DModel(**(config | overrides)))
+
+
+def animate_2_inputs(model: Any) -> dict[str, Any]:
+    """The pass over the character: lists of clips. The pass over the video is FlexAttention's, which must be compiled."""
+    return {
+        "hidden_states": [normal(model, 8, 16, 2, 8, 8)],
+        "condition_latents": [normal(model, 9, 20, 2, 8, 8)],
+        "timestep": torch.tensor([700.0]),
+        "encoder_hidden_states": [normal(model, 10, 6, tiny.TEXT_DIM)],
+        "encoder_hidden_states_image": normal(model, 11, 1, 3, 1280),
+        "kv_cache": WanAnimate2KVCache(model.config.num_layers),
+        "kv_cache_mode": "extract",
+        "seq_len": 2 * 4 * 4,
+        "offset_grid_sizes": torch.tensor([[2, 4, 4]]),
+    }
+
+
 def hosted(task: str) -> DiffusionPipeline:
     raise AssertionError("only hosts hold it")
 
@@ -91,6 +116,7 @@ TINY = {
         5,
         {"added_kv_proj_dim": 64},
     ),
+    "WanAnimate2Transformer3DModel": Tiny(animate_2, animate_2_inputs, hosted, (16, 16), 5),
     "SkyReelsV2Transformer3DModel": Tiny(derived(SkyReelsV2Transformer3DModel), inputs, hosted, (16, 16), 5, _IMAGE),
     "ChronoEditTransformer3DModel": Tiny(
         derived(ChronoEditTransformer3DModel, in_channels=36, **_IMAGE), inputs, hosted, (16, 16)

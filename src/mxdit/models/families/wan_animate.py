@@ -19,5 +19,19 @@ WAN_ANIMATE = ModelSpec(
     # Source: diffusers' scripts/convert_wan_to_diffusers.py; all else as its class has it.
     published=(Published("Wan-AI/Wan2.2-Animate-14B-Diffusers", {"added_kv_proj_dim": 5120}),),
 )
+WAN_ANIMATE_2 = ModelSpec(
+    title="Wan Animate 2",
+    transformer="WanAnimate2Transformer3DModel",
+    blocks=("blocks",),
+    groups=(
+        ("self_attn.to_q", "self_attn.to_k", "self_attn.to_v"),
+        ("cross_attn.to_k", "cross_attn.to_v"),
+        ("cross_attn.add_k_proj", "cross_attn.add_v_proj"),  # the character's image
+    ),
+    # Modular pipelines only, which take a driving video.
+    hosts=("WanAnimate2ModularPipeline", "WanAnimate2DistilledModularPipeline"),
+    # Source: diffusers' class, whose defaults are the release's.
+    published=(Published("Wan-AI/Wan2.2-Animate-2-14B-Diffusers"),),
+)
 
-SPECS = (WAN_ANIMATE,)
+SPECS = (WAN_ANIMATE, WAN_ANIMATE_2)
