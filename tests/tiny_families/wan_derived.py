@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChronoEditPipeline,
     ChronoEditTransformer3DModel,
     DiffusionPipeline,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     WanAnimate2Transformer3DModel,
     WanAnimateTransformer3DModel,
+    WanVACEPipeline,
     WanVACETransformer3DModel,
 )
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 import tiny
 from tiny_families.parts import TEXT, Tiny, normal, seeded
@@ -31,11 +36,30 @@ _SIZES = {  # d=64, and an FFN whose second linear has K=576
     "rope_max_seq_len": 32,
 }
 _IMAGE = {"image_dim": TEXT, "added_kv_proj_dim": 64}
+_ANIMATE = {
+    "in_channels": 36,
+    "latent_channels": 16,
+    "image_dim": TEXT,
+    "motion_encoder_channel_sizes": {"4": 4, "8": 4, "16": 4},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 8,
+    "face_encoder_hidden_dim": 8,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 1,
+}
 
 
 def derived(cls: Any, **own: Any) -> Callable[..., Any]:
     """Makes one of a class that takes Wan's config, with keys of its own."""
     return lambda **overrides: seeded(lambda: cls(**(_SIZES | own | overrides)))
+
+
+vace = derived(WanVACETransformer3DModel, vace_layers=(0, 1))
+animate = derived(WanAnimateTransformer3DModel, **_ANIMATE)
+skyreels = derived(SkyReelsV2Transformer3DModel)
+chronoedit = derived(ChronoEditTransformer3DModel, in_channels=36, **_IMAGE)
 
 
 def inputs(model: Any) -> dict[str, Any]:
@@ -86,39 +110,52 @@ def animate_2_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def parts(**own: Any) -> dict[str, Any]:
+    """The text encoder, VAE and scheduler of Wan's tiny pipeline, and parts of its own."""
+    shared = tiny.pipeline().components.items()
+    return {name: part for name, part in shared if not name.startswith("transformer")} | own
+
+
+def image_parts(cls: Any) -> dict[str, Any]:
+    """A CLIP that sees 4 patches of an image."""
+    config = CLIPVisionConfig(
+        hidden_size=TEXT, intermediate_size=64, projection_dim=TEXT, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    size = {"height": 32, "width": 32}
+    return {
+        "image_encoder": seeded(lambda: cls(config)).bfloat16(),
+        "image_processor": CLIPImageProcessor(size=size, crop_size=size),
+    }
+
+
+def vace_pipeline(task: str) -> DiffusionPipeline:
+    assert task == "t2v"
+    return WanVACEPipeline(**parts(transformer=vace().bfloat16()))
+
+
+def skyreels_pipeline(task: str) -> DiffusionPipeline:
+    if task == "t2v":
+        return SkyReelsV2Pipeline(**parts(transformer=skyreels().bfloat16()))
+    transformer = skyreels(in_channels=36, **_IMAGE).bfloat16()
+    return SkyReelsV2ImageToVideoPipeline(
+        **parts(transformer=transformer, **image_parts(CLIPVisionModelWithProjection))
+    )
+
+
+def chronoedit_pipeline(task: str) -> DiffusionPipeline:
+    assert task == "i2v"
+    return ChronoEditPipeline(**parts(transformer=chronoedit().bfloat16(), **image_parts(CLIPVisionModel)))
+
+
 def hosted(task: str) -> DiffusionPipeline:
     raise AssertionError("only hosts hold it")
 
 
-_ANIMATE = {
-    "in_channels": 36,
-    "latent_channels": 16,
-    "image_dim": TEXT,
-    "motion_encoder_channel_sizes": {"4": 4, "8": 4, "16": 4},
-    "motion_encoder_size": 16,
-    "motion_style_dim": 8,
-    "motion_dim": 4,
-    "motion_encoder_dim": 8,
-    "face_encoder_hidden_dim": 8,
-    "face_encoder_num_heads": 2,
-    "inject_face_latents_blocks": 1,
-}
-
 TINY = {
-    "WanVACETransformer3DModel": Tiny(
-        derived(WanVACETransformer3DModel, vace_layers=(0, 1)), vace_inputs, hosted, (16, 16), 5, _IMAGE
-    ),
-    "WanAnimateTransformer3DModel": Tiny(
-        derived(WanAnimateTransformer3DModel, **_ANIMATE),
-        animate_inputs,
-        hosted,
-        (16, 16),
-        5,
-        {"added_kv_proj_dim": 64},
-    ),
+    "WanVACETransformer3DModel": Tiny(vace, vace_inputs, vace_pipeline, (16, 16), 5, _IMAGE),
+    "WanAnimateTransformer3DModel": Tiny(animate, animate_inputs, hosted, (16, 16), 5, {"added_kv_proj_dim": 64}),
     "WanAnimate2Transformer3DModel": Tiny(animate_2, animate_2_inputs, hosted, (16, 16), 5),
-    "SkyReelsV2Transformer3DModel": Tiny(derived(SkyReelsV2Transformer3DModel), inputs, hosted, (16, 16), 5, _IMAGE),
-    "ChronoEditTransformer3DModel": Tiny(
-        derived(ChronoEditTransformer3DModel, in_channels=36, **_IMAGE), inputs, hosted, (16, 16)
-    ),
+    "SkyReelsV2Transformer3DModel": Tiny(skyreels, inputs, skyreels_pipeline, (16, 16), 5, _IMAGE),
+    "ChronoEditTransformer3DModel": Tiny(chronoedit, inputs, chronoedit_pipeline, (16, 16)),
 }
