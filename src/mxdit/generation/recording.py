@@ -39,7 +39,8 @@ class Recorder:
         calls: {"step", "timestep", "expert", "inputs": {name: what was given}, "velocity": tensor}, all tensors on the CPU;
             "expert" is the component's name, "velocity" what the transformer gives first. The conditional call of a step is
             first, the unconditional one follows where guidance is on; some pipelines make one call of both, as a batch.
-        latents: after each step, fp32, as the pipeline has them: of a video (1, C, T, H, W).
+        latents: after each step, fp32, as the scheduler gives them: of a video mostly (1, C, T, H, W). Of a pipeline that keeps
+            the first frame itself (HunyuanVideo's I2V) all but that frame.
         steps: {"step", "timestep", "expert"} of each step.
     """
 
