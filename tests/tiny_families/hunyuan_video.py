@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, HunyuanVideoFramepackTransformer3DModel, HunyuanVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoFramepackTransformer3DModel,
+    HunyuanVideoImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, clip_tokenizer, llama_tokenizer, normal, seeded
 
 _SIZES = {  # d=160, so that the FFN's second linear has K=640 and a single block's proj_out K=800
     "in_channels": 4,
@@ -24,8 +41,15 @@ _SIZES = {  # d=160, so that the FFN's second linear has K=640 and a single bloc
 }
 
 
-def hunyuan(cls: Any, **own: Any) -> Callable[..., Any]:
-    return lambda **overrides: seeded(lambda: cls(**(_SIZES | own | overrides)))
+_FRAMEPACK = {"has_image_proj": True, "image_proj_dim": TEXT, "has_clean_x_embedder": True}
+
+
+def hunyuan(**overrides: Any) -> HunyuanVideoTransformer3DModel:
+    return seeded(lambda: HunyuanVideoTransformer3DModel(**(_SIZES | overrides)))
+
+
+def framepack(**overrides: Any) -> HunyuanVideoFramepackTransformer3DModel:
+    return seeded(lambda: HunyuanVideoFramepackTransformer3DModel(**(_SIZES | _FRAMEPACK | overrides)))
 
 
 def inputs(model: Any) -> dict[str, Any]:
@@ -54,16 +78,60 @@ def framepack_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def pipeline(task: str) -> DiffusionPipeline:
+    """CLIP, and Llama, which for I2V sees the image as 576 tokens, as the pipeline counts on; a VAE of stride 8."""
+    words, tokenizer = llama_tokenizer(), clip_tokenizer()
+    llama = LlamaConfig(
+        vocab_size=len(words), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    vae: dict[str, Any] = {
+        "latent_channels": 4, "block_out_channels": (4, 4, 4, 4), "layers_per_block": 1, "norm_num_groups": 2,
+        "mid_block_add_attention": False,
+    }  # fmt: skip
+    parts: dict[str, Any] = {
+        "tokenizer": words,
+        "text_encoder_2": seeded(lambda: CLIPTextModel(clip)).bfloat16(),
+        "tokenizer_2": tokenizer,
+        "vae": seeded(lambda: AutoencoderKLHunyuanVideo(**vae)).bfloat16(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+    }
+    if task == "t2v":
+        return HunyuanVideoPipeline(
+            **parts, text_encoder=seeded(lambda: LlamaModel(llama)).bfloat16(), transformer=hunyuan().bfloat16()
+        )
+    side = 24 * 2  # of an image of 24 x 24 patches
+    vision = CLIPVisionConfig(
+        hidden_size=TEXT,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=2,
+    )
+    llava = LlavaConfig(
+        text_config=llama, vision_config=vision, image_token_index=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    size = {"height": side, "width": side}
+    return HunyuanVideoImageToVideoPipeline(
+        **parts,
+        text_encoder=seeded(lambda: LlavaForConditionalGeneration(llava)).bfloat16(),
+        transformer=hunyuan(image_condition_type="token_replace").bfloat16(),
+        image_processor=CLIPImageProcessor(size=size, crop_size=size),
+    )
+
+
 def hosted(task: str) -> DiffusionPipeline:
     raise AssertionError("only hosts hold it")
 
 
-_FRAMEPACK = {"has_image_proj": True, "image_proj_dim": TEXT, "has_clean_x_embedder": True}
+_I2V = {"image_condition_type": "token_replace"}  # blocks of another class, with the same linears
 TINY = {
-    "HunyuanVideoTransformer3DModel": Tiny(
-        hunyuan(HunyuanVideoTransformer3DModel), inputs, hosted, (16, 16), 5, {"image_condition_type": "token_replace"}
-    ),
-    "HunyuanVideoFramepackTransformer3DModel": Tiny(
-        hunyuan(HunyuanVideoFramepackTransformer3DModel, **_FRAMEPACK), framepack_inputs, hosted, (16, 16), 5
-    ),
+    "HunyuanVideoTransformer3DModel": Tiny(hunyuan, inputs, pipeline, (16, 16), 5, _I2V),
+    "HunyuanVideoFramepackTransformer3DModel": Tiny(framepack, framepack_inputs, hosted, (16, 16), 5),
 }

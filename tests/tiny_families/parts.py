@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
@@ -60,6 +62,21 @@ def clip_tokenizer() -> CLIPTokenizer:
     letters = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS)]
     words = {piece: i for i, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=words, merges=[], model_max_length=24)
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Of words, cut as Llama 3 cuts them, with its marks and an image's; its vocabulary is smaller than 64."""
+    marks = ("<pad>", "<unk>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
+    words = ("\n\n", "system", "user", "assistant", "a", "red", "seven", "moves", "left")
+    vocabulary = {word: i for i, word in enumerate((*marks, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\w+|[^\w\s]+"), "removed", invert=True)
+    begin = ("<|begin_of_text|>", vocabulary["<|begin_of_text|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token=begin[0],
+        extra_special_tokens=list(marks[3:]),
+    )  # fmt: skip
 
 
 def t5_tokenizer() -> T5Tokenizer:
