@@ -1,4 +1,4 @@
-"""Wan VACE, Wan Animate, its second version, SkyReels V2 and ChronoEdit at tiny size: Wan's own sizes, and what each adds."""
+"""What has Wan's blocks, at tiny size: Wan's own sizes, and what each model adds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnyFlowFARTransformer3DModel,
+    AnyFlowPipeline,
+    AnyFlowTransformer3DModel,
     ChronoEditPipeline,
     ChronoEditTransformer3DModel,
     DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+    HeliosTransformer3DModel,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
@@ -33,7 +38,6 @@ _SIZES = {  # d=64, and an FFN whose second linear has K=576
     "freq_dim": 64,
     "ffn_dim": 576,
     "num_layers": 2,
-    "rope_max_seq_len": 32,
 }
 _IMAGE = {"image_dim": TEXT, "added_kv_proj_dim": 64}
 _ANIMATE = {
@@ -59,6 +63,9 @@ def derived(cls: Any, **own: Any) -> Callable[..., Any]:
 vace = derived(WanVACETransformer3DModel, vace_layers=(0, 1))
 animate = derived(WanAnimateTransformer3DModel, **_ANIMATE)
 skyreels = derived(SkyReelsV2Transformer3DModel)
+helios = derived(HeliosTransformer3DModel, rope_dim=(12, 10, 10))
+anyflow = derived(AnyFlowTransformer3DModel)
+anyflow_far = derived(AnyFlowFARTransformer3DModel)
 chronoedit = derived(ChronoEditTransformer3DModel, in_channels=36, **_IMAGE)
 
 
@@ -110,6 +117,38 @@ def animate_2_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def helios_inputs(model: Any) -> dict[str, Any]:
+    """2 frames of 8 x 8 latents, and those before: 2 as they are, 2 at half and 4 at a quarter of the size."""
+    frames = torch.arange(10).unsqueeze(0)
+    return {
+        "hidden_states": normal(model, 8, 1, 16, 2, 8, 8),
+        "timestep": torch.tensor([700.0]),
+        "encoder_hidden_states": normal(model, 9, 1, 6, tiny.TEXT_DIM),
+        "indices_hidden_states": frames[:, 8:],
+        "latents_history_long": normal(model, 11, 1, 16, 4, 8, 8),
+        "indices_latents_history_long": frames[:, :4],
+        "latents_history_mid": normal(model, 12, 1, 16, 2, 8, 8),
+        "indices_latents_history_mid": frames[:, 4:6],
+        "latents_history_short": normal(model, 13, 1, 16, 2, 8, 8),
+        "indices_latents_history_short": frames[:, 6:8],
+    }
+
+
+def anyflow_inputs(model: Any) -> dict[str, Any]:
+    """2 frames of 8 x 8 latents, frames first, that go from one timestep to another."""
+    return {
+        "hidden_states": normal(model, 8, 1, 2, 16, 8, 8),
+        "timestep": torch.full((1, 2), 700.0),
+        "r_timestep": torch.full((1, 2), 400.0),
+        "encoder_hidden_states": normal(model, 9, 1, 6, tiny.TEXT_DIM),
+    }
+
+
+def anyflow_far_inputs(model: Any) -> dict[str, Any]:
+    """The same, in chunks of a frame."""
+    return anyflow_inputs(model) | {"chunk_partition": [1, 1]}
+
+
 def parts(**own: Any) -> dict[str, Any]:
     """The text encoder, VAE and scheduler of Wan's tiny pipeline, and parts of its own."""
     shared = tiny.pipeline().components.items()
@@ -148,6 +187,13 @@ def chronoedit_pipeline(task: str) -> DiffusionPipeline:
     return ChronoEditPipeline(**parts(transformer=chronoedit().bfloat16(), **image_parts(CLIPVisionModel)))
 
 
+def anyflow_pipeline(task: str) -> DiffusionPipeline:
+    assert task == "t2v"
+    return AnyFlowPipeline(
+        **parts(transformer=anyflow().bfloat16(), scheduler=FlowMapEulerDiscreteScheduler(shift=5.0))
+    )
+
+
 def hosted(task: str) -> DiffusionPipeline:
     raise AssertionError("only hosts hold it")
 
@@ -158,4 +204,7 @@ TINY = {
     "WanAnimate2Transformer3DModel": Tiny(animate_2, animate_2_inputs, hosted, (16, 16), 5),
     "SkyReelsV2Transformer3DModel": Tiny(skyreels, inputs, skyreels_pipeline, (16, 16), 5, _IMAGE),
     "ChronoEditTransformer3DModel": Tiny(chronoedit, inputs, chronoedit_pipeline, (16, 16)),
+    "HeliosTransformer3DModel": Tiny(helios, helios_inputs, hosted, (16, 16), 5),
+    "AnyFlowTransformer3DModel": Tiny(anyflow, anyflow_inputs, anyflow_pipeline, (16, 16), 5),
+    "AnyFlowFARTransformer3DModel": Tiny(anyflow_far, anyflow_far_inputs, hosted, (16, 16), 5),
 }
