@@ -163,6 +163,7 @@ WAN = ModelSpec(
             "i2v", {**_CALL, "image": "image"}, _ONLY_WITH, _EMBEDDINGS, float32=_FLOAT32
         ),
     },
+    hosts=("WanVideoToVideoPipeline", "LucyEditPipeline"),  # they take a video
     shared="expand_timesteps",  # TI2V: its first latent frame may be given
     needed=("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "rope_max_seq_len"),
     geometry=_geometry,
