@@ -34,9 +34,12 @@ class Saved(dict[str, Path]):
     def __missing__(self, name: str) -> Path:
         spec = next(spec for spec in SPECS.values() if name in spec.pipelines)
         self[name] = self.root / name
-        make = tiny_of(spec).pipeline
-        assert make is not None, f"write the tiny pipelines of {spec.transformer}"
-        made = make(spec.pipelines[name].task)
+        own = tiny_of(spec)
+        if name in own.others:
+            made = own.others[name]()
+        else:
+            assert own.pipeline is not None, f"write the tiny pipelines of {spec.transformer}"
+            made = own.pipeline(spec.pipelines[name].task)
         if type(made).__name__ != name:  # a second class for one task, of the same parts
             made = getattr(diffusers, name)(**made.components)
         made.save_pretrained(self[name])

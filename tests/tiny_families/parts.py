@@ -37,6 +37,7 @@ class Tiny:
     size         (height, width) of a run.
     frames       of a run, None for an image.
     more         keys of a config that has linears which the plain one has not.
+    others       class name -> makes that one, where a task has a second class.
     """
 
     transformer: Callable[..., Any]
@@ -45,6 +46,7 @@ class Tiny:
     size: tuple[int, int] = (16, 16)
     frames: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Callable[[], DiffusionPipeline]] = field(default_factory=dict)
 
 
 def normal(model: Any, seed: int, *shape: int) -> Tensor:
