@@ -22,6 +22,7 @@ import tiny
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
 from mxdit.checkpoint.folders import open_tensors
 from mxdit.errors import InputError
+from mxdit.generation.recording import velocity_of
 from mxdit.generation.request import Request
 from mxdit.models import COMPONENTS, SPECS, ModelSpec, register_family, spec_of
 from mxdit.models.skeleton import skeleton_of
@@ -42,10 +43,9 @@ methods = pytest.mark.parametrize(
 
 
 def forward(spec: ModelSpec, model: Any) -> torch.Tensor:
-    """One call of a transformer on the family's seeded inputs; some give a list with a tensor for each of a batch."""
+    """One call of a transformer on the family's seeded inputs."""
     with torch.no_grad():
-        output = model(**tiny_of(spec).inputs(model), return_dict=False)[0]
-    return output[0] if isinstance(output, list) else output
+        return velocity_of(model(**tiny_of(spec).inputs(model)))
 
 
 def linears_inside(spec: ModelSpec, model: nn.Module) -> dict[str, str]:

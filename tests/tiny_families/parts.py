@@ -43,7 +43,7 @@ class Tiny:
     transformer: Callable[..., Any]
     inputs: Callable[[Any], dict[str, Any]]
     pipeline: Callable[[str], DiffusionPipeline] | None = None
-    size: tuple[int, int] = (16, 16)
+    size: tuple[int, int] = (16, 24)
     frames: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Callable[[], DiffusionPipeline]] = field(default_factory=dict)

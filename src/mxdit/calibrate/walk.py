@@ -16,21 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from mxdit.generation.offload import on
-from mxdit.generation.recording import map_tensors
+from mxdit.generation.recording import map_tensors, velocity_of
 from mxdit.models import spec_of
 
 Call = Mapping[str, Any]  # as `mxdit.generation.recording.Recorder` keeps it
 
 
 class _Given(nn.Module):
-    """Stands where a block was, and gives what the last one of its list gave."""
+    """Stands where a block was, and gives what the last one of its list gave; what a model reads off it is the block's own."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, block: nn.Module) -> None:
         super().__init__()
         self.value = value
+        self.__dict__["block"] = block  # not as a module of this one
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
 
 
 class _Reached(BaseException):
@@ -136,7 +140,7 @@ class Walk:
         with self._replaced(stop, map_tensors(given, lambda t: t.to(self._device))):
             hook = None if index is None else self.blocks[index][1].register_forward_hook(reached)
             try:
-                found.append(self.model(**inputs)[0])
+                found.append(velocity_of(self.model(**inputs)))
             except _Reached:
                 pass
             finally:
@@ -149,9 +153,9 @@ class Walk:
         """Inside, the first `stop` blocks give what `given` has for their list."""
         number = 0
         for name, blocks in self._lists:
-            for i in range(len(_modules(blocks))):
+            for i, block in enumerate(_modules(blocks)):
                 if number < stop:
-                    blocks.register_module(str(i), _Given(given[name]))
+                    blocks.register_module(str(i), _Given(given[name], block))
                 number += 1
         try:
             yield

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxdit.models import COMPONENTS
+from mxdit.models import COMPONENTS, spec_of
 
 
 def transformers_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -30,6 +30,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: map_tensors(part, change) for key, part in value.items()}
     return type(value)(map_tensors(part, change) for part in value) if isinstance(value, (tuple, list)) else value
+
+
+def velocity_of(output: Any) -> Tensor:
+    """What a transformer predicts, of what it gave; of one that gives a list of clips, their batch."""
+    return output[0] if isinstance(output[0], Tensor) else torch.stack(output[0])
 
 
 class Recorder:
@@ -71,12 +76,10 @@ class Recorder:
 
     def _hook(self, expert: str) -> Any:
         def called(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            inputs = (
-                signature(model.forward).bind(*given, **named).arguments
-            )  # some pipelines name all of them, some do not
+            inputs = signature(model.forward).bind(*given, **named).arguments  # not all pipelines name all of them
             step = {
                 "step": len(self.latents),
-                "timestep": float(inputs["timestep"].max()),  # TI2V has one for each token, 0 for given frames
+                "timestep": float(spec_of(model).timestep(inputs).max()),  # TI2V has one a token, 0 for given frames
                 "expert": expert,
             }
             if len(self.steps) == step["step"]:
@@ -84,7 +87,7 @@ class Recorder:
             if self._keep_calls:
                 inputs.pop("return_dict", None)  # how its output is handed over
                 kept = {key: map_tensors(value, self._move) for key, value in inputs.items() if value is not None}
-                self.calls.append({**step, "inputs": kept, "velocity": output[0].cpu()})
+                self.calls.append({**step, "inputs": kept, "velocity": velocity_of(output).cpu()})
 
         return called
 
@@ -102,4 +105,4 @@ def repeat(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad():
         # Without return_dict=False, with which Kandinsky 5 gives a bare tensor and others a tuple.
-        return model(**map_tensors(call["inputs"], lambda tensor: tensor.to(device)))[0]
+        return velocity_of(model(**map_tensors(call["inputs"], lambda tensor: tensor.to(device))))

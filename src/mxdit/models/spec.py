@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 
@@ -148,6 +149,7 @@ class ModelSpec:
     shapes       of the tensors of a clip, given its transformer's and its VAE's config.json, the settings in model_index.json,
                  height, width and frames; a family without it has no plan of memory.
     text_tokens  that a prompt is filled up to.
+    timestep     of a call of the transformer, given its arguments by name: a tensor that falls from step to step.
     presets      defaults, the first that fits counts; for each task the last must fit any model of the family.
     published    models whose sizes docs/supported-models.md shows.
     recipes      who else quantizes the family -> what that keeps in 16 bits, and why ours differs where it does.
@@ -176,6 +178,7 @@ class ModelSpec:
     geometry: Callable[[Mapping[str, Any], Mapping[str, Any]], Geometry] | None = None
     shapes: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int, int, int], Shapes] | None = None
     text_tokens: int = 512
+    timestep: Callable[[Mapping[str, Any]], Any] = itemgetter("timestep")
     presets: tuple[Preset, ...] = ()
     published: tuple[Published, ...] = ()
     recipes: Mapping[str, str] = field(default_factory=dict)
