@@ -16,12 +16,13 @@ from transformers import (
     Gemma2Model,
     GemmaTokenizer,
     PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEXT = 32  # width of every text and image encoder
 _LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -87,30 +88,6 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*marks, *((letter, -3.0) for letter in _LETTERS)], extra_ids=0)
 
 
-def image_vae() -> AutoencoderKL:
-    """Of stride 2, as the models have it whose transformers pack 2 x 2 latents."""
-    config = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (4, 4), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2,
-        "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.36,
-    }  # fmt: skip
-    return seeded(lambda: AutoencoderKL(**config)).bfloat16()
-
-
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Of single bytes and the marks of a chat, which are the last three: <|endoftext|>, <|im_start|>, <|im_end|>."""
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    pieces = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
-    tokenizer = Qwen2Tokenizer(vocab=pieces, merges=[], extra_special_tokens=marks[1:])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n"
-        "{% endfor %}<|im_start|>assistant\n"
-    )
-    return tokenizer
-
-
 def t5(vocabulary: int, width: int = TEXT) -> T5EncoderModel:
     config = T5Config(
         vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
@@ -130,3 +107,33 @@ def gemma2() -> Gemma2Model:
         num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16,
     )  # fmt: skip
     return seeded(lambda: Gemma2Model(config)).bfloat16()
+
+
+def qwen3(model: Any, layers: int) -> Any:
+    """A Qwen3Model or Qwen3ForCausalLM."""
+    config = Qwen3Config(
+        vocab_size=272, hidden_size=TEXT, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
+    )  # fmt: skip
+    return seeded(lambda: model(config)).bfloat16()
+
+
+def qwen2_5_vl() -> Qwen2_5_VLForConditionalGeneration:
+    text: dict[str, Any] = {
+        "vocab_size": 272, "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": TEXT, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": TEXT}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config)).bfloat16()
+
+
+def image_vae(**overrides: Any) -> AutoencoderKL:
+    """Of stride 2, with 4 channels."""
+    config: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 4), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2,
+        "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.36,
+    }  # fmt: skip
+    return seeded(lambda: AutoencoderKL(**(config | overrides))).bfloat16()

@@ -5,18 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from transformers import Qwen3Model
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, image_vae, normal, qwen3, qwen_tokenizer, seeded
 
 
 def z_image(**overrides: Any) -> ZImageTransformer2DModel:
-    """Two blocks of each list, d=288, so that the FFN's second linear has K=768."""
+    """Two blocks and one of each refiner, d=288, so that the FFN's second linear has K=768."""
     config = {
         "in_channels": 4,
         "dim": 288,
         "n_layers": 2,
-        "n_refiner_layers": 2,
+        "n_refiner_layers": 1,
         "n_heads": 9,
         "n_kv_heads": 9,
         "cap_feat_dim": TEXT,
@@ -35,4 +41,16 @@ def z_image_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"ZImageTransformer2DModel": Tiny(z_image, z_image_inputs)}
+def z_image_pipeline(task: str) -> DiffusionPipeline:
+    """Qwen3, a VAE of stride 2."""
+    assert task == "t2i"
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=image_vae(),
+        text_encoder=qwen3(Qwen3Model, 2),
+        tokenizer=qwen_tokenizer(),
+        transformer=z_image().bfloat16(),
+    )
+
+
+TINY = {"ZImageTransformer2DModel": Tiny(z_image, z_image_inputs, z_image_pipeline)}

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import MODULATION, ModelSpec, Published
+from collections.abc import Mapping
+from typing import Any
+
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The VAE halves the image between its stages, and a patch is 2 x 2 latents; positions of rows and columns alike."""
+    stages = len(vae.get("block_out_channels") or (1, 2, 4, 4))
+    patch = int(config["all_patch_size"][0])
+    return Geometry(multiple=2 ** (stages - 1) * patch, positions=min(config["axes_lens"][1:]))
+
+
+# Source of the figures: the example of diffusers' ZImagePipeline, which is Z-Image-Turbo's; it takes no guidance. The config
+# of a Z-Image that is not distilled is the same: ask for its steps and guidance.
+_PRESETS = (Preset("Z-Image-Turbo", "t2i", (1024, 1024), 1, 1, 8, 0.0),)
+
 
 Z_IMAGE = ModelSpec(
     title="Z-Image",
@@ -16,14 +32,30 @@ Z_IMAGE = ModelSpec(
     ),
     keep={"adaLN_modulation.0": MODULATION},
     timestep=lambda given: 1 - given["t"],  # it rises in the call
+    pipelines={
+        "ZImagePipeline": PipelineSpec(
+            "t2i",
+            {
+                "prompt": "prompt",
+                "negative_prompt": "negative_prompt",
+                "height": "height",
+                "width": "width",
+                "steps": "num_inference_steps",
+                "guidance": "guidance_scale",
+            },
+            output="images",
+        )
+    },
     hosts=(
-        "ZImagePipeline",
         "ZImageImg2ImgPipeline",
         "ZImageInpaintPipeline",
         "ZImageOmniPipeline",
         "ZImageControlNetPipeline",
         "ZImageControlNetInpaintPipeline",
     ),
+    needed=("n_layers", "all_patch_size", "axes_lens"),
+    geometry=_geometry,
+    presets=_PRESETS,
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("Tongyi-MAI/Z-Image-Turbo"),),
 )
