@@ -11,8 +11,8 @@ GLM_IMAGE = ModelSpec(
     groups=(("attn1.to_q", "attn1.to_k", "attn1.to_v"),),  # image and text are one sequence
     keep={"norm1.linear": MODULATION},
     hosts=("GlmImagePipeline",),
-    # Source: diffusers' class, whose defaults are the release's.
-    published=(Published("zai-org/GLM-Image"),),
+    # Source: GlmImageArchConfig of SGLang (multimodal_gen/configs/models/dits); all else as diffusers' class has it.
+    published=(Published("zai-org/GLM-Image", {"attention_head_dim": 128, "num_attention_heads": 32}),),
 )
 
 SPECS = (GLM_IMAGE,)

@@ -16,11 +16,8 @@ HIDREAM_IMAGE = ModelSpec(
     # parameter and no linear: it stays.
     groups=(
         ("block.attn1.to_q", "block.attn1.to_k", "block.attn1.to_v"),
-        (
-            "block.attn1.to_q_t",
-            "block.attn1.to_k_t",
-            "block.attn1.to_v_t",
-        ),  # the text's side, in the double blocks only
+        # The text's side, in the double blocks only.
+        ("block.attn1.to_q_t", "block.attn1.to_k_t", "block.attn1.to_v_t"),
         ("block.ff_i.shared_experts.w1", "block.ff_i.shared_experts.w3"),
         *((f"block.ff_i.experts.{i}.w1", f"block.ff_i.experts.{i}.w3") for i in range(_EXPERTS)),
         ("block.ff_t.w1", "block.ff_t.w3"),
