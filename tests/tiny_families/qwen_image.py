@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImage21Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, normal, qwen2_5_vl, qwen_tokenizer, seeded
 
 
 def qwen_image(**overrides: Any) -> QwenImageTransformer2DModel:
@@ -33,6 +40,22 @@ def qwen_image_inputs(model: Any) -> dict[str, Any]:
         "timestep": torch.tensor([0.7]),
         "img_shapes": [[(1, 4, 4)]],
     }
+
+
+def qwen_image_pipeline(task: str) -> DiffusionPipeline:
+    """Qwen2.5-VL, a VAE of stride 2."""
+    assert task == "t2i"
+    vae: dict[str, Any] = {
+        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
+        "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4,
+    }  # fmt: skip
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+        vae=seeded(lambda: AutoencoderKLQwenImage(**vae)).bfloat16(),
+        text_encoder=qwen2_5_vl(),
+        tokenizer=qwen_tokenizer(),
+        transformer=qwen_image().bfloat16(),
+    )
 
 
 def qwen_image21(**overrides: Any) -> QwenImage21Transformer2DModel:
@@ -62,6 +85,6 @@ def qwen_image21_inputs(model: Any) -> dict[str, Any]:
 
 
 TINY = {
-    "QwenImageTransformer2DModel": Tiny(qwen_image, qwen_image_inputs),
+    "QwenImageTransformer2DModel": Tiny(qwen_image, qwen_image_inputs, qwen_image_pipeline),
     "QwenImage21Transformer2DModel": Tiny(qwen_image21, qwen_image21_inputs),
 }

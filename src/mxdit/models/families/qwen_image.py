@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import MODULATION, ModelSpec, Published
+from collections.abc import Mapping
+from typing import Any
+
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The VAE halves the image at each of its downsamplings, and the pipeline packs 2 x 2 latents into one token."""
+    halvings = len(vae.get("temperal_downsample") or (False, True, True))
+    return Geometry(multiple=2**halvings * 2)
+
+
+# Source of the figures: the defaults of diffusers' QwenImagePipeline. Its guidance counts beside a negative prompt alone, of
+# which an empty one is one.
+_PRESETS = (Preset("Qwen-Image", "t2i", (1024, 1024), 1, 1, 50, 4.0),)
+
 
 QWEN_IMAGE = ModelSpec(
     title="Qwen-Image",
@@ -13,8 +28,21 @@ QWEN_IMAGE = ModelSpec(
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),  # the text's side
     ),
     keep=dict.fromkeys(("img_mod.1", "txt_mod.1"), MODULATION),
+    pipelines={
+        "QwenImagePipeline": PipelineSpec(
+            "t2i",
+            {
+                "prompt": "prompt",
+                "negative_prompt": "negative_prompt",
+                "height": "height",
+                "width": "width",
+                "steps": "num_inference_steps",
+                "guidance": "true_cfg_scale",
+            },
+            output="images",
+        )
+    },
     hosts=(
-        "QwenImagePipeline",
         "QwenImageImg2ImgPipeline",
         "QwenImageInpaintPipeline",
         "QwenImageEditPipeline",
@@ -24,6 +52,9 @@ QWEN_IMAGE = ModelSpec(
         "QwenImageControlNetPipeline",
         "QwenImageControlNetInpaintPipeline",
     ),
+    needed=("num_layers",),
+    geometry=_geometry,
+    presets=_PRESETS,
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("Qwen/Qwen-Image"),),
 )
