@@ -12,12 +12,25 @@ from mxdit.cli import (
     conformance,
     eval,
     generate,
+    info,
     serve,
 )  # each registers its commands
 from mxdit.cli.console import app, option, tell
 from mxdit.errors import MXDiTError
 
-__all__ = ["app", "bench", "calibrate", "checkpoints", "client", "conformance", "eval", "generate", "main", "serve"]
+__all__ = [
+    "app",
+    "bench",
+    "calibrate",
+    "checkpoints",
+    "client",
+    "conformance",
+    "eval",
+    "generate",
+    "info",
+    "main",
+    "serve",
+]
 
 
 def main() -> None:
