@@ -270,7 +270,7 @@ def test_offline_as_online_then_every_layout_and_back(transformers, tmp_path, sp
 
     for to in ("packed", "vllm-omni", "sglang"):
         if to != "packed" and to not in spec.runtimes:
-            with pytest.raises(InputError, match=f"layers of {spec.transformer}; expected .*packed layout"):
+            with pytest.raises(InputError, match=rf"layers of {spec.transformer}\. Use the packed layout"):
                 convert_checkpoint(tmp_path / "packed", tmp_path / to, to)
             runtime = {"vllm-omni": "vLLM-Omni 0.30", "sglang": "SGLang 0.5.23"}[to]
             assert spec.transformer in str(inspection.components[0].loaders[runtime])

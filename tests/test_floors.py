@@ -19,7 +19,8 @@ SOURCE = Path(mxdit.__file__).parent
 FLOORS = (
     {"errors", "version"},
     {"numerics"},
-    {"models", "config"},
+    {"config"},
+    {"models"},
     {"ops"},
     {"backends"},
     {"weights", "shards", "packed"},

@@ -17,7 +17,6 @@ from mxdit.checkpoint.plan import SHARD, CheckpointPlan, ComponentPlan
 from mxdit.checkpoint.sources import is_packed, open_both, rest_of
 from mxdit.checkpoint.writer import Part, check_destination, shards_of
 from mxdit.errors import CheckpointError, InputError
-from mxdit.models import SPECS
 from mxdit.numerics.formats import TensorInfo
 
 
@@ -106,8 +105,8 @@ def _written(component: Component, layout: Layout) -> Written:
         raise InputError(
             unknown,
             where=f"convert --to {layout.name}",
-            expected=" or ".join(spec.transformer for spec in SPECS.values() if not layout.unknown(spec)),
-            hint="Use the packed layout, or give its names in the family's ModelSpec (docs/adapting-a-model.md).",
+            hint="Use the packed layout, or give its names in the family's ModelSpec (docs/adapting-a-model.md). "
+            "docs/supported-models.md says whose are known.",
         )
     if reason := layout.unmixed(component.methods):
         raise InputError(

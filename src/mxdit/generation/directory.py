@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from mxdit.checkpoint.files import read_json
 from mxdit.config import MXConfig
 from mxdit.config.encoders import is_stated, read_stated
 from mxdit.errors import CheckpointError, InputError
-from mxdit.models import SPECS, TEXT_ENCODERS
+from mxdit.models import SPECS, TEXT_ENCODERS, UNSUPPORTED, about_unknown
 from mxdit.models.encoders import BLOCKS
 from mxdit.models.skeleton import skeleton_of
 from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset
@@ -152,7 +152,7 @@ def open_model(path: Path) -> ModelDirectory:
             "mxdit cannot run this kind of pipeline",
             where=str(path / "model_index.json"),
             got=index.get("_class_name"),
-            expected=" or ".join(known),
+            hint=_about_pipeline(own, index, known),
         )
     present = []
     for name in spec.components:
@@ -196,6 +196,17 @@ def open_model(path: Path) -> ModelDirectory:
         if name in parts and parts[name][1] in BLOCKS
     }
     return ModelDirectory(path, spec, pipelines, components, geometry, settings, parts, encoders)
+
+
+def _about_pipeline(own: str, index: Mapping[str, Any], known: Iterable[str]) -> str:
+    """What to tell whoever has a pipeline that mxdit cannot run: what it does with its transformer all the same, or why not."""
+    if any(own in spec.hosts for spec in SPECS.values()):
+        return (
+            "`mxdit quantize` packs it; call it through diffusers, whose from_pretrained loads what was packed, "
+            "for it takes what no request of mxdit has."
+        )
+    held = [of[1] for of in index.values() if isinstance(of, list) and len(of) == 2]
+    return about_unknown(next((name for name in held if name in UNSUPPORTED), own), known)
 
 
 def describe(model: ModelDirectory) -> dict[str, dict[str, Any]]:

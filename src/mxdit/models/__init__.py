@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
 
 from torch import nn
 
+from mxdit.config.choices import near_names
 from mxdit.errors import ModelError
 from mxdit.models import families
 from mxdit.models.encoders import TEXT_ENCODERS, encoder_spec
 from mxdit.models.spec import ModelSpec
+from mxdit.models.unsupported import UNSUPPORTED
 
 SPECS: dict[str, ModelSpec] = {}  # by the class name of the transformer
 COMPONENTS: list[str] = []  # every name that a pipeline of any family gives a transformer
@@ -51,6 +54,15 @@ def tasks() -> tuple[str, ...]:
     return tuple(dict.fromkeys(made.task for spec in SPECS.values() for made in spec.pipelines.values()))
 
 
+def about_unknown(name: object, known: Iterable[str] = SPECS) -> str:
+    """What to tell whoever named a class that is not one of `known`: why mxdit does not support it, or what it looks like."""
+    listed = "`mxdit info --families` and docs/supported-models.md list what mxdit knows."
+    if why := UNSUPPORTED.get(str(name)):  # a file may say anything, a list as well
+        return f"{name}: {why}. {listed}"
+    near = near_names(str(name), known)
+    return f"{near} {listed}" if near else listed
+
+
 def spec_of(model: nn.Module) -> ModelSpec:
     """The spec of a transformer or a text encoder, which may be of a subclass. Raises ModelError for a class without one."""
     for cls in type(model).__mro__:
@@ -59,16 +71,17 @@ def spec_of(model: nn.Module) -> ModelSpec:
     encoder = encoder_spec(model)
     if encoder is not None:
         return encoder
+    name = type(model).__name__
     if not isinstance(model, nn.Module):
         hint = "Pass the transformer itself rather than a pipeline: pipe.transformer."
     else:
         inner = next((path for path, part in model.named_modules() if type(part).__name__ in SPECS), None)
-        hint = f"It holds one: pass its {inner}." if inner else "Add a ModelSpec for it: docs/adapting-a-model.md."
+        add = "docs/adapting-a-model.md says how to add a family."
+        hint = f"It holds one: pass its {inner}." if inner else f"{about_unknown(name)} {add}"
     raise ModelError(
         "mxdit does not know this kind of model",
         where="models",
-        got=type(model).__name__,
-        expected=" or ".join(SPECS),
+        got=name,
         hint=hint,
     )
 
@@ -80,4 +93,15 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-__all__ = ["COMPONENTS", "SPECS", "TEXT_ENCODERS", "ModelSpec", "register_family", "spec_of", "tasks", "uncompiled"]
+__all__ = [
+    "COMPONENTS",
+    "SPECS",
+    "TEXT_ENCODERS",
+    "UNSUPPORTED",
+    "ModelSpec",
+    "about_unknown",
+    "register_family",
+    "spec_of",
+    "tasks",
+    "uncompiled",
+]

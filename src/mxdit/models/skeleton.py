@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mxdit.errors import CheckpointError, InputError, ModelError
-from mxdit.models import SPECS
+from mxdit.models import SPECS, about_unknown
 from mxdit.models.encoders import BLOCKS
 
 # What classes raise for a config that they cannot build from.
@@ -29,7 +29,7 @@ def skeleton_of(config: Mapping[str, Any], where: str) -> nn.Module:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in SPECS:
         raise CheckpointError(
-            "mxdit does not know this kind of model", where=where, got=repr(name), expected=" or ".join(SPECS)
+            "mxdit does not know this kind of model", where=where, got=repr(name), hint=about_unknown(name)
         )
     try:
         return _built(getattr(diffusers, name), config)

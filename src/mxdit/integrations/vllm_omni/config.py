@@ -211,7 +211,8 @@ class MXOmniConfig(QuantizationConfig):
                 "mxdit does not know by which names vLLM-Omni calls the layers of this family",
                 where=model,
                 got=described.get("_class_name"),
-                expected=" or ".join(name for name, spec in SPECS.items() if NAME in spec.runtimes),
+                hint="docs/supported-models.md says whose it knows; `runtimes` of a family's ModelSpec are those names "
+                "(docs/adapting-a-model.md).",
             )
         skeleton = skeleton_of(described.to_dict(), model)
         spec = spec_of(skeleton)

@@ -1,0 +1,80 @@
+"""Every transformer class of diffusers is known or listed with a reason, and errors say it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+
+import diffusers.models.transformers
+import pytest
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+from mxdit.errors import CheckpointError, InputError, ModelError
+from mxdit.generation.directory import open_model
+from mxdit.models import SPECS, spec_of
+from mxdit.models.skeleton import skeleton_of
+from mxdit.models.unsupported import READ, UNSUPPORTED
+
+INSTALLED = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+EXPORTED = {
+    name
+    for name, cls in vars(diffusers.models.transformers).items()
+    if inspect.isclass(cls) and issubclass(cls, nn.Module)
+}
+DIT = "takes a class of ImageNet and no prompt"
+
+
+# -- what is not supported ---------------------------------------------------------------------------------------------
+
+
+def test_every_transformer_of_diffusers_is_known_or_listed():
+    missing = EXPORTED - SPECS.keys() - UNSUPPORTED.keys()
+    assert not missing, (
+        f"write a spec (docs/adapting-a-model.md), or a reason in models/unsupported.py: {sorted(missing)}"
+    )
+
+
+def test_what_is_listed_is_there_and_not_supported():
+    assert not UNSUPPORTED.keys() & SPECS.keys(), "a spec knows them: take them off models/unsupported.py"
+    assert all(UNSUPPORTED.values()) and not any(why.endswith(".") for why in UNSUPPORTED.values())
+    gone = UNSUPPORTED.keys() - EXPORTED
+    if INSTALLED >= READ:
+        assert not gone, f"diffusers has them no more: take them off models/unsupported.py: {sorted(gone)}"
+    else:  # an older release lacks what came later, and no more than that
+        assert len(gone) < len(UNSUPPORTED) / 2
+
+
+def test_errors_say_why():
+    model = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=32, num_layers=1, num_embeds_ada_norm=4)
+    with pytest.raises(ModelError, match=rf"got DiTTransformer2DModel\. .*{DIT}.*supported-models\.md"):
+        spec_of(model)
+    with pytest.raises(CheckpointError, match=rf"{DIT}.*mxdit info --families"):
+        skeleton_of({"_class_name": "DiTTransformer2DModel"}, "config.json")
+
+
+def test_errors_name_what_looks_alike_and_no_long_list():
+    with pytest.raises(CheckpointError, match=r"Did you mean .*'WanTransformer3DModel'") as caught:
+        skeleton_of({"_class_name": "WanTransformer3D"}, "config.json")
+    assert len(str(caught.value)) < 400
+    with pytest.raises(CheckpointError, match=r"got None\. `mxdit info"):
+        skeleton_of({}, "config.json")
+
+
+@pytest.mark.parametrize(
+    "pipeline, transformer, said",
+    [
+        ("DiTPipeline", "DiTTransformer2DModel", DIT),
+        ("WanPipelin", "WanTransformer3DModel", "Did you mean 'WanPipeline'"),
+        ("WanVideoToVideoPipeline", "WanTransformer3DModel", "`mxdit quantize` packs it; call it through diffusers"),
+    ],
+)
+def test_a_pipeline_that_is_not_run_is_refused_with_the_reason(tmp_path, monkeypatch, pipeline, transformer, said):
+    hosting = replace(SPECS["WanTransformer3DModel"], hosts=("WanVideoToVideoPipeline",))
+    monkeypatch.setitem(SPECS, "WanTransformer3DModel", hosting)
+    index = {"_class_name": pipeline, "transformer": ["diffusers", transformer], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=f"cannot run this kind of pipeline; got {pipeline}") as caught:
+        open_model(tmp_path)
+    assert said in str(caught.value)
