@@ -1,21 +1,30 @@
-"""Every transformer class of diffusers is known or listed with a reason, and errors say it."""
+"""docs/supported-models.md is what the specs say; what diffusers has beside them is listed with a reason, and errors say it."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers.models.transformers
 import pytest
-from diffusers import DiTTransformer2DModel
+import torch
+from diffusers import DiTTransformer2DModel, WanTransformer3DModel
 from torch import nn
 
+import mxdit
 from mxdit.errors import CheckpointError, InputError, ModelError
 from mxdit.generation.directory import open_model
 from mxdit.models import SPECS, spec_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.models.unsupported import READ, UNSUPPORTED
+from mxdit.numerics.formats import FORMATS
+from mxdit.quantize.sizes import FLOAT, sizes_of
+from tiny_families import families, tiny_of
+
+TOOL = Path(__file__).parents[1] / "tools" / "supported_models.py"
 
 INSTALLED = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
 EXPORTED = {
@@ -24,6 +33,47 @@ EXPORTED = {
     if inspect.isclass(cls) and issubclass(cls, nn.Module)
 }
 DIT = "takes a class of ImageNet and no prompt"
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INSTALLED != READ, reason="the page is of another release of diffusers")
+def test_the_page_is_what_the_specs_say():
+    found = importlib.util.spec_from_file_location("supported_models", TOOL)
+    assert found and found.loader
+    tool = importlib.util.module_from_spec(found)
+    found.loader.exec_module(tool)
+    page = tool.page()
+    assert tool.PAGE.read_text() == page, "run python tools/supported_models.py"
+    assert all(f"`{name}`" in page for name in (*SPECS, *UNSUPPORTED))
+
+
+@families
+def test_sizes_are_those_of_quantized_weights(spec):
+    """Told without memory, and found in a model that was quantized."""
+    with torch.device("meta"):
+        sizes = sizes_of(tiny_of(spec).transformer())
+    assert sizes.parameters == sizes.quantized + sum(sizes.kept.values()) + sum(sizes.outside.values()) + sizes.rest
+    for method in (FLOAT, *FORMATS):
+        model = tiny_of(spec).transformer().bfloat16()
+        if method != FLOAT:
+            mxdit.quantize_(model, method)
+        assert sizes.nbytes[method] == sum(tensor.nbytes for tensor in model.state_dict().values()), method
+
+
+def test_degrees_are_those_of_whole_blocks_both_ways():
+    def degrees(width: int, inner: int) -> tuple[int, ...]:
+        with torch.device("meta"):
+            model = WanTransformer3DModel(
+                num_attention_heads=2, attention_head_dim=width // 2, ffn_dim=inner, num_layers=1
+            )
+        return sizes_of(model).degrees
+
+    assert degrees(256, 512) == (2, 4, 8)
+    assert degrees(128, 512) == (2, 4)  # K = 128 is four blocks of 32
+    assert degrees(256, 512 + 64) == (2,)  # 18 blocks
+    assert degrees(96, 96) == ()
 
 
 # -- what is not supported ---------------------------------------------------------------------------------------------

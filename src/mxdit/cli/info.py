@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from mxdit.backends import backends
 from mxdit.cli.console import METHODS, Frames, Size, app, need, out, path_of, say, size_of
+from mxdit.cli.families import show_families
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 from mxdit.quantize.report import in_words
@@ -50,6 +51,7 @@ def info(
         typer.Option(help=f"With --memory: none, {METHODS}. Default: as the directory is stored.", metavar="METHOD"),
     ] = None,
     device: Annotated[str, typer.Option(help="With --memory: cpu, cuda, npu, ...; it need not be there.")] = "cpu",
+    families: Annotated[bool, typer.Option("--families", help="List the model families that mxdit knows.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Versions, backends and why not; for a directory, how each of its transformers is quantized, and how a run is held.
@@ -58,6 +60,9 @@ def info(
     """
     from mxdit.generation.directory import bundled, describe, describe_encoders, open_model
 
+    if families:
+        show_families(as_json)
+        return
     packages = ("mxdit", "torch", "diffusers", "transformers", "safetensors", "av")
     figures: dict[str, Any] = {
         "versions": {name: installed(name) for name in packages},

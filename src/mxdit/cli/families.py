@@ -1,0 +1,36 @@
+"""`mxdit info --families`."""
+
+from __future__ import annotations
+
+import json
+
+from rich.table import Table
+
+from mxdit.cli.console import need, out, say
+from mxdit.models import SPECS
+from mxdit.quantize.sizes import published_sizes
+
+
+def show_families(as_json: bool) -> None:
+    """Print a row for each family: how much of its first published model's transformer is quantized, and by what it is run."""
+    need("diffusers")
+    rows = [
+        {
+            "title": spec.title or spec.transformer,
+            "transformer": spec.transformer,
+            "pipelines": {name: made.task for name, made in spec.pipelines.items()},
+            "hosts": list(spec.hosts),
+            "quantized": round(published_sizes(spec, spec.published[0]).share, 4) if spec.published else None,
+        }
+        for spec in sorted(SPECS.values(), key=lambda spec: (spec.title.casefold(), spec.transformer))
+    ]
+    if as_json:
+        out.print_json(json.dumps({"families": rows}))
+        return
+    table = Table("family", "transformer", "runs", "through diffusers", "quantized")
+    for row in rows:
+        share = "" if row["quantized"] is None else f"{row['quantized']:.1%}"
+        runs = "\n".join(f"{name}: {task}" for name, task in row["pipelines"].items())
+        table.add_row(row["title"], row["transformer"], runs, "\n".join(row["hosts"]), share)
+    out.print(table)
+    say("docs/supported-models.md has sizes, what stays in 16 bits, and what is not supported.")
