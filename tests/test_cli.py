@@ -15,6 +15,7 @@ from PIL import Image
 import mxdit
 import tiny
 from command import mxdit_command
+from mxdit.models import SPECS
 
 pytestmark = pytest.mark.slow
 
@@ -313,6 +314,16 @@ def test_info_lists_versions_and_backends(monkeypatch, capsys):
     assert any(backend["why_not"] is None for backend in figures["backends"])
     code, out, _ = mxdit_command(monkeypatch, capsys, "info")
     assert code == 0 and mxdit.__version__ in out and "usable" in out
+
+
+def test_info_lists_the_families(monkeypatch, capsys):
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", "--families", "--json")
+    found = {family["transformer"]: family for family in json.loads(out)["families"]}
+    assert code == 0 and found.keys() == SPECS.keys()
+    assert found["FluxTransformer2DModel"]["pipelines"] == {"FluxPipeline": "t2i"}
+    assert found["FluxTransformer2DModel"]["quantized"] == 0.7232
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", "--families")
+    assert code == 0 and "FLUX.1" in out and "72.3%" in out and "supported-models.md" in out
 
 
 def test_activations_by_step(monkeypatch, capsys, tmp_path, models):

@@ -37,9 +37,9 @@ PUBLISHED = f"""\
 ## Published models
 
 Sizes are of all transformers of a model, in GiB, without text encoders and VAE: what is quantized
-in the method, and all else in BF16, also the few modules that diffusers keeps in FP32. They are what
-the method's defaults give: `mxfp4_dualscale` leaves up to five first blocks in BF16. "Quantized" is
-the share of the parameters, with no block left out.
+in the method, and all else in BF16, also the few modules that diffusers keeps in FP32. They follow
+the method's defaults: `mxfp4_dualscale` leaves up to five first blocks in BF16. "Quantized" is the
+share of the parameters, with no block left out.
 
 "Ranks" are those of {", ".join(map(str, DEGREES[:-1]))} and {DEGREES[-1]} over which every quantized linear can be split both ways
 ([numerics.md](numerics.md#55-tensor-parallelism)): by its outputs, whose number the degree divides,
