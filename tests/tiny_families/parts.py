@@ -18,11 +18,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     Qwen3Config,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEXT = 32  # width of every text and image encoder
 _LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -86,6 +88,20 @@ def t5_tokenizer() -> T5Tokenizer:
     """Of single letters; its vocabulary is smaller than 64."""
     marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return T5Tokenizer(vocab=[*marks, *((letter, -3.0) for letter in _LETTERS)], extra_ids=0)
+
+
+def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """Of single bytes and marks, which are the last: <|endoftext|>, <|im_start|>, <|im_end|>, and some more; below 272."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
+    pieces = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
+    tokenizer = Qwen2Tokenizer(vocab=pieces, merges=[], extra_special_tokens=marks[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    return tokenizer
 
 
 def t5(vocabulary: int, width: int = TEXT) -> T5EncoderModel:
