@@ -18,7 +18,7 @@ from tiny_families.parts import TEXT, Tiny, normal, qwen_tokenizer, seeded
 
 
 def easyanimate(**overrides: Any) -> EasyAnimateTransformer3DModel:
-    """One block with weights for the text and one without, d=160, so that the FFN's second linear has K=640."""
+    """Two blocks, d=160, so that the FFNs' second linears have K=640."""
     config = {
         "num_attention_heads": 5,
         "attention_head_dim": 32,
@@ -26,7 +26,7 @@ def easyanimate(**overrides: Any) -> EasyAnimateTransformer3DModel:
         "out_channels": 4,
         "patch_size": 2,
         "num_layers": 2,
-        "mmdit_layers": 1,
+        "mmdit_layers": 2,
         "time_embed_dim": 32,
         "text_embed_dim": TEXT,
     }

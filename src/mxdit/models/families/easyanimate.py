@@ -1,4 +1,8 @@
-"""EasyAnimate (V5.1): one transformer, whose text has weights of its own in some or all blocks."""
+"""EasyAnimate (V5.1): one transformer, whose text has weights of its own.
+
+diffusers' class can leave those out of its last blocks (`mmdit_layers`), which then send text and video through the same FFN one
+after the other. The published models have them in all blocks.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ EASYANIMATE = ModelSpec(
             "attn1.add_q_proj",
             "attn1.add_k_proj",
             "attn1.add_v_proj",
-        ),  # the text's side, in the first `mmdit_layers` blocks
+        ),  # the text's side
     ),
     # A thirteenth of the weights.
     keep=dict.fromkeys(("norm1.linear", "norm2.linear"), MODULATION),

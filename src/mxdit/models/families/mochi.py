@@ -21,7 +21,7 @@ MOCHI = ModelSpec(
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
         ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),  # the text's side
     ),
-    # A quarter of the weights. The last block ends the text's stream: its norm has a scale alone, by a linear of another name.
+    # 27 % of the weights. The last block ends the text's stream: its norm has a scale alone, by a linear of another name.
     keep=dict.fromkeys(("norm1.linear", "norm1_context.linear", "norm1_context.linear_1"), MODULATION),
     pipelines={
         "MochiPipeline": PipelineSpec(
