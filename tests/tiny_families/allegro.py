@@ -13,7 +13,7 @@ from tiny_families.parts import TEXT, Tiny, normal, seeded
 
 def allegro(**overrides: Any) -> AllegroTransformer3DModel:
     """Two blocks, d=192, so that the FFN's second linear has K=768."""
-    config = {
+    config: dict[str, Any] = {
         "num_attention_heads": 4,
         "attention_head_dim": 48,
         "cross_attention_dim": 192,
@@ -28,7 +28,8 @@ def allegro(**overrides: Any) -> AllegroTransformer3DModel:
 
 def allegro_inputs(model: Any) -> dict[str, Any]:
     """2 frames of 4 x 6 latents and 6 tokens of text, of which one is padding."""
-    *angles, frames, rows, columns = get_3d_rotary_pos_embed_allegro(48, ((0, 0), (2, 3)), (2, 3), 2)
+    tables: Any = get_3d_rotary_pos_embed_allegro(48, ((0, 0), (2, 3)), (2, 3), 2)
+    *angles, frames, rows, columns = tables
     positions = torch.cartesian_prod(frames, rows, columns).long().unbind(1)
     return {
         "hidden_states": normal(model, 1, 1, 4, 2, 4, 6),

@@ -19,7 +19,7 @@ from tiny_families.parts import TEXT, Tiny, normal, seeded, t5, t5_tokenizer
 
 def cogvideox(**overrides: Any) -> CogVideoXTransformer3DModel:
     """Two blocks, d=160, so that the FFN's second linear has K=640."""
-    config = {
+    config: dict[str, Any] = {
         "in_channels": 4,
         "out_channels": 4,
         "num_attention_heads": 5,

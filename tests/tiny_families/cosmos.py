@@ -17,7 +17,7 @@ def cosmos(**overrides: Any) -> CosmosTransformer3DModel:
 
     It has no padding mask, which is scaled by torchvision and is one channel of the patches alone.
     """
-    config = {
+    config: dict[str, Any] = {
         "in_channels": 4,
         "out_channels": 4,
         "num_attention_heads": 5,

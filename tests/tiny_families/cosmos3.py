@@ -12,7 +12,7 @@ from tiny_families.parts import Tiny, normal, seeded
 
 def cosmos3(**overrides: Any) -> Cosmos3OmniTransformer:
     """Two blocks, d=128, MLPs of 640 channels, so that their second linears have K=640."""
-    config = {
+    config: dict[str, Any] = {
         "hidden_size": 128,
         "head_dim": 32,
         "num_attention_heads": 4,

@@ -19,7 +19,7 @@ from tiny_families.parts import TEXT, Tiny, normal, qwen_tokenizer, seeded
 
 def easyanimate(**overrides: Any) -> EasyAnimateTransformer3DModel:
     """Two blocks, d=160, so that the FFNs' second linears have K=640."""
-    config = {
+    config: dict[str, Any] = {
         "num_attention_heads": 5,
         "attention_head_dim": 32,
         "in_channels": 4,
@@ -46,13 +46,13 @@ def easyanimate_pipeline(task: str) -> DiffusionPipeline:
     """Qwen2-VL, and a VAE of stride 2 in time and 4 in space."""
     assert task == "t2v"
     tokenizer = qwen_tokenizer()
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None, "eos_token_id": tokenizer.pad_token_id,
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     }  # fmt: skip
-    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": TEXT, "patch_size": 4}
+    vision: dict[str, Any] = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": TEXT, "patch_size": 4}
     qwen = Qwen2VLConfig(text_config=text, vision_config=vision)
     vae: dict[str, Any] = {
         "latent_channels": 4, "block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2,

@@ -59,7 +59,7 @@ def hunyuan_inputs(model: Any) -> dict[str, Any]:
 
 def hunyuan_pipeline(task: str) -> DiffusionPipeline:
     """The text half of Qwen2.5-VL, ByT5, for I2V SigLIP, and a VAE of stride 4 in time and space."""
-    tokenizer = qwen_tokenizer()
+    tokenizer: Any = qwen_tokenizer()
     qwen = Qwen2_5_VLTextConfig(
         vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id,

@@ -24,7 +24,7 @@ VIDEO, AUDIO = 160, 64  # widths of the two streams
 
 def ltx2(**overrides: Any) -> LTX2VideoTransformer3DModel:
     """Two blocks, d=160 for the video, so that its FFN's second linear has K=640."""
-    config = {
+    config: dict[str, Any] = {
         "in_channels": 8,
         "out_channels": 8,
         "num_attention_heads": 5,
@@ -63,11 +63,11 @@ def ltx2_pipeline(task: str) -> DiffusionPipeline:
     """Gemma 3, a VAE of stride 4 in time and 16 in space, one of sound of 2 x 4 channels, and a vocoder."""
     marks = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
     pieces = {piece: i for i, piece in enumerate([*marks, *map(chr, range(ord("a"), ord("z") + 1))])}
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": len(pieces), "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
     }  # fmt: skip
-    vision = {
+    vision: dict[str, Any] = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "image_size": 16, "patch_size": 8,
     }  # fmt: skip

@@ -18,7 +18,7 @@ from tiny_families.parts import TEXT, Tiny, normal, seeded, t5, t5_tokenizer
 
 def mochi(**overrides: Any) -> MochiTransformer3DModel:
     """Two blocks, d=96; the text's stream is the wider one here, so that its FFN's second linear has K=768."""
-    config = {
+    config: dict[str, Any] = {
         "num_attention_heads": 3,
         "attention_head_dim": 32,
         "num_layers": 2,
