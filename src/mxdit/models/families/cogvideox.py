@@ -12,6 +12,7 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     """The VAE halves the image between its stages, and a patch is p x p of its latents (1.5: of two latent frames).
 
     It decodes two latent frames at a time, and one before them: an even number of them would come out longer than asked for.
+    CogVideoX-5b-I2V has learned positions, of the one size that its config has: diffusers refuses any other.
     """
     stages, stride = len(vae.get("block_out_channels") or (128, 256, 256, 512)), vae.get("temporal_compression_ratio")
     return Geometry(multiple=2 ** (stages - 1) * int(config["patch_size"]), temporal=2 * int(stride or 4))
