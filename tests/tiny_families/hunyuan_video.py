@@ -80,7 +80,8 @@ def framepack_inputs(model: Any) -> dict[str, Any]:
 
 def pipeline(task: str) -> DiffusionPipeline:
     """CLIP, and Llama, which for I2V sees the image as 576 tokens, as the pipeline counts on; a VAE of stride 8."""
-    words, tokenizer = llama_tokenizer(), clip_tokenizer()
+    words: Any = llama_tokenizer()
+    tokenizer: Any = clip_tokenizer()
     llama = LlamaConfig(
         vocab_size=len(words), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, pad_token_id=words.pad_token_id,
@@ -113,14 +114,14 @@ def pipeline(task: str) -> DiffusionPipeline:
         image_size=side,
         patch_size=2,
     )
-    llava = LlavaConfig(
-        text_config=llama, vision_config=vision, image_token_index=words.convert_tokens_to_ids("<image>"),
-        pad_token_id=words.pad_token_id,
-    )  # fmt: skip
+    llava: dict[str, Any] = {
+        "text_config": llama, "vision_config": vision, "pad_token_id": words.pad_token_id,
+        "image_token_index": words.convert_tokens_to_ids("<image>"),
+    }  # fmt: skip
     size = {"height": side, "width": side}
     return HunyuanVideoImageToVideoPipeline(
         **parts,
-        text_encoder=seeded(lambda: LlavaForConditionalGeneration(llava)).bfloat16(),
+        text_encoder=seeded(lambda: LlavaForConditionalGeneration(LlavaConfig(**llava))).bfloat16(),
         transformer=hunyuan(image_condition_type="token_replace").bfloat16(),
         image_processor=CLIPImageProcessor(size=size, crop_size=size),
     )

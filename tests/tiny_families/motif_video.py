@@ -55,14 +55,14 @@ def motif_inputs(model: Any) -> dict[str, Any]:
 
 def motif_pipeline(task: str) -> DiffusionPipeline:
     """T5Gemma 2, whose SigLIP sees the image, and Wan's tiny VAE."""
-    text = T5Gemma2TextConfig(
-        vocab_size=64, hidden_size=TEXT, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, dropout_rate=0.0,
-    )  # fmt: skip
+    text: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "dropout_rate": 0.0,
+    }  # fmt: skip
     vision = SiglipVisionConfig(
         hidden_size=TEXT, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
     )
-    encoder = T5Gemma2EncoderConfig(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    encoder = T5Gemma2EncoderConfig(text_config=T5Gemma2TextConfig(**text), vision_config=vision, mm_tokens_per_image=4)
     cls = {"t2v": MotifVideoPipeline, "i2v": MotifVideoImage2VideoPipeline}[task]
     return cls(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),

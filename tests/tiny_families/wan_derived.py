@@ -95,7 +95,7 @@ def animate_inputs(model: Any) -> dict[str, Any]:
 
 
 def animate_2(**overrides: Any) -> WanAnimate2Transformer3DModel:
-    config = {
+    config: dict[str, Any] = {
         "in_dim": 36, "out_dim": 16, "dim": 64, "num_heads": 2, "ffn_dim": 576, "freq_dim": 64, "num_layers": 2,
         "text_dim": tiny.TEXT_DIM, "text_len": 8,
     }  # fmt: skip
