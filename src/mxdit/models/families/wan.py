@@ -170,6 +170,11 @@ WAN = ModelSpec(
     shapes=_shapes,
     presets=_PRESETS,
     published=_RELEASES,
+    # Source: NVIDIA/Model-Optimizer, examples/diffusers/quantization/utils.py.
+    recipes={
+        "NVIDIA ModelOpt": "the first three and the last three of 40 blocks; here only where num_bf16_fallback_layers or"
+        " ignored_layers ask for it",
+    },
     original_mark="patch_embedding",
     original={
         "patch_embedding": "patch_embedding",
