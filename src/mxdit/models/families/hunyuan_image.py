@@ -11,7 +11,8 @@ HUNYUAN_IMAGE = ModelSpec(
     # and whose output every block takes.
     blocks=("transformer_blocks", "single_transformer_blocks"),
     groups=(
-        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        # In the single blocks the MLP's first linear reads the same: the text is cut off and put back in between.
+        ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),  # the text's side, in the double blocks only
     ),
     keep=dict.fromkeys(("norm1.linear", "norm1_context.linear", "norm.linear"), MODULATION),
