@@ -104,9 +104,9 @@ def test_a_recorded_call_can_be_repeated(saved, spec, name):
     with recorder.listening(session.load()):
         session.run(wanted, on_latents=recorder.on_latents)
     assert [step["step"] for step in recorder.steps] == list(range(wanted.steps))
+    # Not of the latents' shape: some keep given frames out of them, some predict tokens, or variances beside.
+    assert {call["step"] for call in recorder.calls} == set(range(wanted.steps))
     for call in recorder.calls:
-        # Guidance may double the batch; a pipeline may have variances beside, and leave a given frame out of the latents.
-        assert call["velocity"].shape[-2:] == recorder.latents[0].shape[-2:]
         assert torch.equal(repeat(getattr(session.load(), call["expert"]), call), call["velocity"])
 
 
