@@ -162,7 +162,10 @@ def test_a_saved_model_with_adapters_says_so(tmp_path):
     [
         (nn.DataParallel, r"got DataParallel; .*It holds one: pass its module\."),
         (lambda model: get_peft_model(model, LORA), r"got PeftModel; .*It holds one: pass its base_model.model\."),
-        (lambda model: UNet2DModel(sample_size=8, block_out_channels=(32,) * 4), r"got UNet2DModel; .*Add a ModelSpec"),
+        (
+            lambda model: UNet2DModel(sample_size=8, block_out_channels=(32,) * 4),
+            r"got UNet2DModel; .*infer_spec proposes a ModelSpec",
+        ),
     ],
 )
 def test_the_hint_fits_what_was_passed(wrap, message):

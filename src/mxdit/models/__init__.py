@@ -1,22 +1,96 @@
-"""The model families that mxdit knows: one `ModelSpec` each, found by the class name of a transformer or a text encoder."""
+"""The model families that mxdit knows: one `ModelSpec` each, found by the class name of a transformer or a text encoder.
+
+Another package adds its own with an entry point in the group ``mxdit.families``, whose value is a `ModelSpec` or a tuple of
+them (docs/adapting-a-model.md). It is imported when a family is first looked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
+from typing import overload
 
 from torch import nn
 
 from mxdit.config.choices import near_names
-from mxdit.errors import ModelError
+from mxdit.errors import ModelError, MXDiTError
 from mxdit.models import families
 from mxdit.models.encoders import TEXT_ENCODERS, encoder_spec
 from mxdit.models.spec import ModelSpec
 from mxdit.models.unsupported import UNSUPPORTED
 
-SPECS: dict[str, ModelSpec] = {}  # by the class name of the transformer
-COMPONENTS: list[str] = []  # every name that a pipeline of any family gives a transformer
+logger = logging.getLogger(__name__)
+GROUP = "mxdit.families"  # of entry points, whose values are a ModelSpec each, or a tuple of them
+# What a broken package raises when it is imported.
+_BROKEN = (
+    ImportError,
+    AttributeError,
+    OSError,
+    SyntaxError,
+    NameError,
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+)
+
+
+class Families(MutableMapping[str, ModelSpec]):
+    """Specs by the class name of the transformer. Those of other packages are imported when one is first looked for."""
+
+    def __init__(self) -> None:
+        self._specs: dict[str, ModelSpec] = {}
+        self.waiting = True  # for the first look
+
+    @property
+    def _all(self) -> dict[str, ModelSpec]:
+        if self.waiting:
+            self.waiting = False
+            for point in entry_points(group=GROUP):
+                _register_installed(point, own=set(self._specs))
+        return self._specs
+
+    def __getitem__(self, name: str) -> ModelSpec:
+        return self._all[name]
+
+    def __setitem__(self, name: str, spec: ModelSpec) -> None:
+        self._specs[name] = spec
+
+    def __delitem__(self, name: str) -> None:
+        del self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+class Components(Sequence[str]):
+    """Every name that a pipeline of any family gives a transformer."""
+
+    @property
+    def _all(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for spec in SPECS.values() for name in spec.components))
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        return self._all[index]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+SPECS = Families()
+COMPONENTS = Components()
 
 
 def register_family(spec: ModelSpec) -> None:
@@ -35,7 +109,22 @@ def register_family(spec: ModelSpec) -> None:
                 hint="docs/adapting-a-model.md has the fields.",
             )
     SPECS[spec.transformer] = spec
-    COMPONENTS.extend(name for name in spec.components if name not in COMPONENTS)
+
+
+def _register_installed(point: EntryPoint, own: set[str]) -> None:
+    """Let mxdit know the families of another package. One that is broken is said and passed over: others are to work."""
+    package = point.dist.name if point.dist else point.module
+    try:
+        found = point.load()
+        for spec in found if isinstance(found, tuple) else (found,):
+            if not isinstance(spec, ModelSpec):
+                raise TypeError(f"got {spec!r}, expected a ModelSpec or a tuple of them")
+            if spec.transformer in own:
+                raise ValueError(f"mxdit has a ModelSpec of {spec.transformer}; register_family takes its place")
+            register_family(spec)
+    except (*_BROKEN, MXDiTError) as error:
+        said = f"{type(error).__name__}: {error}"
+        logger.warning("the package %s brings no model family (%s: %s): %s", package, GROUP, point.value, said)
 
 
 _own = [
@@ -63,8 +152,16 @@ def about_unknown(name: object, known: Iterable[str] = SPECS) -> str:
     return f"{near} {listed}" if near else listed
 
 
+def adopt(model: nn.Module, spec: ModelSpec) -> None:
+    """Have `spec_of` give `spec` for this one model, whatever is registered."""
+    model._mxdit_spec = spec  # pyright: ignore[reportArgumentType]
+
+
 def spec_of(model: nn.Module) -> ModelSpec:
     """The spec of a transformer or a text encoder, which may be of a subclass. Raises ModelError for a class without one."""
+    adopted = getattr(model, "_mxdit_spec", None)
+    if adopted is not None:
+        return adopted
     for cls in type(model).__mro__:
         if cls.__name__ in SPECS:
             return SPECS[cls.__name__]
@@ -76,7 +173,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
         hint = "Pass the transformer itself rather than a pipeline: pipe.transformer."
     else:
         inner = next((path for path, part in model.named_modules() if type(part).__name__ in SPECS), None)
-        add = "docs/adapting-a-model.md says how to add a family."
+        add = "mxdit.infer_spec proposes a ModelSpec for it, and register_family takes one: docs/adapting-a-model.md."
         hint = f"It holds one: pass its {inner}." if inner else f"{about_unknown(name)} {add}"
     raise ModelError(
         "mxdit does not know this kind of model",
@@ -95,11 +192,13 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 __all__ = [
     "COMPONENTS",
+    "GROUP",
     "SPECS",
     "TEXT_ENCODERS",
     "UNSUPPORTED",
     "ModelSpec",
     "about_unknown",
+    "adopt",
     "register_family",
     "spec_of",
     "tasks",
