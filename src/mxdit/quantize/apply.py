@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mxdit.config import ConfigLike, MXConfig
 from mxdit.errors import ConfigError, FormatError, ModelError
 from mxdit.layers import HostedLinear, MXLinear
-from mxdit.models import TEXT_ENCODERS, spec_of, uncompiled
+from mxdit.models import TEXT_ENCODERS, ModelSpec, adopt, spec_of, uncompiled
 from mxdit.quantize.plan import Decision, plan
 from mxdit.quantize.preconditions import check_modules, check_state, check_weights
 from mxdit.quantize.recorded import record
@@ -16,18 +16,23 @@ from mxdit.quantize.tables import put_table, skeleton_table, table_of
 from mxdit.weights import quantize_weight
 
 
-def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
+def quantize_(model: nn.Module, config: ConfigLike, *, spec: ModelSpec | None = None) -> QuantReport:
     """Quantize `model` in place, one layer at a time, and report what became of each.
 
     A layer's weight is encoded on the device it is on and freed before the next one is read, so memory never holds more
     than the model plus one layer. A diffusers model also notes the config, so that `save_pretrained` writes it.
+
+    With `spec`, which need not be registered, the model's class may be one that mxdit does not know; from then on this model
+    has it. A checkpoint that `save_pretrained` makes of it says nothing of the spec: who loads it, in this process or another,
+    calls `mxdit.models.register_family(spec)` first, or installs a package with an entry point for it
+    (docs/adapting-a-model.md).
 
     Raises what `plan` raises, and ModelError for a model that is quantized already, whose weights are elsewhere (offloaded,
     not loaded, in another library's form), or whose modules are not those that its config makes (adapters, fused
     projections): see `preconditions`.
     """
     model, config = uncompiled(model), MXConfig.of(config)
-    spec = spec_of(model)
+    own, spec = spec, spec or spec_of(model)
     layer = HostedLinear if spec.components == TEXT_ENCODERS else MXLinear
     if config.is_checkpoint_serialized:
         raise ConfigError(
@@ -40,7 +45,9 @@ def quantize_(model: nn.Module, config: ConfigLike) -> QuantReport:
             raise ModelError("the model is quantized already", where=path, got=module.method, expected="an nn.Linear")
     check_weights(model)
     check_modules(model)
-    decisions = plan(model, config)
+    decisions = plan(model, config, spec=own)
+    if own is not None:
+        adopt(model, own)
     for path, decision in decisions.items():
         if decision.scheme:
             linear = model.get_submodule(path)

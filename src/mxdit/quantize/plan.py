@@ -39,17 +39,22 @@ class Decision:
         return self.scheme or self.reason
 
 
-def plan(model: nn.Module, config: ConfigLike) -> dict[str, Decision]:
+def plan(model: nn.Module, config: ConfigLike, *, spec: ModelSpec | None = None) -> dict[str, Decision]:
     """Decide for every linear of `model`, by its path and in the model's order, what `config` makes of it.
 
-    Looks at names and module types only, so the model may be on the meta device, or quantized already.
+    Looks at names and module types only, so the model may be on the meta device, or quantized already. `spec` is by default
+    the one that is registered for the model's class.
 
     Raises:
-        ModelError: no ModelSpec knows the model's class.
+        ModelError: no ModelSpec knows the model's class, or `spec` is one of another model.
         ConfigError: a pattern matches no linear, layers that runtimes fuse would differ, or nothing would be quantized.
     """
     model, config = uncompiled(model), MXConfig.of(config)
-    spec = spec_of(model)
+    if spec is not None and spec.transformer not in {cls.__name__ for cls in type(model).__mro__}:
+        raise ModelError(
+            "the ModelSpec is of another model", where="spec", got=spec.transformer, expected=type(model).__name__
+        )
+    spec = spec or spec_of(model)
     table_of(config, spec)
     found = dict(linears_of(model))
     linears = list(found)
@@ -149,14 +154,14 @@ def block_counts(model: nn.Module, spec: ModelSpec) -> dict[str, int]:
 
     Raises ModelError where the model is not built as its spec says.
     """
-    counts = {}
+    counts, modules = {}, dict(model.named_modules())
     for name in spec.blocks:
-        blocks = model.get_submodule(name)
+        blocks = modules.get(name)
         if not isinstance(blocks, nn.ModuleList):
             raise ModelError(
                 "the model is not built as its ModelSpec says",
                 where=f"{type(model).__name__}.{name}",
-                got=type(blocks).__name__,
+                got="nothing" if blocks is None else type(blocks).__name__,
                 expected="a ModuleList",
             )
         counts[name] = len(blocks)
