@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from mxdit.generation.request import Request
     from mxdit.generation.session import Result, Session
     from mxdit.integrations.diffusers_adapters import load_lora_weights
+    from mxdit.models.infer import infer_spec
 
 register_when_imported()
 
 # Imported when they are first asked for, so that `import mxdit` stays as fast for those who only quantize.
 _LATER = {
+    "infer_spec": "mxdit.models.infer",
     "load_lora_weights": "mxdit.integrations.diffusers_adapters",
     "Request": "mxdit.generation.request",
     "Result": "mxdit.generation.session",
@@ -75,6 +77,7 @@ __all__ = [
     "__version__",
     "decode",
     "encode",
+    "infer_spec",
     "load_lora_weights",
     "pipeline_config",
     "plan",

@@ -31,10 +31,15 @@ def skeleton_of(config: Mapping[str, Any], where: str) -> nn.Module:
         raise CheckpointError(
             "mxdit does not know this kind of model", where=where, got=repr(name), hint=about_unknown(name)
         )
+    return built(getattr(diffusers, name), config, where)
+
+
+def built(cls: Any, config: Mapping[str, Any], where: str) -> nn.Module:
+    """A model of a class of diffusers, without memory. Raises CheckpointError for a config that makes none."""
     try:
-        return _built(getattr(diffusers, name), config)
+        return _built(cls, config)
     except UNBUILDABLE as error:
-        raise CheckpointError("no model can be built from this config", where=where, got=_said(error)) from None
+        raise CheckpointError("no model can be built from this config", where=where, got=said(error)) from None
 
 
 def encoder_class(config: Mapping[str, Any]) -> str | None:
@@ -54,7 +59,7 @@ def _encoder(name: str, config: Mapping[str, Any], where: str) -> nn.Module:
         with torch.device("meta"):
             return cls(cls.config_class.from_dict({k: v for k, v in config.items() if k != "quantization_config"}))
     except UNBUILDABLE as error:
-        raise CheckpointError("no model can be built from this config", where=where, got=_said(error)) from None
+        raise CheckpointError("no model can be built from this config", where=where, got=said(error)) from None
 
 
 def skeleton_like(model: nn.Module) -> nn.Module | None:
@@ -71,7 +76,7 @@ def skeleton_like(model: nn.Module) -> nn.Module | None:
         raise ModelError(
             "the model cannot be built from its own config, so it could not be reloaded",
             where=type(model).__name__,
-            got=_said(error),
+            got=said(error),
         ) from None
 
 
@@ -80,5 +85,6 @@ def _built(cls: Any, config: Mapping[str, Any]) -> nn.Module:
         return cls.from_config({key: value for key, value in config.items() if key != "quantization_config"})
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """What an error of other code says, in a line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
