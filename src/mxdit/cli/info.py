@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from mxdit.backends import backends
 from mxdit.cli.console import METHODS, Frames, Size, app, need, out, path_of, say, size_of
 from mxdit.cli.families import show_families
+from mxdit.cli.propose import as_dict, as_python, proposal_of
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 from mxdit.quantize.report import in_words
@@ -37,6 +38,14 @@ def info(
     directory: Annotated[
         str | None, typer.Argument(help="A pipeline's directory to describe, or 'bundled'.", metavar="[DIR|bundled]")
     ] = None,
+    propose: Annotated[
+        bool,
+        typer.Option(
+            "--propose",
+            help="Print a ModelSpec for DIR's transformer, which mxdit need not know, as a Python file to review. DIR may be "
+            "a transformer's directory or its config.json.",
+        ),
+    ] = False,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -57,11 +66,23 @@ def info(
     """Versions, backends and why not; for a directory, how each of its transformers is quantized, and how a run is held.
 
     mxdit info Wan2.2-T2V-A14B-mxfp4 --memory 24GiB --size 832x480 --frames 81 --device cuda
+
+    mxdit info some-transformer/config.json --propose > family.py
     """
     from mxdit.generation.directory import bundled, describe, describe_encoders, open_model
 
     if families:
         show_families(as_json)
+        return
+    if propose:
+        if directory is None or memory is not None:
+            hint = "Name a pipeline's or a transformer's directory, or a config.json, and leave --memory out."
+            raise InputError("a proposal is one for a model", field="propose", hint=hint)
+        proposal = proposal_of(str(bundled("t2v")) if directory == "bundled" else directory)
+        if as_json:
+            out.print_json(json.dumps(as_dict(proposal)))
+        else:
+            say(as_python(proposal))
         return
     packages = ("mxdit", "torch", "diffusers", "transformers", "safetensors", "av")
     figures: dict[str, Any] = {
