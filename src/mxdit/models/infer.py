@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mxdit.errors import InputError, ModelError
 from mxdit.models import uncompiled
 from mxdit.models.made_inputs import trace_with_made_inputs
-from mxdit.models.skeleton import UNBUILDABLE, said
+from mxdit.models.skeleton import said
 from mxdit.models.spec import MODULATION, ModelSpec
-from mxdit.models.tracing import Trace, trace
+from mxdit.models.tracing import FAILURES, Trace, trace
 
 ROUTER = "router: its outputs choose experts, and a small error is another expert"
 TIMESTEP = "modulation: it reads the timestep alone, and its error is one of every token"
@@ -96,7 +96,7 @@ def propose(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Propos
         how = "given"
         try:
             seen = trace(model, inputs, watched)
-        except UNBUILDABLE as error:
+        except FAILURES as error:
             raise ModelError(
                 "its forward fails with these arguments",
                 where=where,

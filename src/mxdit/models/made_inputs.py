@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mxdit.errors import ModelError
-from mxdit.models.skeleton import UNBUILDABLE, said
-from mxdit.models.tracing import Trace, trace
+from mxdit.models.skeleton import said
+from mxdit.models.tracing import FAILURES, Trace, trace
 
 TEXT, AUDIO, IMAGE = 6, 5, 257  # tokens; of an image those of CLIP, which models of Wan count on
 WIDENED = 12  # times that a width is put right in one trial
@@ -61,6 +61,11 @@ class Making:
     dtype: torch.dtype
     widths: dict[str, int]  # of arguments, as far as layers have told
 
+    @property
+    def text(self) -> int:
+        """Tokens of text: as many as the model has places for, if it has a table of them."""
+        return self.config.get("max_text_seq_length") or TEXT
+
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype)
 
@@ -88,22 +93,24 @@ _MADE: tuple[tuple[str, Callable[[Making, str], Any]], ...] = (
     (r"hidden_states|x|sample|latents|input|control_hidden_states", lambda make, name: make.latents(name)),
     (r"(r_|audio_)?(timesteps?|sigma)(_r)?|t", lambda make, name: torch.tensor([500.0])),
     (r"guidance", lambda make, name: torch.tensor([3.5])),
-    (r"encoder_hidden_states_llama3", lambda make, name: torch.stack([make.tokens(name, TEXT)] * 64)),
+    (r"encoder_hidden_states_llama3", lambda make, name: torch.stack([make.tokens(name, make.text)] * 64)),
     (r"audio_hidden_states", lambda make, name: make.tokens(name, AUDIO)),
     (r"encoder_hidden_states_image", lambda make, name: make.tokens(name, IMAGE)),
-    (r".*encoder_hidden_states(?!.*mask).*|cap_feats|image_embeds", lambda make, name: make.tokens(name, TEXT)),
+    (r".*encoder_hidden_states(?!.*mask).*|cap_feats|image_embeds", lambda make, name: make.tokens(name, make.text)),
     (r"pooled_.*|global_hidden_states", lambda make, name: make.row(name)),
     (r"padding_mask", lambda make, name: make.zeros(1, 1, make.layout.height, make.layout.width)),
-    (r".*encoder.*mask.*", lambda make, name: torch.ones(1, TEXT, dtype=torch.long)),
+    (r".*encoder.*mask.*", lambda make, name: torch.ones(1, make.text, dtype=torch.long)),
     (r"img_ids", lambda make, name: make.places(make.layout.tokens)),
-    (r"txt_ids", lambda make, name: make.places(TEXT)),
+    (r"txt_ids", lambda make, name: make.places(make.text)),
+    (r"position_ids", lambda make, name: make.places(make.layout.tokens + make.text)),
+    (r"text_lens|txt_seq_lens", lambda make, name: torch.tensor([make.text])),
     (r"img_shapes", lambda make, name: [[(make.layout.frames, make.layout.height, make.layout.width)]]),
     (r"num_frames", lambda make, name: make.layout.frames),
     (r"height", lambda make, name: make.layout.height),
     (r"width", lambda make, name: make.layout.width),
     (r"audio_num_frames", lambda make, name: AUDIO),
     (r"original_size|target_size|crop_coords", lambda make, name: torch.full((1, 2), 64.0)),
-    (r"text_rope_pos", lambda make, name: torch.arange(TEXT)),
+    (r"text_rope_pos", lambda make, name: torch.arange(make.text)),
     (r"visual_rope_pos", lambda make, name: (torch.arange(make.layout.frames), torch.arange(4), torch.arange(4))),
 )
 # Of arguments that a forward can do without, those that are given if a key of the config is set, and only then.
@@ -129,7 +136,7 @@ def trace_with_made_inputs(model: nn.Module, watched: list[str]) -> tuple[Trace,
             try:
                 inputs = _inputs(model, make)
                 trace(model, inputs, watched, into=seen)
-            except UNBUILDABLE as error:
+            except FAILURES as error:
                 tried[make.layout.name] = said(error)
                 if not _widen(make.widths, seen) or make.widths == widths:
                     break
@@ -171,7 +178,7 @@ def _inputs(model: nn.Module, make: Making) -> dict[str, Any]:
         if maker is not None and (needed or parameter.default is None):
             made[name] = maker(make, name)
         elif needed:
-            made[name] = make.tokens(name, TEXT)
+            made[name] = make.tokens(name, make.text)
     return made
 
 

@@ -19,6 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mxdit.models.skeleton import UNBUILDABLE
+
+# What code raises for arguments that it does not take, or where a package is not installed.
+FAILURES = (*UNBUILDABLE, NameError, ImportError)
 CHOOSING = {
     "topk",
     "sort",
@@ -122,8 +126,8 @@ def _indices(index: Any) -> Any:
     return tuple(found)
 
 
-def _first_tensor(args: Any, kwargs: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+def _first_tensor(args: Any, kwargs: Any) -> Tensor | None:
+    return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
 
 
 @contextmanager
@@ -174,11 +178,13 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = func.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        taken = func.__self__.__name__ if name == "__get__" else name
         for tensor in tensors:
             path = self.weights.get(id(tensor))
             if path is not None and path not in self.inside:
-                taken = func.__self__.__name__ if name == "__get__" else name
                 self.seen.apart.setdefault(path, taken)
+        if taken == "device":
+            return torch.device("cpu")  # where there would be numbers: code that asks chooses kernels by it
         if name in CHOOSING and tensors:
             sources = self.sources.get(tensors[0], set())
             self.seen.routers |= sources if len(sources) == 1 else set()
@@ -220,6 +226,7 @@ class _Watch(TorchFunctionMode):
     def linear_begins(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensor = _first_tensor(args, kwargs)
+            assert tensor is not None
             found = self.seen.linears.setdefault(path, Linear())
             found.inputs.append(self.numbers.setdefault(tensor, next(self.count)))
             found.rows.append(tensor.numel() // max(tensor.shape[-1], 1))
@@ -245,6 +252,8 @@ class _Watch(TorchFunctionMode):
     def check_width(self, dimension: int, width: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             tensor = _first_tensor(args, kwargs)
+            if tensor is None:
+                return
             has = tensor.shape[dimension] if tensor.ndim >= -dimension else 0
             reads = self.reads.get(tensor, set())
             self.seen.misfit = (reads, has, width) if has != width else None
