@@ -1,0 +1,340 @@
+"""What `infer_spec` proposes, against the specs that people wrote; models without a spec; families of other packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mxdit
+from command import mxdit_command
+from mxdit.errors import InputError, ModelError
+from mxdit.models import SPECS, ModelSpec, register_family
+from mxdit.models.infer import ROUTER, TIMESTEP, propose
+from mxdit.models.spec import MODULATION
+from tiny_families import TINY, families, tiny_of
+from tiny_families.parts import t5
+
+# Transformer -> {"blocks", "groups" or "keep": why a person wrote something else than is proposed}.
+DIFFERENCES: dict[str, dict[str, str]] = {}
+# Transformer -> why no arguments can be made for it from its signature and its config.
+UNMADE: dict[str, str] = {}
+
+variants = pytest.mark.parametrize("more", [False, True], ids=["plain", "more"])
+
+
+def differences(spec: ModelSpec, proposed: ModelSpec, model: nn.Module) -> set[str]:
+    """The fields of the two that come to different things for the linears that this model has."""
+    inside = {
+        place.inside
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (place := spec.place_of(path))
+    }
+    kept = {name for name in inside if spec.kept(name) is not None}
+    groups = {frozenset(group) & (inside - kept) for group in spec.groups}
+    found = {
+        "blocks": spec.blocks == proposed.blocks,
+        "groups": {group for group in groups if len(group) > 1} == set(map(frozenset, proposed.groups)),
+        "keep": kept == set(proposed.keep),
+    }
+    return {field for field, same in found.items() if not same}
+
+
+@families
+@variants
+def test_the_proposal_is_what_a_person_wrote(spec, more):
+    own = tiny_of(spec)
+    model = own.transformer(**(own.more if more else {}))
+    proposed = mxdit.infer_spec(model, own.inputs(model))
+    assert proposed.transformer == spec.transformer
+    assert differences(spec, proposed, model) == set(DIFFERENCES.get(spec.transformer, ())), proposed
+
+
+@families
+def test_arguments_are_made_where_none_are_given(spec):
+    with torch.device("meta"):
+        model = tiny_of(spec).transformer()
+    if spec.transformer in UNMADE:
+        with pytest.raises(ModelError, match=r"no arguments were found that its forward takes; got .*inputs="):
+            mxdit.infer_spec(model)
+    else:
+        proposed = mxdit.infer_spec(model)
+        assert differences(spec, proposed, model) == set(DIFFERENCES.get(spec.transformer, ())), proposed
+
+
+def test_what_is_listed_is_a_family():
+    assert DIFFERENCES.keys() | UNMADE.keys() <= SPECS.keys()
+
+
+@families
+def test_a_model_without_memory_gives_the_same_and_a_real_one_stays_as_it_is(spec):
+    own = tiny_of(spec)
+    real = own.transformer()
+    with torch.device("meta"):
+        meta = own.transformer()
+    before = {name: tensor.clone() for name, tensor in real.state_dict().items()}
+    assert propose(meta, own.inputs(real)) == propose(real, own.inputs(real))
+    after = real.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in real.modules())
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """A block with a router, experts, and a gate that is made from the timesteps of all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(64, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)) for _ in range(4))
+        self.gate = nn.Linear(64, 64)
+        self.scale = nn.Linear(64, 64)
+        self.tied = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, time: Tensor, row: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        mixed = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            mine = (chosen == index).any(-1)
+            mixed[mine] += expert(x[mine])
+        x = x + mixed * self.gate(time.to(x.dtype)) * weights.sum(-1, keepdim=True) * self.scale(row)
+        return self.tied(x.to(self.tied.weight.dtype))
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Experts() for _ in range(3))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        time = timestep.unsqueeze(-1).expand(*hidden_states.shape).float()
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, time, hidden_states.mean(1, keepdim=True))
+        return hidden_states
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_routers_modulations_and_weights_that_the_model_takes_itself_are_kept(device):
+    with torch.device(device):
+        model = Mixture()
+    inputs = {"hidden_states": torch.randn(2, 8, 64), "timestep": torch.ones(2, 8)}
+    proposal = propose(model, inputs)
+    assert proposal.spec.blocks == ("layers",) and not proposal.doubts
+    assert proposal.spec.keep == {
+        "router": ROUTER,
+        "gate": TIMESTEP,
+        "scale": MODULATION,
+        "tied": "the model takes its weight itself (dtype), and a packed layer has none",
+    }
+    # Each expert's own tokens are a tensor of their own.
+    assert proposal.spec.groups == ()
+    report = mxdit.quantize_(Mixture(), "mxfp4", spec=proposal.spec)
+    assert len(report.quantized) == 3 * 4 * 2
+
+
+def test_a_real_model_that_reads_the_dtype_of_a_weight():
+    """T5's second linear of the MLP, by transformers' own code."""
+    proposed = mxdit.infer_spec(t5(64), {"input_ids": torch.arange(6)[None]})
+    assert proposed.blocks == ("encoder.block",)
+    assert list(proposed.keep) == ["layer.1.DenseReluDense.wo"]
+    assert set(map(frozenset, proposed.groups)) == {
+        frozenset(f"layer.0.SelfAttention.{name}" for name in "qkv"),
+        frozenset(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1")),
+    }
+
+
+# -- what cannot be proposed -------------------------------------------------------------------------------------------
+
+
+class Scalar(nn.Module):
+    """Takes what no name tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor, odd: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.view(7, 11, 13) + odd
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "said"),
+    [
+        (nn.Sequential(nn.ReLU()), None, "Sequential: the model has no nn.Linear"),
+        (nn.Sequential(nn.Linear(8, 8)), None, "Sequential: the model has no repeated blocks; expected a ModuleList"),
+        (Scalar(), {"x": torch.ones(1, 8), "odd": torch.ones(1)}, r"fails with these arguments; got RuntimeError: .*\[7, 11"),
+        (Scalar(), {"y": torch.ones(1)}, r"fails with these arguments; got TypeError: .*unexpected keyword argument 'y'"),
+        (Scalar(), None, r"no arguments were found that its forward takes; got \(batch, .*: RuntimeError: .*inputs=\{"),
+    ],
+    ids=["no linear", "no blocks", "a forward that fails", "another argument", "no arguments found"],
+)  # fmt: skip
+def test_what_cannot_be_proposed_is_said(model, inputs, said):
+    with pytest.raises(ModelError, match=said):
+        mxdit.infer_spec(model, inputs)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_inputs_have_names():
+    with pytest.raises(InputError, match=r"inputs infer_spec: .*; got list; expected a mapping"):
+        mxdit.infer_spec(Mixture(), [torch.ones(1)])  # pyright: ignore[reportArgumentType]
+
+
+# -- a spec that is not registered -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """FLUX's transformer, as if mxdit did not know it."""
+    monkeypatch.delitem(SPECS, "FluxTransformer2DModel")
+    return TINY["FluxTransformer2DModel"].transformer().bfloat16()
+
+
+def test_an_unknown_model_is_quantized_by_a_spec_and_reloaded_once_it_is_registered(unknown, tmp_path):
+    with pytest.raises(ModelError, match=r"does not know this kind of model; .*mxdit.infer_spec .*register_family"):
+        mxdit.quantize_(unknown, "mxfp4")
+    spec = mxdit.infer_spec(unknown)
+    decided = mxdit.plan(unknown, "mxfp4", spec=spec)
+    report = mxdit.quantize_(unknown, "mxfp4", spec=spec)
+    assert [layer.path for layer in report.quantized] == [path for path, made in decided.items() if made.scheme]
+    assert mxdit.report_of(unknown).quantized == report.quantized
+    assert "kept by the spec of FluxTransformer2DModel: modulation" in str(report)
+    mxdit.set_activation(unknown, "mxfp8")
+    unknown.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"does not know this kind of model; .*register_family"):
+        diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    register_family(spec)
+    again: Any = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    del SPECS[spec.transformer]  # monkeypatch brings back what was there
+    ours, theirs = unknown.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_spec_that_does_not_fit_is_refused(unknown):
+    with pytest.raises(
+        ModelError, match=r"spec: the ModelSpec is of another model; got WanTransformer3DModel; expected Flux"
+    ):
+        mxdit.plan(unknown, "mxfp4", spec=SPECS["WanTransformer3DModel"])
+    missing = ModelSpec("FluxTransformer2DModel", blocks=("layers",))
+    with pytest.raises(
+        ModelError, match=r"FluxTransformer2DModel.layers: .*ModelSpec says; got nothing; expected a ModuleList"
+    ):
+        mxdit.quantize_(unknown, "mxfp4", spec=missing)
+    with pytest.raises(ModelError, match="does not know this kind of model"):
+        mxdit.report_of(unknown)  # a spec that was refused is not kept
+
+
+# -- families of other packages ----------------------------------------------------------------------------------------
+
+FAMILY = """
+from mxdit.models import ModelSpec
+SPECS = (ModelSpec("AStranger", ("layers",), components=("backbone",)), ModelSpec("Another", ("layers",)))
+TAKEN = ModelSpec("WanTransformer3DModel", ("layers",))
+NONE = object()
+"""
+
+
+def installed(tmp_path: Path, value: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code where a package with this entry point is installed."""
+    (tmp_path / "a_strangers_family.py").write_text(FAMILY)
+    (tmp_path / "a_broken_family.py").write_text("import no_such_package_here")
+    info = tmp_path / "a_strangers_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a-strangers-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[mxdit.families]\nstranger = {value}\n")
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_families_of_another_package_are_imported_when_one_is_looked_for(tmp_path):
+    code = (
+        "import sys, mxdit; from mxdit.models import COMPONENTS, SPECS; assert 'a_strangers_family' not in sys.modules; "
+        "print(SPECS['AStranger'].blocks, 'Another' in SPECS, COMPONENTS[-1], 'WanTransformer3DModel' in SPECS)"
+    )
+    done = installed(tmp_path, "a_strangers_family:SPECS", code)
+    assert done.stdout.strip() == "('layers',) True backbone True" and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("a_strangers_family:NONE", "TypeError: got <object object"),
+        ("a_strangers_family:TAKEN", "ValueError: mxdit has a ModelSpec of WanTransformer3DModel"),
+        ("a_broken_family:SPECS", "ModuleNotFoundError: No module named 'no_such_package_here'"),
+    ],
+    ids=["no spec", "a family of mxdit's", "a broken package"],
+)
+def test_a_package_that_brings_no_family_is_named_and_passed_over(tmp_path, value, said):
+    code = "import mxdit; from mxdit.models import SPECS; print(SPECS['WanTransformer3DModel'].blocks, len(SPECS))"
+    done = installed(tmp_path, value, code)
+    assert done.stdout.strip() == f"('blocks',) {len(SPECS)}"
+    assert f"the package a-strangers-package brings no model family (mxdit.families: {value}): {said}" in done.stderr
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_info_prints_a_proposal_that_runs_as_it_is(monkeypatch, capsys, tmp_path):
+    model = TINY["FluxTransformer2DModel"].transformer()
+    model.save_config(tmp_path / "transformer")
+    config, proposal = tmp_path / "transformer" / "config.json", propose(model)
+    for where in (tmp_path, tmp_path / "transformer", config):
+        code, out, _ = mxdit_command(monkeypatch, capsys, "info", where, "--propose")
+        assert (
+            code == 0 and f'"transformer_blocks",  # {proposal.shares["transformer_blocks"]:.1%} of the weights' in out
+        )
+        made: dict[str, Any] = {}
+        exec(out, made)
+        assert made["SPECS"] == (proposal.spec,)
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", config, "--propose", "--json")
+    assert code == 0 and json.loads(out)["shares"] == dict(proposal.shares)
+    assert json.loads(out)["keep"] == dict(proposal.spec.keep)
+
+
+def test_a_proposal_says_what_was_left_out_and_what_is_not_known(monkeypatch, capsys, tmp_path):
+    TINY["HunyuanVideo15Transformer3DModel"].transformer().save_config(tmp_path)
+    code, out, _ = mxdit_command(monkeypatch, capsys, "info", tmp_path, "--propose")
+    assert code == 0 and "# Left out: context_embedder.token_refiner.refiner_blocks: sees encoder_" in out
+    assert "# Not told: the blocks hold only 26.3% of the weights of all linears." in out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no transformer is here; expected a pipeline's directory"),
+        ("{", "not a readable JSON file"),
+        ("[]", "not a JSON object; got list"),
+        ('{"_class_name": "NoSuchTransformer"}', "diffusers has no model of this class; got _class_name 'NoSuchTransformer'. .*infer_spec"),
+        ('{"_class_name": "FluxTransformer2DModel", "num_layers": "two"}', "no model can be built from this config; got TypeError"),
+    ],
+    ids=["nothing", "no JSON", "a list", "another class", "a wrong config"],
+)  # fmt: skip
+def test_what_no_proposal_can_be_made_of_is_said(monkeypatch, capsys, tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", tmp_path, "--propose")
+    assert code == 2 and re.search(said, err), err
+
+
+@pytest.mark.parametrize("args", [("--propose",), ("DIR", "--propose", "--memory", "24GiB")])
+def test_a_proposal_is_one_for_a_model(monkeypatch, capsys, args):
+    code, _, err = mxdit_command(monkeypatch, capsys, "info", *args)
+    assert code == 2 and "--propose: a proposal is one for a model" in err
