@@ -109,14 +109,14 @@ def propose(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Propos
     return _proposal(model, weights, lists, seen, _batch(inputs.get(first)), first, described)
 
 
-def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
+def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, list[nn.Module]]]:
     """The outermost ModuleLists whose items are of one class, and hold linears inside them."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        alike = isinstance(child, nn.ModuleList) and len({type(item) for item in child}) == 1
-        if alike and any(isinstance(part, nn.Linear) for item in child for part in list(item.modules())[1:]):
-            assert isinstance(child, nn.ModuleList)
-            yield path, child
+        items = list(child) if isinstance(child, nn.ModuleList) else []
+        inside = (part for item in items for part in list(item.modules())[1:])
+        if len({type(item) for item in items}) == 1 and any(isinstance(part, nn.Linear) for part in inside):
+            yield path, items
         else:
             yield from _lists(child, f"{path}.")
 

@@ -7,7 +7,7 @@ a weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,7 +23,7 @@ from mxdit.models.skeleton import UNBUILDABLE
 
 # What code raises for arguments that it does not take, or where a package is not installed.
 FAILURES = (*UNBUILDABLE, NameError, ImportError)
-CHOOSING = {
+_CHOOSING = {
     "topk",
     "sort",
     "argsort",
@@ -166,9 +166,12 @@ class _Watch(TorchFunctionMode):
     def __init__(self, seen: Trace, weights: Mapping[int, str]) -> None:
         super().__init__()
         self.seen, self.weights = seen, weights
-        self.reads = WeakTensorKeyDictionary()  # tensor -> arguments of the model that it was computed from
-        self.sources = WeakTensorKeyDictionary()  # tensor -> the linears that it was computed from, the last ones only
-        self.numbers, self.count = WeakTensorKeyDictionary(), count()  # tensor -> its number
+        # tensor -> arguments of the model that it was computed from
+        self.reads: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()
+        # tensor -> the linears that it was computed from, the last ones only
+        self.sources: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()
+        self.numbers: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+        self.count = count()
         self.inside: list[str] = []  # the linears whose forward runs
         self.chance = torch.Generator().manual_seed(0)
 
@@ -185,7 +188,7 @@ class _Watch(TorchFunctionMode):
                 self.seen.apart.setdefault(path, taken)
         if taken == "device":
             return torch.device("cpu")  # where there would be numbers: code that asks chooses kernels by it
-        if name in CHOOSING and tensors:
+        if name in _CHOOSING and tensors:
             sources = self.sources.get(tensors[0], set())
             self.seen.routers |= sources if len(sources) == 1 else set()
         result = self._run(func, name, tensors, args, kwargs)
@@ -206,7 +209,7 @@ class _Watch(TorchFunctionMode):
         """The function's result; on the meta device where one of its tensors is there."""
         if not any(tensor.is_meta for tensor in tensors):
             return func(*_devices(args, "cpu"), **_devices(kwargs, "cpu"))
-        if name in CHOOSING:  # which ones depends on numbers that nobody has: any will do
+        if name in _CHOOSING:  # which ones depends on numbers that nobody has: any will do
             made = torch.rand(tensors[0].shape, generator=self.chance)
             args, kwargs = tree_map(lambda leaf: made if leaf is tensors[0] else leaf, (args, kwargs))
             chosen = func(*args, **kwargs)
