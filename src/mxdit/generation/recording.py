@@ -54,7 +54,7 @@ class Recorder:
         self.latents: list[Tensor] = []
         self.steps: list[dict[str, Any]] = []
         self._keep_calls = keep_calls
-        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._moved: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def on_latents(self, step: int, latents: Tensor) -> None:
         """For `Session.run`."""
@@ -92,11 +92,15 @@ class Recorder:
         return called
 
     def _move(self, tensor: Tensor) -> Tensor:
-        """On the CPU, once for all calls that share it: `torch.save` then writes it once."""
-        kept, moved = self._moved.get(id(tensor), (None, None))
+        """A copy on the CPU, one for all calls that share it, so that `torch.save` writes it once.
+
+        A pipeline may write into a tensor between calls, as Kandinsky 5's do into the latents: then it is another one.
+        """
+        state = (id(tensor), tensor._version)
+        kept, moved = self._moved.get(state, (None, None))
         if kept is not tensor or moved is None:
-            moved = tensor.cpu()
-            self._moved[id(tensor)] = (tensor, moved)  # kept, so that its id stays its own
+            moved = tensor.to("cpu", copy=True)
+            self._moved[state] = (tensor, moved)  # kept, so that its id stays its own
         return moved
 
 
