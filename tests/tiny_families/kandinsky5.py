@@ -5,9 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import Kandinsky5Transformer3DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import (
+    TEXT,
+    Tiny,
+    clip,
+    clip_tokenizer,
+    hunyuan_video_vae,
+    normal,
+    qwen2_5_vl,
+    qwen_pair_tokenizer,
+    seeded,
+)
 
 
 def _made(config: dict[str, Any]) -> Kandinsky5Transformer3DModel:
@@ -49,4 +65,22 @@ def kandinsky5_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"Kandinsky5Transformer3DModel": Tiny(kandinsky5, kandinsky5_inputs, None, (16, 24), 5)}
+def kandinsky5_pipeline(task: str) -> DiffusionPipeline:
+    """Qwen2.5-VL, CLIP, and HunyuanVideo's VAE of stride 4 in time and space.
+
+    Its processor, which would take images too, needs torchvision; the tokenizer inside it does what is asked here. A run has
+    17 frames, because the image pipeline fits the first four latent frames to those that follow.
+    """
+    cls = {"t2v": Kandinsky5T2VPipeline, "i2v": Kandinsky5I2VPipeline}[task]
+    return cls(
+        transformer=kandinsky5().bfloat16(),
+        vae=hunyuan_video_vae(),
+        text_encoder=qwen2_5_vl(len(qwen_pair_tokenizer())),
+        tokenizer=qwen_pair_tokenizer(),
+        text_encoder_2=clip(77),
+        tokenizer_2=clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
+TINY = {"Kandinsky5Transformer3DModel": Tiny(kandinsky5, kandinsky5_inputs, kandinsky5_pipeline, (16, 32), 17)}

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, DiffusionPipeline
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
@@ -104,6 +106,16 @@ def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
     return tokenizer
 
 
+def hunyuan_video_vae() -> AutoencoderKLHunyuanVideo:
+    """Of stride 4 in time and space."""
+    config: dict[str, Any] = {
+        "latent_channels": 4, "block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ("HunyuanVideoDownBlock3D",) * 3, "up_block_types": ("HunyuanVideoUpBlock3D",) * 3,
+        "spatial_compression_ratio": 4, "mid_block_add_attention": False,
+    }  # fmt: skip
+    return seeded(lambda: AutoencoderKLHunyuanVideo(**config)).bfloat16()
+
+
 def t5(vocabulary: int, width: int = TEXT) -> T5EncoderModel:
     config = T5Config(
         vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
@@ -134,9 +146,9 @@ def qwen3(model: Any, layers: int) -> Any:
     return seeded(lambda: model(config)).bfloat16()
 
 
-def qwen2_5_vl() -> Qwen2_5_VLForConditionalGeneration:
+def qwen2_5_vl(vocabulary: int = 272) -> Qwen2_5_VLForConditionalGeneration:
     text: dict[str, Any] = {
-        "vocab_size": 272, "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 3,
+        "vocab_size": vocabulary, "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     }  # fmt: skip
@@ -153,3 +165,26 @@ def image_vae(**overrides: Any) -> AutoencoderKL:
         "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.36,
     }  # fmt: skip
     return seeded(lambda: AutoencoderKL(**(config | overrides))).bfloat16()
+
+
+def clip(positions: int) -> CLIPTextModel:
+    tokenizer = clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=positions, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return seeded(lambda: CLIPTextModel(config)).bfloat16()
+
+
+_QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Frequent pairs of English, so that a prompt is not cut off behind a pipeline's long instruction.
+_QWEN_PAIRS = ("Ġ t", "h e", "Ġt he", "i n", "o r", "e r", "a n", "o n", "i s", "e n", "r e", "c t", "i t", "e s", "in g",
+               "Ġ a", "Ġ s", "Ġ o", "Ġ d", "Ġ p", "Ġ c", "Ġ m", "Ġ v", "Ġ w", "c r", "i b", "r o", "a t", "Ġ i")  # fmt: skip
+
+
+def qwen_pair_tokenizer() -> Qwen2Tokenizer:
+    """Of bytes and a few pairs."""
+    pairs = [tuple(pair.split()) for pair in _QWEN_PAIRS]
+    pieces = [*bytes_to_unicode().values(), *map("".join, pairs), *_QWEN_MARKS]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=pairs, extra_special_tokens=list(_QWEN_MARKS[1:]))

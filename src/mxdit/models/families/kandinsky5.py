@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import MODULATION, ModelSpec, Published
+from collections.abc import Mapping
+from math import lcm
+from typing import Any
+
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """A patch is 1 x p x p latents; sparse attention takes 8 x 8 patches at once, and the pipelines multiples of 16."""
+    patch = int(vae.get("spatial_compression_ratio") or 8) * int(config["patch_size"][1])
+    return Geometry(
+        multiple=lcm(16, patch * 8 if config["attention_type"] == "nabla" else patch),
+        temporal=int(vae.get("temporal_compression_ratio") or 4),
+        positions=128,
+    )
+
+
+_CALL = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+}
+
+# Source of the figures: the examples of diffusers' pipelines.
+_PRESETS = tuple(Preset("Kandinsky-5.0", task, (512, 768), 121, 24, 50, 5.0) for task in ("t2v", "i2v"))
 
 # Source: the configs of the releases' own repository (config_5s_sft.yaml, k5_pro_t2v_5s_sft_sd.yaml, config_t2i.yaml of
 # kandinskylab/kandinsky-5); all else as diffusers' class has it.
@@ -25,7 +53,15 @@ KANDINSKY5 = ModelSpec(
         ("cross_attention.to_key", "cross_attention.to_value"),
     ),
     keep={"visual_modulation.out_layer": MODULATION},
-    hosts=("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
+    pipelines={
+        "Kandinsky5T2VPipeline": PipelineSpec("t2v", _CALL),
+        "Kandinsky5I2VPipeline": PipelineSpec("i2v", {**_CALL, "image": "image"}),
+    },
+    # Of images: one takes the nearest of seven sizes of a million pixels instead of what it is asked for, the other edits.
+    hosts=("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
+    needed=("num_visual_blocks", "patch_size", "attention_type"),
+    geometry=_geometry,
+    presets=_PRESETS,
     published=(
         Published("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers", _LITE),
         Published("kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers", _PRO),
