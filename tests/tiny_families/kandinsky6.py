@@ -5,9 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import Kandinsky6SRTransformer3DModel, Kandinsky6Transformer3DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky6SRTransformer3DModel,
+    Kandinsky6TI2VAPipeline,
+    Kandinsky6Transformer3DModel,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import (
+    TEXT,
+    Tiny,
+    clip,
+    clip_tokenizer,
+    hunyuan_video_vae,
+    normal,
+    qwen25_vl,
+    qwen_tokenizer,
+    seeded,
+)
 
 
 def kandinsky6(**overrides: Any) -> Kandinsky6Transformer3DModel:
@@ -44,6 +60,23 @@ def kandinsky6_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def kandinsky6_pipeline(task: str) -> DiffusionPipeline:
+    """Qwen2.5-VL, CLIP, HunyuanVideo's VAE, and nothing for the sound, which is not asked for.
+
+    Its processor, which would take images too, needs torchvision; the tokenizer inside it does what is asked here.
+    """
+    assert task == "t2v"
+    return Kandinsky6TI2VAPipeline(
+        transformer=kandinsky6().bfloat16(),
+        vae=hunyuan_video_vae(),
+        text_encoder=qwen25_vl(),
+        tokenizer=qwen_tokenizer(),
+        text_encoder_2=clip(77),
+        tokenizer_2=clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
 def kandinsky6_sr(**overrides: Any) -> Kandinsky6SRTransformer3DModel:
     """Two blocks, d=64, and a feed-forward whose second linear has K=544."""
     config = {
@@ -64,6 +97,6 @@ def kandinsky6_sr_inputs(model: Any) -> dict[str, Any]:
 
 
 TINY = {
-    "Kandinsky6Transformer3DModel": Tiny(kandinsky6, kandinsky6_inputs, None, (16, 24), 5),
+    "Kandinsky6Transformer3DModel": Tiny(kandinsky6, kandinsky6_inputs, kandinsky6_pipeline, (16, 32), 5),
     "Kandinsky6SRTransformer3DModel": Tiny(kandinsky6_sr, kandinsky6_sr_inputs, None, (16, 24), 5),
 }

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import MODULATION, ModelSpec, Published
+from collections.abc import Mapping
+from math import lcm
+from typing import Any
+
+from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """A patch is 1 x p x p latents; the pipeline takes multiples of 16."""
+    return Geometry(
+        multiple=lcm(16, int(vae.get("spatial_compression_ratio") or 8) * int(config["patch_size"][1])),
+        temporal=int(vae.get("temporal_compression_ratio") or 4),
+        positions=128,
+    )
+
+
+# Source of the figures: the example of diffusers' pipeline, which is of the distilled model. A result is frames alone, so no
+# sound is asked for.
+_PRESETS = (Preset("Kandinsky-6.0", "t2v", (480, 864), 121, 24, 16, 1.0, arguments={"sample_audio": False}),)
 
 KANDINSKY6 = ModelSpec(
     title="Kandinsky 6",
@@ -26,7 +44,23 @@ KANDINSKY6 = ModelSpec(
     keep=dict.fromkeys(
         ("*.visual_modulation.out_layer", "?a_modulation.out_layer", "?v_modulation.out_layer"), MODULATION
     ),
-    hosts=("Kandinsky6TI2VAPipeline",),
+    pipelines={
+        "Kandinsky6TI2VAPipeline": PipelineSpec(
+            "t2v",
+            {
+                "prompt": "prompt",
+                "negative_prompt": "negative_prompt",
+                "height": "height",
+                "width": "width",
+                "frames": "num_frames",
+                "steps": "num_inference_steps",
+                "guidance": "guidance_scale",
+            },
+        )
+    },
+    needed=("num_visual_blocks", "patch_size"),
+    geometry=_geometry,
+    presets=_PRESETS,
     # Source: diffusers' class, whose defaults and docstring tell the releases' shapes.
     published=(
         Published(
