@@ -20,8 +20,8 @@ from tiny_families.parts import (
     clip_tokenizer,
     hunyuan_video_vae,
     normal,
-    qwen25_vl,
-    qwen_tokenizer,
+    qwen2_5_vl,
+    qwen_pair_tokenizer,
     seeded,
 )
 
@@ -69,8 +69,8 @@ def kandinsky6_pipeline(task: str) -> DiffusionPipeline:
     return Kandinsky6TI2VAPipeline(
         transformer=kandinsky6().bfloat16(),
         vae=hunyuan_video_vae(),
-        text_encoder=qwen25_vl(),
-        tokenizer=qwen_tokenizer(),
+        text_encoder=qwen2_5_vl(len(qwen_pair_tokenizer())),
+        tokenizer=qwen_pair_tokenizer(),
         text_encoder_2=clip(77),
         tokenizer_2=clip_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
