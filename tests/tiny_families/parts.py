@@ -157,11 +157,11 @@ def qwen2_5_vl(vocabulary: int = 272) -> Qwen2_5_VLForConditionalGeneration:
     return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config)).bfloat16()
 
 
-def image_vae(**overrides: Any) -> AutoencoderKL:
-    """Of stride 2, with 4 channels."""
+def image_vae(stages: int = 2, **overrides: Any) -> AutoencoderKL:
+    """Of stride 2, or of twice as much for each further stage, with 4 channels."""
     config: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (4, 4), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * stages, "up_block_types": ("UpDecoderBlock2D",) * stages,
+        "block_out_channels": (4,) * stages, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2,
         "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 0.36,
     }  # fmt: skip
     return seeded(lambda: AutoencoderKL(**(config | overrides))).bfloat16()
