@@ -16,7 +16,7 @@ MINIMAX_H3 = ModelSpec(
     keep={"adaln_proj.linear": MODULATION},
     components=("transformer", "transformer_ref"),  # of which a workflow loads one
     hosts=("MiniMaxH3ModularPipeline",),  # which is modular: diffusers has no other
-    # Source: diffusers' class, whose defaults are the release's.
+    # Source: scripts/convert_minimax_h3_to_diffusers.py of diffusers, whose figures are the class's defaults.
     published=(Published("MiniMaxAI/MiniMax-H3"),),
 )
 
