@@ -18,9 +18,15 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     )
 
 
-# Source of the figures: the example of diffusers' pipeline, which is of the distilled model. A result is frames alone, so no
-# sound is asked for.
-_PRESETS = (Preset("Kandinsky-6.0", "t2v", (480, 864), 121, 24, 16, 1.0, arguments={"sample_audio": False}),)
+# Source of the figures: the defaults of diffusers' pipeline, and its example, which is of the distilled model: that one's
+# output is wider than its latents. A result is frames alone, so no sound is asked for.
+_SILENT = {"sample_audio": False}
+_PRESETS = (
+    Preset(
+        "Kandinsky-6.0", "t2v", (512, 768), 121, 24, 50, 5.0, config={"out_visual_dim": 16}, arguments=_SILENT
+    ),
+    Preset("Kandinsky-6.0-distill", "t2v", (480, 864), 121, 24, 16, 1.0, arguments=_SILENT),
+)  # fmt: skip
 
 KANDINSKY6 = ModelSpec(
     title="Kandinsky 6",
@@ -61,11 +67,16 @@ KANDINSKY6 = ModelSpec(
     needed=("num_visual_blocks", "patch_size"),
     geometry=_geometry,
     presets=_PRESETS,
-    # Source: diffusers' class, whose defaults and docstring tell the releases' shapes.
+    # Source: the sizes by which the release's ComfyUI nodes (kandinskylab/kandinsky-6) tell Pro, and the docstring of diffusers'
+    # class; all else as that class has it.
     published=(
         Published(
-            "kandinskylab/Kandinsky-6.0-Pro-distill-5s-Diffusers",
-            dict.fromkeys(("text_token_padding", "ca_rope", "cross_gates", "fix_modulation"), True),
+            "kandinskylab/Kandinsky-6.0-Pro-5s-Diffusers",
+            {
+                "model_dim_a": 2048,
+                "ff_dim_a": 7168,
+                **dict.fromkeys(("text_token_padding", "ca_rope", "cross_gates", "fix_modulation"), True),
+            },
         ),
     ),
 )
