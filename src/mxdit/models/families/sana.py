@@ -26,7 +26,7 @@ _PRESETS = tuple(
     for sample in (16, 64, 128, 32)
 )  # fmt: skip
 
-# Source: scripts/convert_sana_to_diffusers.py of diffusers and the card of SANA 1.5; all else as diffusers' class has it.
+# Source: scripts/convert_sana_to_diffusers.py of diffusers; all else as diffusers' class has it.
 _QK_NORM = {"qk_norm": "rms_norm_across_heads"}
 
 
