@@ -19,7 +19,7 @@ from mxdit.generation.recording import Recorder, repeat, transformers_of
 from mxdit.generation.request import Request
 from mxdit.generation.session import Result
 from mxdit.models import SPECS
-from tiny_families import families, pipelines, tiny_of
+from tiny_families import TINY, families, pipelines, tiny_of
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +121,16 @@ def test_a_request_says_what_the_model_does_not_take(saved, spec, name):
             assert caught.value.field == option
     with pytest.raises(InputError, match=f"got i2i; expected {session.task}"):
         Session.open(saved[name], task="i2i")
+
+
+def test_a_distilled_model_without_a_guider_takes_no_guidance(tmp_path):
+    pipeline = TINY["HunyuanImageTransformer2DModel"].pipeline("t2i")
+    pipeline.register_modules(guider=None, ocr_guider=None)
+    pipeline.save_pretrained(tmp_path)
+    session = Session.open(tmp_path)
+    assert request(session).guidance is None
+    with pytest.raises(InputError, match="takes no guidance scale for t2i"):
+        request(session, guidance=2.0)
 
 
 @families

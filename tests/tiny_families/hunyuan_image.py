@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import HunyuanImageTransformer2DModel
+from diffusers import (
+    AdaptiveProjectedMixGuidance,
+    AutoencoderKLHunyuanImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
+)
+from transformers import ByT5Tokenizer
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, normal, qwen2_5_vl, qwen_tokenizer, seeded, t5
 
 
 def hunyuan_image(**overrides: Any) -> HunyuanImageTransformer2DModel:
@@ -39,4 +47,25 @@ def hunyuan_image_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"HunyuanImageTransformer2DModel": Tiny(hunyuan_image, hunyuan_image_inputs)}
+def hunyuan_image_pipeline(task: str) -> DiffusionPipeline:
+    """Qwen2.5-VL, ByT5, a VAE of stride 2."""
+    assert task == "t2i"
+    vae: dict[str, Any] = {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 32), "layers_per_block": 1,
+        "spatial_compression_ratio": 2, "sample_size": 16, "scaling_factor": 0.75,
+    }  # fmt: skip
+    bytes_of = ByT5Tokenizer()
+    return HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=seeded(lambda: AutoencoderKLHunyuanImage(**vae)).bfloat16(),
+        text_encoder=qwen2_5_vl(),
+        tokenizer=qwen_tokenizer(),
+        text_encoder_2=t5(len(bytes_of)),
+        tokenizer_2=bytes_of,
+        transformer=hunyuan_image().bfloat16(),
+        guider=AdaptiveProjectedMixGuidance(),
+        ocr_guider=AdaptiveProjectedMixGuidance(),
+    )
+
+
+TINY = {"HunyuanImageTransformer2DModel": Tiny(hunyuan_image, hunyuan_image_inputs, hunyuan_image_pipeline)}

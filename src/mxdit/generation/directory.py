@@ -104,8 +104,11 @@ class ModelDirectory:
             )
 
     def takes(self, task: str, name: str) -> bool:
-        """Whether a request for `task` may set this field of it."""
-        return self.called(task).takes(name, self.settings)
+        """Whether a request for `task` may set this field of it; what a component takes needs one (a distilled model may lack
+        its guider)."""
+        called = self.called(task)
+        component = called.call.get(name, "").rpartition(".")[0]
+        return called.takes(name, self.settings) and component in ("", "config", *self.parts)
 
 
 def bundled(task: str) -> Path:
