@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import OvisImageTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    OvisImagePipeline,
+    OvisImageTransformer2DModel,
+)
+from transformers import Qwen3Model
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, image_vae, normal, qwen3, qwen_tokenizer, seeded
 
 
 def ovis_image(**overrides: Any) -> OvisImageTransformer2DModel:
@@ -36,4 +42,16 @@ def ovis_image_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"OvisImageTransformer2DModel": Tiny(ovis_image, ovis_image_inputs)}
+def ovis_image_pipeline(task: str) -> DiffusionPipeline:
+    """Qwen3, a VAE of stride 2."""
+    assert task == "t2i"
+    return OvisImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=image_vae(),
+        text_encoder=qwen3(Qwen3Model, 1),
+        tokenizer=qwen_tokenizer(),
+        transformer=ovis_image().bfloat16(),
+    )
+
+
+TINY = {"OvisImageTransformer2DModel": Tiny(ovis_image, ovis_image_inputs, ovis_image_pipeline)}

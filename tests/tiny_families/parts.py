@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, AutoencoderKLQwenImage, DiffusionPipeline
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -188,3 +188,12 @@ def qwen_pair_tokenizer() -> Qwen2Tokenizer:
     pieces = [*bytes_to_unicode().values(), *map("".join, pairs), *_QWEN_MARKS]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     return Qwen2Tokenizer(vocab=vocabulary, merges=pairs, extra_special_tokens=list(_QWEN_MARKS[1:]))
+
+
+def qwen_image_vae() -> AutoencoderKLQwenImage:
+    """Of stride 2, with 4 channels."""
+    config: dict[str, Any] = {
+        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
+        "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4,
+    }  # fmt: skip
+    return seeded(lambda: AutoencoderKLQwenImage(**config)).bfloat16()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     QwenImage21Transformer2DModel,
@@ -14,7 +13,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
-from tiny_families.parts import TEXT, Tiny, normal, qwen2_5_vl, qwen_tokenizer, seeded
+from tiny_families.parts import TEXT, Tiny, normal, qwen2_5_vl, qwen_image_vae, qwen_tokenizer, seeded
 
 
 def qwen_image(**overrides: Any) -> QwenImageTransformer2DModel:
@@ -45,13 +44,9 @@ def qwen_image_inputs(model: Any) -> dict[str, Any]:
 def qwen_image_pipeline(task: str) -> DiffusionPipeline:
     """Qwen2.5-VL, a VAE of stride 2."""
     assert task == "t2i"
-    vae: dict[str, Any] = {
-        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
-        "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4,
-    }  # fmt: skip
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
-        vae=seeded(lambda: AutoencoderKLQwenImage(**vae)).bfloat16(),
+        vae=qwen_image_vae(),
         text_encoder=qwen2_5_vl(),
         tokenizer=qwen_tokenizer(),
         transformer=qwen_image().bfloat16(),

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import ModelSpec, Published
+from collections.abc import Mapping
+from typing import Any
+
+from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The VAE halves the image at each of its downsamplings, and the pipeline packs 2 x 2 latents into one token."""
+    halvings = len(vae.get("temperal_downsample") or (False, True, True))
+    return Geometry(multiple=2**halvings * 2)
+
+
+# Source of the figures: the defaults of diffusers' Krea2Pipeline, which are the base model's: its distilled ones have the same
+# config and take no guidance.
+_PRESETS = (Preset("Krea-2", "t2i", (1024, 1024), 1, 1, 28, 4.5),)
 
 KREA2 = ModelSpec(
     title="Krea 2",
@@ -11,7 +25,23 @@ KREA2 = ModelSpec(
     # into shifts and gates once, before the blocks: no linear of a block is a modulation.
     blocks=("transformer_blocks",),
     groups=(("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate"), ("ff.gate", "ff.up")),
-    hosts=("Krea2Pipeline",),
+    pipelines={
+        "Krea2Pipeline": PipelineSpec(
+            "t2i",
+            {
+                "prompt": "prompt",
+                "negative_prompt": "negative_prompt",
+                "height": "height",
+                "width": "width",
+                "steps": "num_inference_steps",
+                "guidance": "guidance_scale",
+            },
+            output="images",
+        )
+    },
+    needed=("num_layers",),
+    geometry=_geometry,
+    presets=_PRESETS,
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("krea/Krea-2-Raw"),),
 )
