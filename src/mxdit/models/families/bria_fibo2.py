@@ -15,6 +15,7 @@ BRIA_FIBO2 = ModelSpec(
         ("feed_forward.w1", "feed_forward.w3"),
     ),
     keep={"adaLN_modulation.0": MODULATION},
+    # Not in `pipelines`, for want of a tiny one: it needs Qwen3-VL and its processor.
     hosts=("BriaFibo2Pipeline",),
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("briaai/Fibo-2.0-dev"),),

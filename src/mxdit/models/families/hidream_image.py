@@ -24,7 +24,7 @@ HIDREAM_IMAGE = ModelSpec(
     ),
     keep={"block.adaLN_modulation.1": MODULATION},
     timestep=itemgetter("timesteps"),
-    # Not in `pipelines`: it makes of every size that it is asked for another one, with the area of 128 x 128 latents.
+    # Not in `pipelines`: it makes another size of the one that it is asked for, with the area of 128 x 128 latents.
     hosts=("HiDreamImagePipeline",),
     # Source: the release's transformer/config.json, as ComfyUI's model detection repeats it.
     published=(

@@ -15,6 +15,7 @@ IDEOGRAM4 = ModelSpec(
     keep={"adaln_modulation": MODULATION},
     components=("transformer", "unconditional_transformer"),
     timestep=lambda given: 1 - given["timestep"],  # it rises in the call
+    # Not in `pipelines`: it calls both transformers at every step, and those of a request take turns.
     hosts=("Ideogram4Pipeline",),
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("ideogram-ai/ideogram-v4", transformers=2),),

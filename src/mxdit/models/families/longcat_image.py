@@ -14,6 +14,7 @@ LONGCAT_IMAGE = ModelSpec(
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),  # the text's side, in the double blocks only
     ),
     keep=dict.fromkeys(("norm1.linear", "norm1_context.linear", "norm.linear"), MODULATION),
+    # Not in `pipelines`, for want of a tiny one: the text encoder writes another prompt first, with a processor.
     hosts=("LongCatImagePipeline", "LongCatImageEditPipeline"),
     # Source: mflux, which runs the release with these; all else as diffusers' class has it.
     published=(Published("meituan-longcat/LongCat-Image", {"num_layers": 10, "num_single_layers": 20}),),

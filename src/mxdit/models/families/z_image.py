@@ -31,6 +31,11 @@ Z_IMAGE = ModelSpec(
         ("feed_forward.w1", "feed_forward.w3"),
     ),
     keep={"adaLN_modulation.0": MODULATION},
+    # Source: skip_refiners of nunchaku's Z-Image loader.
+    recipes={
+        "nunchaku": "quantizes the refiners of the image and of the text, or neither of them; here only the image's, for the "
+        "text's is small beside the layers, and an error in it is one of all that read the text"
+    },
     timestep=lambda given: 1 - given["t"],  # it rises in the call
     pipelines={
         "ZImagePipeline": PipelineSpec(
