@@ -29,6 +29,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEXT = 32  # width of every text and image encoder
+_QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 
@@ -92,11 +93,10 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*marks, *((letter, -3.0) for letter in _LETTERS)], extra_ids=0)
 
 
-def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
-    """Of single bytes and marks, which are the last: <|endoftext|>, <|im_start|>, <|im_end|>, and some more; below 272."""
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
-    pieces = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
-    tokenizer = Qwen2Tokenizer(vocab=pieces, merges=[], extra_special_tokens=marks[1:])
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Of single bytes and the marks of a chat; its vocabulary is smaller than 272."""
+    pieces = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *_QWEN_MARKS])}
+    tokenizer = Qwen2Tokenizer(vocab=pieces, merges=[], extra_special_tokens=list(_QWEN_MARKS[1:]))
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -176,7 +176,6 @@ def clip(positions: int) -> CLIPTextModel:
     return seeded(lambda: CLIPTextModel(config)).bfloat16()
 
 
-_QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Frequent pairs of English, so that a prompt is not cut off behind a pipeline's long instruction.
 _QWEN_PAIRS = ("Ġ t", "h e", "Ġt he", "i n", "o r", "e r", "a n", "o n", "i s", "e n", "r e", "c t", "i t", "e s", "in g",
                "Ġ a", "Ġ s", "Ġ o", "Ġ d", "Ġ p", "Ġ c", "Ġ m", "Ġ v", "Ġ w", "c r", "i b", "r o", "a t", "Ġ i")  # fmt: skip
