@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +19,53 @@ from mxdit.generation.directory import open_model
 from mxdit.generation.recording import Recorder, repeat, transformers_of
 from mxdit.generation.request import Request
 from mxdit.generation.session import Result
-from mxdit.models import SPECS
-from tiny_families import TINY, families, pipelines, tiny_of
+from mxdit.models import SPECS, ModelSpec
+from tiny_families import PIPELINES, TINY, tiny_of
 
 pytestmark = pytest.mark.slow
 
 
-class Saved(dict[str, Path]):
-    """The directory of a whole pipeline, by its class name, made when it is asked for."""
+METHOD = "mxfp4"  # what a method does to a layer has tests of its own
 
-    def __init__(self, root: Path) -> None:
-        super().__init__()
-        self.root = root
 
-    def __missing__(self, name: str) -> Path:
-        spec = next(spec for spec in SPECS.values() if name in spec.pipelines)
-        self[name] = self.root / name
-        own = tiny_of(spec)
-        if name in own.others:
-            made = own.others[name]()
+class Opened:
+    """One pipeline of a family: its directory, and its sessions, each made when it is first asked for and then shared."""
+
+    def __init__(self, spec: ModelSpec, name: str, root: Path) -> None:
+        self.spec, self.name, self.task, self._root = spec, name, spec.pipelines[name].task, root
+
+    @cached_property
+    def directory(self) -> Path:
+        """The whole pipeline in BF16."""
+        own = tiny_of(self.spec)
+        if self.name in own.others:
+            made = own.others[self.name]()
         else:
-            assert own.pipeline is not None, f"write the tiny pipelines of {spec.transformer}"
-            made = own.pipeline(spec.pipelines[name].task)
-        if type(made).__name__ != name:  # a second class for one task, of the same parts
-            made = getattr(diffusers, name)(**made.components)
-        made.save_pretrained(self[name])
-        return self[name]
+            assert own.pipeline is not None, f"write the tiny pipelines of {self.spec.transformer}"
+            made = own.pipeline(self.task)
+        if type(made).__name__ != self.name:  # a second class for one task, of the same parts
+            made = getattr(diffusers, self.name)(**made.components)
+        made.save_pretrained(self._root)
+        return self._root
+
+    @cached_property
+    def plain(self) -> tuple[Session, Result, Recorder]:
+        """Unquantized, and what its first run gave and called."""
+        session, recorder = Session.open(self.directory), Recorder(keep_calls=True)
+        with recorder.listening(session.load()):
+            return session, run(session, recorder), recorder
+
+    @cached_property
+    def quantized(self) -> tuple[Session, Result]:
+        """Quantized while it loaded, and what its first run gave."""
+        session = Session.open(self.directory, method=METHOD)
+        return session, run(session)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    return Saved(tmp_path_factory.mktemp("pipelines"))
+@pytest.fixture(scope="module", params=[pytest.param(of.values, id=of.id) for of in PIPELINES])
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Each pipeline once: its tests run one after the other, and then it is let go."""
+    return Opened(*request.param, tmp_path_factory.mktemp("pipeline"))
 
 
 def request(session: Session, **options: Any) -> Request:
@@ -62,23 +79,23 @@ def request(session: Session, **options: Any) -> Request:
     return session.request(**{"prompt": "a red seven moves left", "frames": own.frames, "steps": steps, **options})
 
 
-def run(session: Session) -> Result:
+def run(session: Session, recorder: Recorder | None = None) -> Result:
     told, wanted = list[int](), request(session)
-    result = session.run(wanted, lambda done, _: told.append(done))
+    result = session.run(
+        wanted, lambda done, _: told.append(done), on_latents=recorder.on_latents if recorder else None
+    )
     assert told == list(range(1, wanted.steps + 1))
     assert result.frames.shape == (wanted.frames, wanted.height, wanted.width, 3) and result.frames.dtype == np.uint8
     return result
 
 
-@pipelines
-def test_the_pipeline_runs_quantized_online_and_offline_alike(saved, tmp_path, spec, name):
-    session = Session.open(saved[name])
-    assert session.model.spec is spec and session.task == spec.pipelines[name].task
-    assert session.model.pipelines[session.task] == name
-    exact = run(session).frames.astype(int)
-    online = run(Session.open(saved[name], method="mxfp8"))
-    assert 0 < np.abs(online.frames - exact).mean() < 32, "quantization changes the pixels, a little"
-    quantize_checkpoint(saved[name], tmp_path / "packed", "mxfp8").write()
+def test_the_pipeline_runs_quantized_online_and_offline_alike(opened, tmp_path):
+    session, exact, _ = opened.plain
+    assert session.model.spec is opened.spec and session.task == opened.task
+    assert session.model.pipelines[session.task] == opened.name
+    _, online = opened.quantized
+    assert 0 < np.abs(online.frames - exact.frames.astype(int)).mean() < 32, "quantization changes the pixels, a little"
+    quantize_checkpoint(opened.directory, tmp_path / "packed", METHOD).write()
     assert inspect_checkpoint(tmp_path / "packed").clean
     packed = Session.open(tmp_path / "packed")
     assert packed.model.stored.keys() == packed.model.components.keys()
@@ -86,45 +103,40 @@ def test_the_pipeline_runs_quantized_online_and_offline_alike(saved, tmp_path, s
     online.save(tmp_path / ("clip.png" if session.task == "t2i" else "clip.mp4"))
 
 
-@pipelines
-def test_guidance_changes_the_picture_and_the_pipeline_stays_as_it_was(saved, spec, name):
-    session = Session.open(saved[name])
+def test_guidance_changes_the_picture_and_the_pipeline_stays_as_it_was(opened):
+    session, first, _ = opened.plain
     pipeline = session.load()
     components, config = pipeline.components, dict(pipeline.config)
-    first = session.run(request(session)).frames
-    assert not np.array_equal(first, session.run(request(session, guidance=1.5)).frames)
-    assert np.array_equal(first, session.run(request(session)).frames)
+    assert not np.array_equal(first.frames, session.run(request(session, guidance=1.5)).frames)
+    assert np.array_equal(first.frames, session.run(request(session)).frames)
     assert all(part is components[key] for key, part in pipeline.components.items()) and dict(pipeline.config) == config
 
 
-@pipelines
-def test_a_recorded_call_can_be_repeated(saved, spec, name):
-    session, recorder = Session.open(saved[name]), Recorder(keep_calls=True)
-    wanted = request(session)
-    with recorder.listening(session.load()):
-        session.run(wanted, on_latents=recorder.on_latents)
-    assert [step["step"] for step in recorder.steps] == list(range(wanted.steps))
+def test_a_recorded_call_can_be_repeated(opened):
+    session, result, recorder = opened.plain
+    assert [step["step"] for step in recorder.steps] == list(range(result.request.steps))
     # Not of the latents' shape: some keep given frames out of them, some predict tokens, or variances beside.
-    assert {call["step"] for call in recorder.calls} == set(range(wanted.steps))
+    assert {call["step"] for call in recorder.calls} == set(range(result.request.steps))
     for call in recorder.calls:
         assert torch.equal(repeat(getattr(session.load(), call["expert"]), call), call["velocity"])
 
 
-@pipelines
-def test_a_request_says_what_the_model_does_not_take(saved, spec, name):
-    session = Session.open(saved[name])
-    options = {"negative_prompt": "x", "size": tiny_of(spec).size, "guidance_2": 2.0, "boundary_ratio": 0.5}
+def test_a_request_says_what_the_model_does_not_take(opened):
+    session = Session.open(opened.directory)
+    options = {"negative_prompt": "x", "size": tiny_of(opened.spec).size, "guidance_2": 2.0, "boundary_ratio": 0.5}
     for option, value in options.items():
         if not session.model.takes(session.task, "height" if option == "size" else option):
             with pytest.raises(InputError, match=f"takes no .* for {session.task}") as caught:
                 request(session, **{option: value})
             assert caught.value.field == option
     with pytest.raises(InputError, match=f"got i2i; expected {session.task}"):
-        Session.open(saved[name], task="i2i")
+        Session.open(opened.directory, task="i2i")
 
 
 def test_a_distilled_model_without_a_guider_takes_no_guidance(tmp_path):
-    pipeline = TINY["HunyuanImageTransformer2DModel"].pipeline("t2i")
+    make = TINY["HunyuanImageTransformer2DModel"].pipeline
+    assert make is not None
+    pipeline: Any = make("t2i")
     pipeline.register_modules(guider=None, ocr_guider=None)
     pipeline.save_pretrained(tmp_path)
     session = Session.open(tmp_path)
@@ -133,13 +145,11 @@ def test_a_distilled_model_without_a_guider_takes_no_guidance(tmp_path):
         request(session, guidance=2.0)
 
 
-@families
-def test_presets_are_sizes_that_the_model_takes(saved, spec):
-    for name, called in spec.pipelines.items():
-        geometry = open_model(saved[name]).geometry
-        for preset in (preset for preset in spec.presets if preset.task == called.task):
-            assert not any(side % geometry.multiple for side in preset.size), preset.name
-            assert preset.frames == 1 if geometry.temporal is None else preset.frames % geometry.temporal == 1
+def test_presets_are_sizes_that_the_model_takes(opened):
+    geometry = open_model(opened.directory).geometry
+    for preset in (preset for preset in opened.spec.presets if preset.task == opened.task):
+        assert not any(side % geometry.multiple for side in preset.size), preset.name
+        assert preset.frames == 1 if geometry.temporal is None else preset.frames % geometry.temporal == 1
 
 
 def test_the_preset_of_a_published_model_is_found_by_its_config():
@@ -151,25 +161,27 @@ def test_the_preset_of_a_published_model_is_found_by_its_config():
     assert hunyuan.preset("t2v", {"target_size": 640}, 1).size == (480, 848)
 
 
-@pipelines
-def test_activations_by_step(saved, spec, name):
+def test_activations_by_step(opened):
     """Each pipeline says its steps in a way that mxdit understands: at each, all linears have what the request says."""
-    session = Session.open(saved[name], method="mxfp4")
+    session, plain = opened.quantized
     models = transformers_of(session.load())
-    seen, done = [], list[int]()
+    seen, done, hooks = [], list[int](), []
     for model in models.values():
         linears = [module for module in model.modules() if isinstance(module, MXLinear)]
-        block = model.get_submodule(spec.blocks[0])[0]  # pyright: ignore[reportIndexIssue]
-        block.register_forward_pre_hook(
+        block = model.get_submodule(opened.spec.blocks[0])[0]  # pyright: ignore[reportIndexIssue]
+        hook = block.register_forward_pre_hook(
             lambda *_, linears=linears: seen.append((len(done), {m.activation for m in linears}))
         )
-    plain = session.run(request(session)).frames
-    assert all(found == {"mxfp4"} for _, found in seen)
-    seen.clear()
-    last = request(session).steps - 1
+        hooks.append(hook)
+    last = plain.request.steps - 1
     policy = {"bf16": [0], "mxfp8": [last], "of": last + 1}
     mixed = session.run(request(session, activation_steps=policy), lambda *_: done.append(1)).frames
     own = {0: {"bf16"}, last: {"mxfp8"}}
     assert {step for step, _ in seen} == set(range(last + 1))
     assert all(found == own.get(step, {"mxfp4"}) for step, found in seen)
-    assert not np.array_equal(mixed, plain) and np.array_equal(session.run(request(session)).frames, plain)
+    seen.clear()
+    again = session.run(request(session)).frames
+    assert seen and all(found == {"mxfp4"} for _, found in seen)
+    for hook in hooks:
+        hook.remove()
+    assert not np.array_equal(mixed, plain.frames) and np.array_equal(again, plain.frames)

@@ -26,6 +26,5 @@ def tiny_of(spec: ModelSpec) -> Tiny:
 
 
 families = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-pipelines = pytest.mark.parametrize(
-    "spec, name", [pytest.param(spec, name, id=name) for spec in SPECS.values() for name in spec.pipelines]
-)
+PIPELINES = [pytest.param(spec, name, id=name) for spec in SPECS.values() for name in spec.pipelines]
+pipelines = pytest.mark.parametrize("spec, name", PIPELINES)
