@@ -64,10 +64,12 @@ def sizes_of(model: nn.Module) -> Sizes:
     counts = {name: tensor.numel() for name, tensor in tensors.values()}
     nbytes = {FLOAT: 2 * sum(counts.values())}
     for method, row in FORMATS.items():
-        shapes = [linears[path].weight.shape for path, decided in plan(model, method).items() if decided.scheme]
-        nbytes[method] = nbytes[FLOAT] - sum(2 * n * k - row.nbytes(n, k) for n, k in shapes)
+        packed = [linears[path] for path, decided in plan(model, method).items() if decided.scheme]
+        saved = [2 * of.weight.numel() - row.nbytes(of.out_features, of.in_features) for of in packed]
+        nbytes[method] = nbytes[FLOAT] - sum(saved)
     every = {"quant_method": "mxfp4", "num_bf16_fallback_layers": 0}
     quantized = {path: linears[path] for path, decided in plan(model, every).items() if decided.scheme}
+    shapes = {(linear.out_features, linear.in_features) for linear in quantized.values()}
     kept, outside, rest = Counter[str](), Counter[str](), 0
     for name, count in counts.items():
         path, _, leaf = name.rpartition(".")
@@ -85,7 +87,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         outside=outside,
         rest=rest,
         nbytes=nbytes,
-        degrees=tuple(degree for degree in DEGREES if _divides({of.weight.shape for of in quantized.values()}, degree)),
+        degrees=tuple(degree for degree in DEGREES if _divides(shapes, degree)),
     )
 
 
