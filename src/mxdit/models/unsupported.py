@@ -32,9 +32,6 @@ UNSUPPORTED: dict[str, str] = {
     "may add up over frames there, and nobody measured it",
     "SanaWMLTX2RefinerTransformer3DModel": "refines a video chunk by chunk with a cache of keys and values, and is called by its "
     "pipeline's own refiner",
-    "Kandinsky6SRTransformer3DModel": "enlarges videos tile by tile; its sparse attention needs flex attention, compiled",
-    "AnyFlowFARTransformer3DModel": "makes a video chunk by chunk with a cache of keys and values, and attends by flex attention",
-    "Flux3Transformer2DModel": "its blocks are in a ModuleDict by kind of input, and only modular pipelines run it; no spec yet",
     "NucleusMoEImageTransformer2DModel": "93 % of its weights are experts in stacked tensors, and mxdit quantizes linears only",
     "AuraFlowTransformer2DModel": _UNWRITTEN,
     "BriaFibo2Transformer2DModel": _UNWRITTEN,
