@@ -20,13 +20,17 @@ from mxdit.calibrate.linears import Recipe
 from mxdit.calibrate.observe import bytes_of_state
 from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.walk import Walk, _Given
+from mxdit.errors import ModelError
 from mxdit.evals.cache import Cache
 from mxdit.generation.recording import map_tensors, velocity_of
-from mxdit.models import spec_of
-from tiny_families import TINY, families, tiny_of
+from mxdit.models import SPECS, spec_of
+from tiny_families import TINY, tiny_of
 from tiny_families.wan import wan_inputs
 
 CALLS = 2
+sequential = pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS.values() if spec.sequential], ids=lambda spec: spec.transformer
+)
 
 
 def calls_of(model: nn.Module, inputs: Any, count: int = CALLS) -> list[Mapping[str, Any]]:
@@ -76,12 +80,26 @@ def kept(model: nn.Module, path: str) -> bool:
 
 
 @pytest.fixture(
-    params=[(name, more) for name in TINY for more in (False, True) if TINY[name].more or not more], ids=str
+    params=[
+        (name, more)
+        for name in TINY
+        for more in (False, True)
+        if SPECS[name].sequential and (TINY[name].more or not more)
+    ],
+    ids=str,
 )
 def family(request) -> tuple[nn.Module, list[Mapping[str, Any]]]:
     own = TINY[request.param[0]]
     model = own.transformer(**(own.more if request.param[1] else {}))
     return model, calls_of(model, own.inputs)
+
+
+def test_models_of_other_orders_are_refused():
+    others = [spec for spec in SPECS.values() if not spec.sequential]
+    assert {spec.transformer for spec in others} == {"WanVACETransformer3DModel", "WanAnimateTransformer3DModel"}
+    for spec in others:
+        with pytest.raises(ModelError, match=f"{spec.transformer}: the model cannot be run a block at a time"):
+            Walk(tiny_of(spec).transformer(), [])
 
 
 # -- forward ---------------------------------------------------------------------------------------------------------------
@@ -112,7 +130,7 @@ def test_every_block_gives_what_the_whole_model_s_gives(family, keep):
         assert dict(model.named_modules()) == before
 
 
-@families
+@sequential
 def test_only_the_block_at_hand_is_run(spec):
     own = tiny_of(spec)
     model = own.transformer()
@@ -125,7 +143,7 @@ def test_only_the_block_at_hand_is_run(spec):
         ran.clear()
 
 
-@families
+@sequential
 def test_modules_are_restored_after_an_error(spec):
     own = tiny_of(spec)
     model = own.transformer()
@@ -158,7 +176,7 @@ def test_modules_are_restored_after_an_error(spec):
 
 def test_gradients_are_those_of_plain_autograd(family):
     model, calls = family
-    if type(model).__name__ == "Kandinsky6SRTransformer3DModel":
+    if type(model).__name__ in ("Kandinsky6SRTransformer3DModel", "AnyFlowFARTransformer3DModel"):
         pytest.skip("torch's FlexAttention has no backward pass on CPUs")
     before = dict(model.named_modules())
     walk = Walk(model, calls, keep=True)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 
 from mxdit.models import SPECS, UNSUPPORTED, ModelSpec
 from mxdit.models.spec import Published
@@ -126,7 +127,8 @@ def stays(spec: ModelSpec, sizes: Sizes) -> str:
                 "biases, norms, tables, convolutions: no weight of a linear",
             ]
         )
-    text = f"\n### {spec.title}\n\n`{spec.published[0].repository}`; blocks in {code(spec.blocks)}.\n\n"
+    about = f"`{spec.published[0].repository}`; blocks in {code(spec.blocks)}."
+    text = f"\n### {spec.title}\n\n{fill(about, 100, break_long_words=False, break_on_hyphens=False)}\n\n"
     text += table(("what", "share", "why"), rows)
     if spec.recipes:
         text += "\n" + table(("who else quantizes it", "what stays there, and why ours differs"), spec.recipes.items())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxdit.errors import ModelError
 from mxdit.generation.offload import on
 from mxdit.generation.recording import map_tensors, velocity_of
 from mxdit.models import spec_of
@@ -49,13 +50,24 @@ class Walk:
         calls: of it.
         keep: whether what every block gave to every call is kept, for `back`.
 
+    Raises:
+        ModelError: its blocks do not run one after the other.
+
     Attributes:
         blocks: (path, module) in the order in which they run.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[Call], *, keep: bool = False) -> None:
+        spec = spec_of(model)
+        if not spec.sequential:
+            raise ModelError(
+                "the model cannot be run a block at a time, so it cannot be calibrated",
+                where=spec.transformer,
+                got=f"outputs of single blocks of {' and '.join(spec.blocks)} are used beside the last",
+                hint="mxdit quantize needs no calibration.",
+            )
         self.model, self.calls, self._keep = model, calls, keep
-        self._lists = [(name, model.get_submodule(name)) for name in spec_of(model).blocks]
+        self._lists = [(name, model.get_submodule(name)) for name in spec.blocks]
         self.blocks = [
             (f"{name}.{i}", block) for name, blocks in self._lists for i, block in enumerate(_modules(blocks))
         ]

@@ -135,6 +135,8 @@ class ModelSpec:
     transformer  class name of the diffusers transformer.
     blocks       paths of the ModuleLists of its repeated blocks, in the order in which they run. Only linears inside the
                  blocks are ever quantized.
+    sequential   whether a list's blocks run one after the other and only the last one's output is used, which lets calibration
+                 run the model a block at a time; others cannot be calibrated.
     groups       linears of a block, by their path inside it, that share an input: runtimes fuse them into one product, so
                  they must have one precision and one `mul_scale`. Members that a block does not have are passed over.
     keep         glob of linears, by their path inside a block, that stay in their float dtype -> why they do.
@@ -167,6 +169,7 @@ class ModelSpec:
 
     transformer: str
     blocks: tuple[str, ...]
+    sequential: bool = True
     groups: tuple[tuple[str, ...], ...] = ()
     keep: Mapping[str, str] = field(default_factory=dict)
     tables: tuple[str, ...] = ()

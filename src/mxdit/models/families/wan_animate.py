@@ -11,6 +11,7 @@ WAN_ANIMATE = ModelSpec(
     # A block of the second list runs after each fifth of the first. The encoders of motion and face that feed it are
     # convolutions and layers of their own kind, and small.
     blocks=("blocks", "face_adapter"),
+    sequential=False,  # an adapter runs after every fifth block
     groups=(
         *WAN.groups,
         ("to_k", "to_v"),  # of the face's features, in face_adapter

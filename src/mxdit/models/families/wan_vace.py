@@ -21,6 +21,7 @@ WAN_VACE = ModelSpec(
     title="Wan VACE",
     transformer="WanVACETransformer3DModel",
     blocks=("vace_blocks", "blocks"),  # the first make what is added after some of the second, before those run
+    sequential=False,  # what each of them makes is added
     groups=WAN.groups,
     components=("transformer", "transformer_2"),
     # Without a video to follow it makes one of the text alone; what it follows is no part of a request.
