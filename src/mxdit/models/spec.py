@@ -169,7 +169,6 @@ class ModelSpec:
 
     transformer: str
     blocks: tuple[str, ...]
-    sequential: bool = True
     groups: tuple[tuple[str, ...], ...] = ()
     keep: Mapping[str, str] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
@@ -193,6 +192,7 @@ class ModelSpec:
     gguf: str | None = None
     runtimes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     title: str = ""
+    sequential: bool = True
 
     def place_of(self, path: str) -> Place | None:
         """Where the module at `path` is inside the blocks, or None outside them."""

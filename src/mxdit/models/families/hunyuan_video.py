@@ -42,7 +42,7 @@ _GROUPS = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),  # the text's side, in the double blocks only
 )
-_KEEP = dict.fromkeys(("norm1.linear", "norm1_context.linear", "norm.linear"), MODULATION)
+_KEEP: dict[str, str] = dict.fromkeys(("norm1.linear", "norm1_context.linear", "norm.linear"), MODULATION)
 
 HUNYUAN_VIDEO = ModelSpec(
     title="HunyuanVideo",
