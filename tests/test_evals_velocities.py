@@ -50,6 +50,22 @@ def test_velocities_that_are_scaled_have_that_slope_at_every_step_alike(guided, 
     assert found.slope_guidance == pytest.approx(s if guided else 0)
 
 
+@pytest.mark.parametrize("prompt_first", (True, False))
+def test_a_call_of_both_branches_is_as_two_calls(prompt_first):
+    calls = clip()
+    given = [call["velocity"] + 0.1 * torch.randn_like(call["velocity"]) for call in calls]
+
+    def joined(two: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(two if prompt_first else two[::-1])
+
+    both = [
+        {**first, "velocity": joined([first["velocity"], second["velocity"]]), "prompt_first": prompt_first}
+        for first, second in zip(calls[::2], calls[1::2], strict=True)
+    ]
+    pairs = [joined([first, second]) for first, second in zip(given[::2], given[1::2], strict=True)]
+    assert errors(both, pairs) == errors(calls, given)
+
+
 def test_velocities_that_are_exact_have_no_error():
     calls = clip()
     found = errors(calls, [call["velocity"] for call in calls])

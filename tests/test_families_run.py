@@ -15,6 +15,7 @@ from PIL import Image
 from mxdit import MXLinear, Session
 from mxdit.checkpoint import inspect_checkpoint, quantize_checkpoint
 from mxdit.errors import InputError
+from mxdit.evals.velocities import branches_of
 from mxdit.generation.directory import open_model
 from mxdit.generation.recording import Recorder, repeat, transformers_of
 from mxdit.generation.request import Request
@@ -119,6 +120,31 @@ def test_a_recorded_call_can_be_repeated(opened):
     assert {call["step"] for call in recorder.calls} == set(range(result.request.steps))
     for call in recorder.calls:
         assert torch.equal(repeat(getattr(session.load(), call["expert"]), call), call["velocity"])
+
+
+def test_both_branches_of_guidance_are_told_apart(opened, monkeypatch):
+    """The scheduler is given what guidance makes of them: the prompt's is the first of two calls, or as the spec has it."""
+    session, _, _ = opened.plain
+    scheduler, given, recorder = type(session.load().scheduler), list[torch.Tensor](), Recorder(keep_calls=True)
+    step = scheduler.step
+    monkeypatch.setattr(scheduler, "step", lambda self, v, *a, **k: given.append(v) or step(self, v, *a, **k))
+    with recorder.listening(session.load()):
+        session.run(request(session, guidance=3.0), on_latents=recorder.on_latents)
+    first = [call for call in recorder.calls if call["step"] == 0]
+    branches = [v for call in first for v in branches_of(call["velocity"].double(), call)][:2]
+    batched = len(first[0]["velocity"]) > 1
+    assert batched or not opened.spec.pipelines[opened.name].prompt_first, "prompt_first is for calls of both branches"
+    if len(branches) == 1:
+        return  # a model that was distilled to take guidance as a number
+    if branches[0].numel() == 2 * given[0].numel():  # PixArt's have variances beside
+        branches = [v.chunk(2, dim=1)[0] for v in branches]
+    if branches[0].numel() != given[0].numel():
+        assert opened.task == "i2v", "only a given frame is left out of what the scheduler is given"
+        return
+    columns = torch.stack([v.flatten() for v in branches], 1)
+    # Of g c + (1 - g) u, or its negative: the prompt's branch has the larger part.
+    conditional, unconditional = torch.linalg.lstsq(columns, given[0].double().flatten()[:, None]).solution.flatten()
+    assert abs(conditional) > abs(unconditional)
 
 
 def test_a_request_says_what_the_model_does_not_take(opened):

@@ -65,9 +65,11 @@ def errors_of(
         intervals = step_lengths(calls)
         recorded, pairs = dict[int, list[Tensor]](), dict[int, list[tuple[Tensor, Tensor]]]()
         for call in calls:
-            recorded.setdefault(call["step"], []).append(call["velocity"].double())
+            exact = branches_of(call["velocity"].double(), call)
+            recorded.setdefault(call["step"], []).extend(exact)
             if call["expert"] in experts:
-                pairs.setdefault(call["step"], []).append((recorded[call["step"]][-1], next(given).double().cpu()))
+                ours = branches_of(next(given).double().cpu(), call)
+                pairs.setdefault(call["step"], []).extend(zip(exact, ours, strict=True))
         if not pairs:
             continue
         way, strayed, whole = torch.zeros(()), torch.zeros(()), torch.zeros(())
@@ -106,11 +108,19 @@ def step_lengths(calls: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return {step: times[step] - end for step, end in zip(ordered, after, strict=True)}
 
 
+def branches_of(velocity: Tensor, call: Mapping[str, Any]) -> list[Tensor]:
+    """What one call gave for the prompt, and then, where it has both branches of guidance, for the negative one."""
+    if len(velocity) == 1:
+        return [velocity]
+    first, second = velocity.chunk(2)
+    return [first, second] if call["prompt_first"] else [second, first]
+
+
 def _guided(velocities: Sequence[Tensor], guidance: float) -> Tensor:
-    """As a pipeline mixes the conditional velocity, which is first, and the unconditional one."""
+    """As a pipeline mixes the conditional velocity, which is first, and the unconditional one (LTX-2 has more of them)."""
     if len(velocities) == 1:
         return velocities[0]
-    conditional, unconditional = velocities
+    conditional, unconditional, *_ = velocities
     return unconditional + guidance * (conditional - unconditional)
 
 

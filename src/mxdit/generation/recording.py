@@ -41,9 +41,10 @@ class Recorder:
     """Keeps the calls of the transformers and the latents after each step of one image or video.
 
     Attributes:
-        calls: {"step", "timestep", "expert", "inputs": {name: what was given}, "velocity": tensor}, all tensors on the CPU;
-            "expert" is the component's name, "velocity" what the transformer gives first. The conditional call of a step is
-            first, the unconditional one follows where guidance is on; some pipelines make one call of both, as a batch.
+        calls: {"step", "timestep", "expert", "inputs": {name: what was given}, "velocity": tensor, "prompt_first": bool}, all
+            tensors on the CPU; "expert" is the component's name, "velocity" what the transformer gives first. The conditional
+            call of a step is first, the unconditional one follows where guidance is on; some pipelines make one call of both,
+            as a batch, whose order "prompt_first" tells.
         latents: after each step, fp32, as the scheduler gives them: of a video mostly (1, C, T, H, W). Of a pipeline that keeps
             the first frame itself (HunyuanVideo's I2V) all but that frame.
         steps: {"step", "timestep", "expert"} of each step.
@@ -64,7 +65,7 @@ class Recorder:
     def listening(self, pipeline: Any) -> Iterator[None]:
         """Record what the pipeline's transformers are called with."""
         hooks = [
-            model.register_forward_hook(self._hook(name), with_kwargs=True)
+            model.register_forward_hook(self._hook(name, type(pipeline).__name__), with_kwargs=True)
             for name, model in transformers_of(pipeline).items()
         ]
         try:
@@ -74,7 +75,7 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
 
-    def _hook(self, expert: str) -> Any:
+    def _hook(self, expert: str, pipeline: str) -> Any:
         def called(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             inputs = signature(model.forward).bind(*given, **named).arguments  # not all pipelines name all of them
             step = {
@@ -87,7 +88,9 @@ class Recorder:
             if self._keep_calls:
                 inputs.pop("return_dict", None)  # how its output is handed over
                 kept = {key: map_tensors(value, self._move) for key, value in inputs.items() if value is not None}
-                self.calls.append({**step, "inputs": kept, "velocity": velocity_of(output).cpu()})
+                run = spec_of(model).pipelines.get(pipeline)
+                order = {"prompt_first": run is not None and run.prompt_first}
+                self.calls.append({**step, **order, "inputs": kept, "velocity": velocity_of(output).cpu()})
 
         return called
 

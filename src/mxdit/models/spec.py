@@ -79,6 +79,7 @@ class PipelineSpec:
     embeddings arguments of its call that take what its `encode_prompt` gives for a prompt and a negative one, in that order;
                empty where the text cannot be encoded beforehand.
     output     attribute of what the call returns, a batch of (frames, height, width, 3) or (height, width, 3) arrays.
+    prompt_first  whether the prompt's half comes first where one call of the transformer has both branches of guidance.
     float32    components that are loaded in FP32, whatever the dtype of the rest.
     """
 
@@ -87,6 +88,7 @@ class PipelineSpec:
     only_with: Mapping[str, str] = field(default_factory=dict, hash=False)
     embeddings: tuple[str, ...] = ()
     output: str = "frames"
+    prompt_first: bool = False
     float32: tuple[str, ...] = ()
 
     def takes(self, name: str, settings: Mapping[str, Any]) -> bool:

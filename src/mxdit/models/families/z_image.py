@@ -49,6 +49,7 @@ Z_IMAGE = ModelSpec(
                 "guidance": "guidance_scale",
             },
             output="images",
+            prompt_first=True,  # c + g (c - u), where others have u + g (c - u)
         )
     },
     hosts=(
