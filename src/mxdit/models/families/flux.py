@@ -66,6 +66,12 @@ FLUX = ModelSpec(
     needed=("num_layers", "num_single_layers"),
     geometry=_geometry,
     presets=_PRESETS,
+    # Sources: examples/diffusers/quantization/utils.py of NVIDIA/Model-Optimizer; the patterns of layers in SGLang's
+    # quantization config for nunchaku.
+    recipes={
+        "NVIDIA ModelOpt": "what is outside the blocks, as here; it quantizes the modulations, which are 27 % of the weights",
+        "nunchaku, in SGLang": "what has a norm or an embedding in its name, and so the modulations, as here",
+    },
     # Source: transformer/config.json of the releases; all else as diffusers' class has it.
     published=(
         Published("black-forest-labs/FLUX.1-dev", {"guidance_embeds": True}),

@@ -55,6 +55,10 @@ QWEN_IMAGE = ModelSpec(
     needed=("num_layers",),
     geometry=_geometry,
     presets=_PRESETS,
+    recipes={  # source: the patterns of layers in SGLang's quantization config for nunchaku
+        "nunchaku, in SGLang": "nothing of the blocks: modulations have 4-bit weights and 16-bit activations, W4A16, which would"
+        " save memory alone; here they stay"
+    },
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("Qwen/Qwen-Image"),),
 )
