@@ -122,9 +122,9 @@ def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, list[nn.Module
 
 
 def _batch(first: Any) -> int:
-    """Samples of a forward, by its first argument: a tensor of them, or a list."""
-    if isinstance(first, Tensor) and first.ndim:
-        return len(first)
+    """Samples of a forward, by its first argument: a tensor of them, or a list; 1 where all tokens are one sequence."""
+    if isinstance(first, Tensor):
+        return len(first) if first.ndim > (2 if first.is_floating_point() else 1) else 1
     return len(first) if isinstance(first, list | tuple) else 1
 
 
