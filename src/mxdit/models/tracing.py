@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ _CHOOSING = {
 # Whose result has the shape of a tensor and none of its numbers.
 _SHAPED = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
+_JOINING = {"cat", "concat", "concatenate"}
+_INTEGERS = (torch.int64, torch.int32)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -95,9 +97,41 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], watched: Iterable[str] = 
         for leaf in tree_leaves(value):
             if isinstance(leaf, Tensor):
                 watch.reads[leaf] = {name}
-    with _hooks(model, watch, set(watched)), torch.no_grad(), watch:
+    # Compiled functions run as they are written: a compiler does not see what is watched.
+    with torch.compiler.set_stance("force_eager"), _hooks(model, watch, set(watched)), torch.no_grad(), watch:
         torch.func.functional_call(model, {**weights, **buffers}, (), given)
     return seen
+
+
+class _Stretch(NamedTuple):
+    """Where the numbers of a tensor lie: tensors of one stretch have the same.
+
+    The storage is kept with it, so that no other one comes to lie in its place; `version` counts writes to it.
+    """
+
+    storage: torch.UntypedStorage
+    version: int
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _stretch(tensor: Tensor) -> _Stretch:
+    where = (tensor._version, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return _Stretch(tensor.untyped_storage(), *where)
+
+
+def _whole(tensors: Any, dim: int = 0, **_: Any) -> _Stretch | None:
+    """The stretch that tensors joined along a dimension were cut from, in their order; None if they were not."""
+    parts = [_stretch(tensor) for tensor in tensors]
+    for one, other in pairwise(parts):
+        follows = one._replace(offset=one.offset + one.shape[dim] * one.strides[dim], shape=other.shape)
+        if follows != other:
+            return None
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0]._replace(shape=tuple(shape))
 
 
 def _own(value: Any) -> Any:
@@ -108,7 +142,14 @@ def _own(value: Any) -> Any:
 
 
 def _meta(value: Any) -> Any:
-    return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, value)
+    """Tensors on the meta device. A single integer keeps its number: it may be a size or where a slice ends."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or (leaf.ndim == 0 and leaf.dtype in _INTEGERS):
+            return leaf
+        return leaf.to("meta")
+
+    return tree_map(moved, value)
 
 
 def _devices(value: Any, of: str) -> Any:
@@ -124,6 +165,13 @@ def _indices(index: Any) -> Any:
         masks = isinstance(part, Tensor) and part.dtype is torch.bool and not part.is_meta
         found.extend(part.nonzero(as_tuple=True) if masks else (part,))
     return tuple(found)
+
+
+def _output_size(tensor: Tensor, repeats: Any, dim: int | None = None, **_: Any) -> dict[str, int]:
+    """The argument of `repeat_interleave` that says how many items come of repeats that differ from item to item."""
+    if not isinstance(repeats, Tensor) or repeats.is_meta:
+        return {}
+    return {"output_size": int(repeats.expand(tensor.numel() if dim is None else tensor.shape[dim]).sum())}
 
 
 def _first_tensor(args: Any, kwargs: Any) -> Tensor | None:
@@ -170,8 +218,9 @@ class _Watch(TorchFunctionMode):
         self.reads: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()
         # tensor -> the linears that it was computed from, the last ones only
         self.sources: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()
-        self.numbers: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
-        self.count = count()
+        self.numbers: dict[_Stretch, int] = {}
+        # tensor -> what it was put together from again: slices that lie one after the other
+        self.whole: MutableMapping[Tensor, _Stretch] = WeakTensorKeyDictionary()
         self.inside: list[str] = []  # the linears whose forward runs
         self.chance = torch.Generator().manual_seed(0)
 
@@ -194,6 +243,8 @@ class _Watch(TorchFunctionMode):
         result = self._run(func, name, tensors, args, kwargs)
         if name in _SHAPED or name.startswith("new_"):
             return result
+        if name in _JOINING and (whole := _whole(*args, **kwargs)) is not None:
+            self.whole[result] = whole
         reads, sources = (
             set[str]().union(*(known.get(tensor, ()) for tensor in tensors)) for known in (self.reads, self.sources)
         )
@@ -218,6 +269,11 @@ class _Watch(TorchFunctionMode):
         first = args[0] if args else None
         if name in ("cpu", "cuda"):
             return first
+        if name == "flex_attention":  # its mask is a function, of tensors that may have numbers
+            rows = first.new_empty(first.shape[:-1])
+            return first.new_empty((*first.shape[:-1], args[2].shape[-1])), rows, rows
+        if name == "repeat_interleave":
+            kwargs = {**kwargs, **_output_size(*args, **kwargs)}
         changes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if changes and isinstance(first, Tensor) and not first.is_meta:
             return first  # it cannot become one without numbers; those that it has are of no use from here on
@@ -231,7 +287,7 @@ class _Watch(TorchFunctionMode):
             tensor = _first_tensor(args, kwargs)
             assert tensor is not None
             found = self.seen.linears.setdefault(path, Linear())
-            found.inputs.append(self.numbers.setdefault(tensor, next(self.count)))
+            found.inputs.append(self.numbers.setdefault(self.whole.get(tensor) or _stretch(tensor), len(self.numbers)))
             found.rows.append(tensor.numel() // max(tensor.shape[-1], 1))
             found.reads |= self.reads.get(tensor, set())
             self.inside.append(path)
