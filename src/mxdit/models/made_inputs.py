@@ -113,12 +113,13 @@ _MADE: tuple[tuple[str, Callable[[Making, str], Any]], ...] = (
     (r"text_rope_pos", lambda make, name: torch.arange(make.text)),
     (r"visual_rope_pos", lambda make, name: (torch.arange(make.layout.frames), torch.arange(4), torch.arange(4))),
 )
-# Of arguments that a forward can do without, those that are given if a key of the config is set, and only then.
+# Of arguments that a forward can do without, those that are left out if a key of the config is there and not set.
 _IF_SET = {
     "guidance": "guidance_embeds",
     "encoder_hidden_states_image": "image_dim",
     "image_embeds": "image_embed_dim",
     "encoder_hidden_states_2": "text_embed_2_dim",
+    "encoder_hidden_states_t5": "text_embed_dim_t5",
     "timestep_r": "use_meanflow",
 }
 _LEFT_OUT = ("audio_timestep", "audio_sigma", "sigma")  # take another argument's value where they are not given
@@ -159,7 +160,7 @@ def _makings(model: nn.Module) -> Iterator[Making]:
     if re.search("img_ids|img_shapes|num_frames|token", names):
         layouts = (*_TOKENS, *layouts)
     for layout in dict.fromkeys((*layouts, *_LISTS)):
-        for masks in (False, True):
+        for masks in (False, True) if "mask" in names else (False,):
             yield Making(layout, masks, config, dtype, {})
 
 
@@ -173,7 +174,7 @@ def _inputs(model: nn.Module, make: Making) -> dict[str, Any]:
         maker = next((maker for pattern, maker in _MADE if re.fullmatch(pattern, name)), None)
         if not needed and (name in _LEFT_OUT or ("mask" in name and not make.masks)):
             continue
-        if not needed and name in _IF_SET and not make.config.get(_IF_SET[name]):
+        if not needed and name in _IF_SET and not make.config.get(_IF_SET[name], True):
             continue
         if maker is not None and (needed or parameter.default is None):
             made[name] = maker(make, name)
