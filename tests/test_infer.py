@@ -109,7 +109,10 @@ def test_a_proposal_is_the_same_without_memory():
     with torch.device("meta"):
         meta = TINY["WanTransformer3DModel"].transformer()
     inputs = TINY["WanTransformer3DModel"].inputs(real)
-    assert propose(meta, inputs) == propose(real, inputs)
+    proposal = propose(real, inputs)
+    assert propose(meta, inputs) == proposal
+    with torch.inference_mode():
+        assert propose(real, inputs) == proposal
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -165,6 +168,62 @@ def test_routers_modulations_and_weights_that_the_model_takes_itself_are_kept(de
     assert proposal.spec.groups == ()
     report = mxdit.quantize_(Mixture(), "mxfp4", spec=proposal.spec)
     assert len(report.quantized) == 3 * 4 * 2
+
+
+# -- what is grouped ---------------------------------------------------------------------------------------------------
+
+
+class Cutting(nn.Module):
+    """A block whose linears are given one tensor, pieces of it put together again in several ways, and one written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("whole", "sliced", "split", "swapped", "piece", "repeated", "written")
+        self.linears = nn.ModuleDict({name: nn.Linear(64, 64) for name in names})
+
+    def forward(self, x: Tensor, repeats: Tensor) -> Tensor:
+        x = x + 1
+        length = repeats.sum() - 5  # a tensor that ends slices: 3
+        head, tail = x[:, :length], x[:, length:]
+        given = {
+            "whole": x,
+            "sliced": torch.cat([head, tail], 1),
+            "split": torch.cat([x.new_empty(0), *x.split([2, 0, 6], dim=1)], dim=1),
+            "swapped": torch.cat([tail, head], 1),
+            "piece": torch.cat([head], 1),
+            "repeated": x.repeat_interleave(repeats, dim=1),
+        }
+        out = sum(self.linears[name](tensor).mean() for name, tensor in given.items())
+        x.mul_(2)
+        return self.linears["written"](x) + out
+
+
+class Cutter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, 64)
+        self.layers = nn.ModuleList(Cutting() for _ in range(2))
+
+    def forward(self, hidden_states: Tensor, repeats: Tensor) -> Tensor:
+        hidden_states = self.embed(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, repeats)
+        return hidden_states
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 16), (1, 8, 16)], ids=str)
+def test_what_is_cut_and_put_together_again_is_the_same_tensor(shape):
+    model, inputs = Cutter(), {"hidden_states": torch.randn(shape), "repeats": torch.ones(8, dtype=torch.long)}
+    model(**inputs)  # it is a forward that runs
+    assert mxdit.infer_spec(model, inputs).groups == (("linears.whole", "linears.sliced", "linears.split"),)
+
+
+def test_tokens_without_a_batch_are_one_sample():
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(2))
+    model.forward = lambda hidden_states: model.layers[1](model.layers[0](hidden_states))
+    assert mxdit.infer_spec(model, {"hidden_states": torch.randn(8, 16)}).keep == {}
+    assert mxdit.infer_spec(model, {"hidden_states": torch.randn(1, 16)}).keep == {"0": MODULATION}
 
 
 def test_a_real_model_that_reads_the_dtype_of_a_weight():

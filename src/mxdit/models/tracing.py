@@ -118,13 +118,16 @@ class _Stretch(NamedTuple):
 
 
 def _stretch(tensor: Tensor) -> _Stretch:
-    where = (tensor._version, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    version = 0 if tensor.is_inference() else tensor._version  # torch does not count in inference mode
+    where = (version, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
     return _Stretch(tensor.untyped_storage(), *where)
 
 
 def _whole(tensors: Any, dim: int = 0, **_: Any) -> _Stretch | None:
     """The stretch that tensors joined along a dimension were cut from, in their order; None if they were not."""
-    parts = [_stretch(tensor) for tensor in tensors]
+    parts = [_stretch(tensor) for tensor in tensors if tensor.numel()]
+    if not parts:
+        return None
     for one, other in pairwise(parts):
         follows = one._replace(offset=one.offset + one.shape[dim] * one.strides[dim], shape=other.shape)
         if follows != other:
