@@ -218,10 +218,19 @@ def test_what_is_cut_and_put_together_again_is_the_same_tensor(shape):
     assert mxdit.infer_spec(model, inputs).groups == (("linears.whole", "linears.sliced", "linears.split"),)
 
 
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(2))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
 def test_tokens_without_a_batch_are_one_sample():
-    model = nn.Module()
-    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(2))
-    model.forward = lambda hidden_states: model.layers[1](model.layers[0](hidden_states))
+    model = Stack()
     assert mxdit.infer_spec(model, {"hidden_states": torch.randn(8, 16)}).keep == {}
     assert mxdit.infer_spec(model, {"hidden_states": torch.randn(1, 16)}).keep == {"0": MODULATION}
 

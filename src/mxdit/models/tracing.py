@@ -119,7 +119,7 @@ class _Stretch(NamedTuple):
 
 def _stretch(tensor: Tensor) -> _Stretch:
     version = 0 if tensor.is_inference() else tensor._version  # torch does not count in inference mode
-    where = (version, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    where = (version, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
     return _Stretch(tensor.untyped_storage(), *where)
 
 
@@ -273,8 +273,9 @@ class _Watch(TorchFunctionMode):
         if name in ("cpu", "cuda"):
             return first
         if name == "flex_attention":  # its mask is a function, of tensors that may have numbers
-            rows = first.new_empty(first.shape[:-1])
-            return first.new_empty((*first.shape[:-1], args[2].shape[-1])), rows, rows
+            query, _, value = args[:3]
+            rows = query.new_empty(query.shape[:-1])
+            return query.new_empty((*query.shape[:-1], value.shape[-1])), rows, rows
         if name == "repeat_interleave":
             kwargs = {**kwargs, **_output_size(*args, **kwargs)}
         changes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
