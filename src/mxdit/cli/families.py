@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from mxdit.cli.console import need, out, say
 from mxdit.models import SPECS
@@ -27,10 +27,16 @@ def show_families(as_json: bool) -> None:
     if as_json:
         out.print_json(json.dumps({"families": rows}))
         return
-    table = Table("family", "transformer", "runs", "through diffusers", "quantized")
+    table = Table("family", "makes", "through diffusers", "quantized", Column("transformer", overflow="fold"))
     for row in rows:
         share = "" if row["quantized"] is None else f"{row['quantized']:.1%}"
-        runs = "\n".join(f"{name}: {task}" for name, task in row["pipelines"].items())
-        table.add_row(row["title"], row["transformer"], runs, "\n".join(row["hosts"]), share)
+        table.add_row(
+            row["title"],
+            ", ".join(dict.fromkeys(row["pipelines"].values())),
+            f"{len(row['hosts']) or ''}",
+            share,
+            row["transformer"],
+        )
     out.print(table)
-    say("docs/supported-models.md has sizes, what stays in 16 bits, and what is not supported.")
+    say("`through diffusers` counts the pipelines that hold the model and take what no request of mxdit has.")
+    say("docs/supported-models.md has them, sizes, what stays in 16 bits, and what is not supported.")
