@@ -66,6 +66,19 @@ class Preset:
         return self.components in (None, components) and all(config.get(k) == v for k, v in self.config.items())
 
 
+IMAGE_CALL = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "height": "height",
+    "width": "width",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+}
+"""`PipelineSpec.call` as most pipelines of images have it."""
+VIDEO_CALL = {**IMAGE_CALL, "frames": "num_frames"}
+"""The same of videos."""
+
+
 @dataclass(frozen=True)
 class PipelineSpec:
     """A pipeline class of diffusers that runs the model.

@@ -3,17 +3,7 @@
 from __future__ import annotations
 
 from mxdit.models.families.wan import WAN
-from mxdit.models.spec import ModelSpec, PipelineSpec, Preset, Published
-
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-}
+from mxdit.models.spec import VIDEO_CALL, ModelSpec, PipelineSpec, Preset, Published
 
 # Source of the figures: the defaults of diffusers' pipeline, and its example for the steps and the frames a second.
 _PRESETS = (Preset("AnyFlow", "t2v", (480, 832), 81, 16, 4, 1.0),)
@@ -29,7 +19,7 @@ ANYFLOW = ModelSpec(
     groups=WAN.groups[:2],  # no image branch
     pipelines={
         "AnyFlowPipeline": PipelineSpec(
-            "t2v", _CALL, embeddings=("prompt_embeds", "negative_prompt_embeds"), float32=("vae",)
+            "t2v", VIDEO_CALL, embeddings=("prompt_embeds", "negative_prompt_embeds"), float32=("vae",)
         )
     },
     needed=WAN.needed,

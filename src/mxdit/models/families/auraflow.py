@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import IMAGE_CALL, MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -29,14 +29,7 @@ AURAFLOW = ModelSpec(
     pipelines={
         "AuraFlowPipeline": PipelineSpec(
             "t2i",
-            {
-                "prompt": "prompt",
-                "negative_prompt": "negative_prompt",
-                "height": "height",
-                "width": "width",
-                "steps": "num_inference_steps",
-                "guidance": "guidance_scale",
-            },
+            IMAGE_CALL,
             output="images",
         )
     },

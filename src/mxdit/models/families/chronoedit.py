@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from mxdit.models.families.wan import WAN
-from mxdit.models.spec import ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import IMAGE_CALL, ModelSpec, PipelineSpec, Preset, Published
 
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "image": "image",
-    "height": "height",
-    "width": "width",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-}
+_CALL = {**IMAGE_CALL, "image": "image"}
 
 # Source of the figures: diffusers' example and its pipeline, which makes 5 frames whatever is asked for, unless it is to
 # reason over more of them first.

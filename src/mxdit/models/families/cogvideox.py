@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import MODULATION, VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -17,16 +17,6 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     stages, stride = len(vae.get("block_out_channels") or (128, 256, 256, 512)), vae.get("temporal_compression_ratio")
     return Geometry(multiple=2 ** (stages - 1) * int(config["patch_size"]), temporal=2 * int(stride or 4))
 
-
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-}
 
 # Source of the figures: the defaults and examples of diffusers' pipelines and transformer (90 x 60 latents of 8 x 8 pixels),
 # and for 1.5 its documentation of them.
@@ -48,9 +38,9 @@ COGVIDEOX = ModelSpec(
     # A seventh of the weights of the 5B.
     keep=dict.fromkeys(("norm1.linear", "norm2.linear"), MODULATION),
     pipelines={
-        "CogVideoXPipeline": PipelineSpec("t2v", _CALL, embeddings=("prompt_embeds", "negative_prompt_embeds")),
+        "CogVideoXPipeline": PipelineSpec("t2v", VIDEO_CALL, embeddings=("prompt_embeds", "negative_prompt_embeds")),
         "CogVideoXImageToVideoPipeline": PipelineSpec(
-            "i2v", {**_CALL, "image": "image"}, embeddings=("prompt_embeds", "negative_prompt_embeds")
+            "i2v", {**VIDEO_CALL, "image": "image"}, embeddings=("prompt_embeds", "negative_prompt_embeds")
         ),
     },
     hosts=(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import IMAGE_CALL, MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -34,14 +34,7 @@ HUNYUAN_IMAGE = ModelSpec(
     pipelines={
         "HunyuanImagePipeline": PipelineSpec(
             "t2i",
-            {
-                "prompt": "prompt",
-                "negative_prompt": "negative_prompt",
-                "height": "height",
-                "width": "width",
-                "steps": "num_inference_steps",
-                "guidance": "guider.guidance_scale",
-            },
+            {**IMAGE_CALL, "guidance": "guider.guidance_scale"},
             output="images",
         )
     },

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import lcm
 from typing import Any
 
-from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import MODULATION, VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -18,16 +18,6 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
         positions=128,
     )
 
-
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-}
 
 # Source of the figures: the examples of diffusers' pipelines.
 _PRESETS = tuple(Preset("Kandinsky-5.0", task, (512, 768), 121, 24, 50, 5.0) for task in ("t2v", "i2v"))
@@ -54,8 +44,8 @@ KANDINSKY5 = ModelSpec(
     ),
     keep={"visual_modulation.out_layer": MODULATION},
     pipelines={
-        "Kandinsky5T2VPipeline": PipelineSpec("t2v", _CALL),
-        "Kandinsky5I2VPipeline": PipelineSpec("i2v", {**_CALL, "image": "image"}),
+        "Kandinsky5T2VPipeline": PipelineSpec("t2v", VIDEO_CALL),
+        "Kandinsky5I2VPipeline": PipelineSpec("i2v", {**VIDEO_CALL, "image": "image"}),
     },
     # Of images: one takes the nearest of seven sizes of a million pixels instead of what it is asked for, the other edits.
     hosts=("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),

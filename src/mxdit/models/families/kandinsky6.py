@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import lcm
 from typing import Any
 
-from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import MODULATION, VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -53,15 +53,7 @@ KANDINSKY6 = ModelSpec(
     pipelines={
         "Kandinsky6TI2VAPipeline": PipelineSpec(
             "t2v",
-            {
-                "prompt": "prompt",
-                "negative_prompt": "negative_prompt",
-                "height": "height",
-                "width": "width",
-                "frames": "num_frames",
-                "steps": "num_inference_steps",
-                "guidance": "guidance_scale",
-            },
+            VIDEO_CALL,
         )
     },
     needed=("num_visual_blocks", "patch_size"),

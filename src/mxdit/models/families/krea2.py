@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import IMAGE_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -28,14 +28,7 @@ KREA2 = ModelSpec(
     pipelines={
         "Krea2Pipeline": PipelineSpec(
             "t2i",
-            {
-                "prompt": "prompt",
-                "negative_prompt": "negative_prompt",
-                "height": "height",
-                "width": "width",
-                "steps": "num_inference_steps",
-                "guidance": "guidance_scale",
-            },
+            IMAGE_CALL,
             output="images",
         )
     },

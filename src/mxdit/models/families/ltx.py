@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import lcm
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -17,16 +17,7 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     return Geometry(multiple=lcm(32, spatial * int(config["patch_size"])), temporal=temporal)
 
 
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "fps": "frame_rate",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-}
+_CALL = {**VIDEO_CALL, "fps": "frame_rate"}
 
 # Source of the figures: the examples and defaults of diffusers' pipelines.
 _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import lcm
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -17,16 +17,7 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     )
 
 
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "fps": "frame_rate",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",  # of the video; the sound has one of its own
-}
+_CALL = {**VIDEO_CALL, "fps": "frame_rate"}  # guidance is the video's; the sound has one of its own
 
 # Source of the figures: the examples of diffusers' pipelines.
 _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"

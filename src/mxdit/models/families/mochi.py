@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mxdit.models.spec import MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import MODULATION, VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -26,15 +26,7 @@ MOCHI = ModelSpec(
     pipelines={
         "MochiPipeline": PipelineSpec(
             "t2v",
-            {
-                "prompt": "prompt",
-                "negative_prompt": "negative_prompt",
-                "height": "height",
-                "width": "width",
-                "frames": "num_frames",
-                "steps": "num_inference_steps",
-                "guidance": "guidance_scale",
-            },
+            VIDEO_CALL,
         )
     },
     needed=("patch_size",),

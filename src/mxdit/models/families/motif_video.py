@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mxdit.models.families.hunyuan_video import HUNYUAN_VIDEO
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -17,15 +17,7 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     )
 
 
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "steps": "num_inference_steps",
-    "guidance": "guider.guidance_scale",
-}
+_CALL = {**VIDEO_CALL, "guidance": "guider.guidance_scale"}
 
 # Source of the figures: the defaults of diffusers' pipelines and their examples. The directory's guider/ has the guidance.
 _PRESETS = (

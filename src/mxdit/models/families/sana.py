@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import lcm
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import IMAGE_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -39,14 +39,7 @@ SANA = ModelSpec(
     pipelines={
         "SanaPipeline": PipelineSpec(
             "t2i",
-            {
-                "prompt": "prompt",
-                "negative_prompt": "negative_prompt",
-                "height": "height",
-                "width": "width",
-                "steps": "num_inference_steps",
-                "guidance": "guidance_scale",
-            },
+            IMAGE_CALL,
             output="images",
         )
     },

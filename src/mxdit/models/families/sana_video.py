@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import lcm
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 
 def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
@@ -16,15 +16,7 @@ def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     return Geometry(lcm(32, int(spatial) * int(config["patch_size"][1])), int(temporal), config["rope_max_seq_len"])
 
 
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "frames",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-}
+_CALL = {**VIDEO_CALL, "frames": "frames"}
 _FLOAT32 = ("vae",)  # as diffusers' examples load it
 
 # Source of the figures: the defaults of diffusers' pipelines and their examples, which are of 480p; 720p is the size that its

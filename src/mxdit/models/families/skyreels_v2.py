@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from mxdit.models.families.wan import WAN
-from mxdit.models.spec import ModelSpec, PipelineSpec, Preset, Published
+from mxdit.models.spec import VIDEO_CALL, ModelSpec, PipelineSpec, Preset, Published
 
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-}
 _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
 _FLOAT32 = ("vae",)  # as diffusers' examples load it
 
@@ -46,9 +37,9 @@ SKYREELS_V2 = ModelSpec(
     blocks=("blocks",),
     groups=WAN.groups,
     pipelines={
-        "SkyReelsV2Pipeline": PipelineSpec("t2v", _CALL, embeddings=_EMBEDDINGS, float32=_FLOAT32),
+        "SkyReelsV2Pipeline": PipelineSpec("t2v", VIDEO_CALL, embeddings=_EMBEDDINGS, float32=_FLOAT32),
         "SkyReelsV2ImageToVideoPipeline": PipelineSpec(
-            "i2v", {**_CALL, "image": "image"}, embeddings=_EMBEDDINGS, float32=_FLOAT32
+            "i2v", {**VIDEO_CALL, "image": "image"}, embeddings=_EMBEDDINGS, float32=_FLOAT32
         ),
     },
     # Diffusion forcing: a schedule for each latent frame, with a history to go on from.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from mxdit.models.spec import Geometry, ModelSpec, PipelineSpec, Preset, Published, Shapes
+from mxdit.models.spec import VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published, Shapes
 
 
 def _original_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -91,17 +91,7 @@ def _shapes(
     return Shapes(inputs, (1, int(vae.get("z_dim", 16)), *sides))
 
 
-_CALL = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "guidance_2": "guidance_scale_2",
-    "boundary_ratio": "config.boundary_ratio",
-}
+_CALL = {**VIDEO_CALL, "guidance_2": "guidance_scale_2", "boundary_ratio": "config.boundary_ratio"}
 # Share of the noise schedule above which the first of two transformers runs: where it is not set there is no second.
 _ONLY_WITH = {"guidance_2": "boundary_ratio", "boundary_ratio": "boundary_ratio"}
 _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
