@@ -110,6 +110,7 @@ _MADE: tuple[tuple[str, Callable[[Making, str], Any]], ...] = (
     (r"width", lambda make, name: make.layout.width),
     (r"audio_num_frames", lambda make, name: AUDIO),
     (r"original_size|target_size|crop_coords", lambda make, name: torch.full((1, 2), 64.0)),
+    (r"added_cond_kwargs", lambda make, name: {"resolution": torch.ones(1, 2), "aspect_ratio": torch.ones(1, 1)}),
     (r"text_rope_pos", lambda make, name: torch.arange(make.text)),
     (r"visual_rope_pos", lambda make, name: (torch.arange(make.layout.frames), torch.arange(4), torch.arange(4))),
 )
