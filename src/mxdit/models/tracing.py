@@ -34,6 +34,8 @@ _CHOOSING = {
 # Whose result has the shape of a tensor and none of its numbers.
 _SHAPED = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
+# Whose result is no tensor, and the same on every device.
+_TOLD = {"shape", "dtype", "ndim", "size", "dim", "numel", "stride", "storage_offset", "_version", "is_inference"}
 _JOINING = {"cat", "concat", "concatenate"}
 _INTEGERS = (torch.int64, torch.int32)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -145,7 +147,7 @@ def _own(value: Any) -> Any:
 
 
 def _meta(value: Any) -> Any:
-    """Tensors on the meta device. A single integer keeps its number: it may be a size or where a slice ends."""
+    """Tensors on the meta device. A single integer keeps its number: it may be a size."""
 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or (leaf.ndim == 0 and leaf.dtype in _INTEGERS):
@@ -240,6 +242,8 @@ class _Watch(TorchFunctionMode):
                 self.seen.apart.setdefault(path, taken)
         if taken == "device":
             return torch.device("cpu")  # where there would be numbers: code that asks chooses kernels by it
+        if taken in _TOLD:
+            return func(*args, **kwargs)
         if name in _CHOOSING and tensors:
             sources = self.sources.get(tensors[0], set())
             self.seen.routers |= sources if len(sources) == 1 else set()
