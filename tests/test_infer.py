@@ -104,6 +104,15 @@ def test_what_is_listed_is_a_family():
     assert DIFFERENCES.keys() | UNMADE.keys() <= SPECS.keys()
 
 
+def test_arguments_are_made_for_a_model_that_is_told_sizes():
+    with torch.device("meta"):
+        model = TINY["PixArtTransformer2DModel"].transformer(
+            use_additional_conditions=True, num_attention_heads=3, attention_head_dim=32, cross_attention_dim=96
+        )
+    proposed = mxdit.infer_spec(model)
+    assert differences(SPECS["PixArtTransformer2DModel"], proposed, model) == set()
+
+
 def test_a_proposal_is_the_same_without_memory():
     real = TINY["WanTransformer3DModel"].transformer()
     with torch.device("meta"):
@@ -178,17 +187,18 @@ class Cutting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        names = ("whole", "sliced", "split", "swapped", "piece", "repeated", "written")
+        names = ("whole", "sliced", "split", "sized", "swapped", "piece", "repeated", "written")
         self.linears = nn.ModuleDict({name: nn.Linear(64, 64) for name in names})
 
     def forward(self, x: Tensor, repeats: Tensor) -> Tensor:
         x = x + 1
-        length = repeats.sum() - 5  # a tensor that ends slices: 3
+        length = repeats.sum() - 5  # 3, and a tensor
         head, tail = x[:, :length], x[:, length:]
         given = {
             "whole": x,
             "sliced": torch.cat([head, tail], 1),
             "split": torch.cat([x.new_empty(0), *x.split([2, 0, 6], dim=1)], dim=1),
+            "sized": x.reshape(len(x), length + 5, 64),
             "swapped": torch.cat([tail, head], 1),
             "piece": torch.cat([head], 1),
             "repeated": x.repeat_interleave(repeats, dim=1),
@@ -215,7 +225,9 @@ class Cutter(nn.Module):
 def test_what_is_cut_and_put_together_again_is_the_same_tensor(shape):
     model, inputs = Cutter(), {"hidden_states": torch.randn(shape), "repeats": torch.ones(8, dtype=torch.long)}
     model(**inputs)  # it is a forward that runs
-    assert mxdit.infer_spec(model, inputs).groups == (("linears.whole", "linears.sliced", "linears.split"),)
+    assert mxdit.infer_spec(model, inputs).groups == (
+        ("linears.whole", "linears.sliced", "linears.split", "linears.sized"),
+    )
 
 
 class Stack(nn.Module):
