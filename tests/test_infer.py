@@ -192,7 +192,7 @@ class Cutting(nn.Module):
 
     def forward(self, x: Tensor, repeats: Tensor) -> Tensor:
         x = x + 1
-        length = repeats.sum() - 5  # 3, and a tensor
+        length: Any = repeats.sum() - 5  # 3, and a tensor
         head, tail = x[:, :length], x[:, length:]
         given = {
             "whole": x,
