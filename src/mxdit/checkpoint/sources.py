@@ -163,7 +163,7 @@ def open_file(path: Path, spec: ModelSpec, base: Path | None) -> Folder:
 def _families(path: Path) -> list[ModelSpec]:
     """The family that a config.json names, the only one to look for then; all where none does, as in an original release."""
     named = (_named(folder) for folder in (path, *(path / name for name in COMPONENTS)))
-    return next(([SPECS[name]] for name in named if name in SPECS), list(SPECS.values()))
+    return next(([SPECS[name]] for name in named if name is not None and name in SPECS), list(SPECS.values()))
 
 
 def _named(folder: Path) -> str | None:

@@ -73,7 +73,7 @@ def _telling(scheduler: type, tell: Callable[[Tensor], None]) -> Any:
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             """A copy tells nothing: pipelines make one for what they make beside the video, as its sound."""
-            other = scheduler.__new__(scheduler)
+            other: Any = object.__new__(scheduler)
             other.__dict__.update(copy.deepcopy(self.__dict__, memo))
             return other
 
