@@ -119,7 +119,7 @@ def _policies_of(
 def _check_counters(pipe: Any) -> None:
     """Raise ModelError unless the pipeline and its scheduler say at which step they are."""
     scheduler = getattr(pipe, "scheduler", None)
-    counted = hasattr(type(pipe), "num_timesteps") or hasattr(scheduler, "num_inference_steps")
+    counted = hasattr(type(pipe), "num_timesteps") or hasattr(scheduler, "timesteps")
     lacking = [] if counted else [f"{type(pipe).__name__}.num_timesteps"]
     lacking += [f"{type(scheduler).__name__}.{n}" for n in ("step_index", "begin_index") if not hasattr(scheduler, n)]
     if lacking:
@@ -136,9 +136,9 @@ def _step_of(pipe: Any) -> tuple[int, int]:
     """(step, steps) at which the pipeline calls a transformer."""
     _check_counters(pipe)  # its scheduler may have been replaced
     scheduler, loop = pipe.scheduler, getattr(pipe, "num_timesteps", None)  # there is none before the first call
-    if (
-        not hasattr(type(pipe), "num_timesteps") and scheduler.num_inference_steps
-    ):  # PixArt's make every step of the schedule
+    # Some pipelines (PixArt, ERNIE-Image) make every step of the schedule, and some schedulers have no number of steps until
+    # the first call.
+    if not hasattr(type(pipe), "num_timesteps") and getattr(scheduler, "num_inference_steps", None):
         loop = len(scheduler.timesteps)
     if loop is not None and getattr(pipe, "current_timestep", "unknown") is not None:  # None after a call
         every, begin, made = len(scheduler.timesteps), scheduler.begin_index, scheduler.step_index
