@@ -37,7 +37,6 @@ UNSUPPORTED: dict[str, str] = {
     "BriaTransformer2DModel": _UNWRITTEN,
     "CogView3PlusTransformer2DModel": _UNWRITTEN,
     "ConsisIDTransformer3DModel": _UNWRITTEN,
-    "ErnieImageTransformer2DModel": _UNWRITTEN,
     "HunyuanDiT2DModel": _UNWRITTEN,
     "JoyImageEditPlusTransformer3DModel": _UNWRITTEN,
     "JoyImageEditTransformer3DModel": _UNWRITTEN,
