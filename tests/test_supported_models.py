@@ -17,7 +17,7 @@ from torch import nn
 import mxdit
 from mxdit.errors import CheckpointError, InputError, ModelError
 from mxdit.generation.directory import open_model
-from mxdit.models import SPECS, spec_of
+from mxdit.models import SPECS, ModelSpec, spec_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.models.unsupported import READ, UNSUPPORTED
 from mxdit.numerics.formats import FORMATS
@@ -128,3 +128,11 @@ def test_a_pipeline_that_is_not_run_is_refused_with_the_reason(tmp_path, monkeyp
     with pytest.raises(InputError, match=f"cannot run this kind of pipeline; got {pipeline}") as caught:
         open_model(tmp_path)
     assert said in str(caught.value)
+
+
+def test_a_spec_without_pipelines_is_refused_with_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setitem(SPECS, "DiTTransformer2DModel", ModelSpec("DiTTransformer2DModel", ("transformer_blocks",)))
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"The spec of DiTTransformer2DModel names no pipelines.*write `pipelines`"):
+        open_model(tmp_path)

@@ -209,6 +209,12 @@ def _about_pipeline(own: str, index: Mapping[str, Any], known: Iterable[str]) ->
             "for it takes what no request of mxdit has."
         )
     held = [of[1] for of in index.values() if isinstance(of, list) and len(of) == 2]
+    for name in held:
+        if name in SPECS and not SPECS[name].pipelines:
+            return (
+                f"The spec of {name} names no pipelines. `mxdit quantize` packs it all the same, and diffusers loads what was "
+                "packed; to run it here, write `pipelines`, `geometry` and `presets` (docs/adapting-a-model.md)."
+            )
     return about_unknown(next((name for name in held if name in UNSUPPORTED), own), known)
 
 
