@@ -102,10 +102,11 @@ def _half(component: Component, name: str) -> Part:
 def _written(component: Component, layout: Layout) -> Written:
     unknown = layout.unknown(component.spec)
     if unknown:
+        field = "original" if layout.as_released else "runtimes"
         raise InputError(
             unknown,
             where=f"convert --to {layout.name}",
-            hint="Use the packed layout, or give its names in the family's ModelSpec (docs/adapting-a-model.md). "
+            hint=f"Use the packed layout, or give them in `{field}` of the family's ModelSpec (docs/adapting-a-model.md). "
             "docs/supported-models.md says whose are known.",
         )
     if reason := layout.unmixed(component.methods):

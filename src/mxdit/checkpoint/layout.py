@@ -133,7 +133,7 @@ class Layout:
     def unknown(self, spec: ModelSpec) -> str | None:
         """Why there is no telling how it names the layers of a family; None where the spec says so."""
         if self.by_runtime_names and self.name not in spec.runtimes:
-            return f"mxdit does not know by which names it would look for the layers of {spec.transformer}"
+            return f"mxdit does not know by which names the runtime looks for the layers of {spec.transformer}"
         if self.as_released and not spec.original:
             return f"mxdit does not know the names that {spec.transformer} has in its own release"
         return None

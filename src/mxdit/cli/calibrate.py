@@ -92,7 +92,9 @@ def calibrate(
     count: Annotated[
         int | None, typer.Option(help="How many prompts to learn from. Default: 64, or what there are.")
     ] = None,
-    held: Annotated[int | None, typer.Option(help="How many prompts to judge by. Default: 16, or a quarter.")] = None,
+    held: Annotated[
+        int | None, typer.Option(help="How many prompts to judge by, 4 or more. Default: 16, or a quarter.")
+    ] = None,
     activation: Annotated[
         str | None,
         typer.Option(

@@ -94,7 +94,7 @@ def as_python(proposal: Proposal) -> str:
         lines += ["    keep={"]
         lines += [f"        {json.dumps(name)}: {json.dumps(why)}," for name, why in spec.keep.items()] + ["    },"]
     lines += [
-        f"    components={spec.components!r},  # what its pipelines call it: a cascade has several",
+        f"    components=({', '.join(map(json.dumps, spec.components))},),  # what its pipelines call it: a cascade has several",
         ")",
         "SPECS = (FAMILY,)",
     ]
