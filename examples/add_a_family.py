@@ -2,7 +2,7 @@
 
     python examples/add_a_family.py [OUT]
 
-The model is defined here. A family of diffusers' own would have its ModelSpec in src/mxdit/models/;
+The model is defined here. A family of diffusers' own would have its file in src/mxdit/models/families/;
 docs/adapting-a-model.md says what to look up for it.
 """
 
@@ -16,6 +16,7 @@ from torch import nn
 
 import mxdit
 from mxdit.models import ModelSpec, register_family
+from mxdit.models.spec import MODULATION
 
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("family")
 
@@ -59,7 +60,7 @@ register_family(
         transformer="ClockTransformer",
         blocks=("blocks",),
         groups=(("to_q", "to_k", "to_v"),),
-        keep=("modulation",),
+        keep={"modulation": MODULATION},
     )
 )
 

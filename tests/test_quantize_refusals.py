@@ -160,11 +160,11 @@ def test_a_saved_model_with_adapters_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (nn.DataParallel, r"got DataParallel; .*It holds one: pass its module\."),
-        (lambda model: get_peft_model(model, LORA), r"got PeftModel; .*It holds one: pass its base_model.model\."),
+        (nn.DataParallel, r"got DataParallel\. It holds one: pass its module\."),
+        (lambda model: get_peft_model(model, LORA), r"got PeftModel\. It holds one: pass its base_model.model\."),
         (
             lambda model: UNet2DModel(sample_size=8, block_out_channels=(32,) * 4),
-            r"got UNet2DModel; .*infer_spec proposes a ModelSpec",
+            r"got UNet2DModel\. .*infer_spec proposes a ModelSpec",
         ),
     ],
 )

@@ -26,7 +26,7 @@ from mxdit.config.encoders import encoder_config
 from mxdit.errors import CheckpointError, ConfigError, FormatError, ModelError
 from mxdit.integrations.diffusers_files import Codes, take_codes
 from mxdit.layers import MXLinear
-from mxdit.models import COMPONENTS, TEXT_ENCODERS
+from mxdit.models import COMPONENTS, SPECS, TEXT_ENCODERS
 from mxdit.numerics.formats import FLOATS, PARTS, TensorInfo, block_format
 from mxdit.quantize.apply import quantized, swap
 from mxdit.quantize.plan import Decision, plan
@@ -301,7 +301,9 @@ def pipeline_config(method: str, **overrides: Any) -> Any:
             raise ConfigError(
                 "neither a key of the config nor a component", where="pipeline_config", got=repr(key), hint=hint
             )
-    found = configs_of(COMPONENTS, method, shared, own)
+    # Of families that have all that are named: others' further transformers are not in the pipeline.
+    families = [spec.components for spec in SPECS.values() if own.keys() <= set(spec.components)] or [COMPONENTS]
+    found = configs_of(dict.fromkeys(name for names in families for name in names), method, shared, own)
     mapping: dict[str, Any] = {name: config for name, config in found.items() if config is not None}
     mapping |= encoders_of(encoders)
     if not mapping:
