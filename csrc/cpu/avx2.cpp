@@ -1,6 +1,7 @@
 // AVX2 with FMA: Haswell and newer, Zen and newer.
 #include <immintrin.h>
 
+#include "float_attention.h"
 #include "float_product.h"
 #include "int_product.h"
 
@@ -92,6 +93,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx2_path() { return {"avx2", encode_any, decode_any, fast, float_product<Avx2>}; }
+Path avx2_path() { return {"avx2", encode_any, decode_any, fast, float_product<Avx2>, float_attention}; }
 
 }  // namespace mxdit

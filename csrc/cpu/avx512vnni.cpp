@@ -1,4 +1,5 @@
 // AVX-512 with byte dot products: Cascade Lake and newer, Zen 4 and newer.
+#include "float_attention.h"
 #include "int_avx512.h"
 
 namespace mxdit {
@@ -10,6 +11,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx512vnni_path() { return {"avx512vnni", encode_avx512, decode_any, fast, float_product<Vnni>}; }
+Path avx512vnni_path() { return {"avx512vnni", encode_avx512, decode_any, fast, float_product<Vnni>, float_attention}; }
 
 }  // namespace mxdit

@@ -20,6 +20,7 @@ constexpr int64_t kThreadNumbers = 1 << 15;   // to encode or decode, likewise
 constexpr int64_t kApartColumns = 1024;       // of the weights, at most
 constexpr int64_t kApartRows = 32;            // of the activations for each thread, at least
 constexpr int64_t kApartBytes = 1 << 20;      // that they take when prepared, at most: of second level cache
+constexpr int64_t kAttentionBytes = 8 << 20;  // of keys and values that are laid out at once
 
 const std::vector<Path>& paths() {
   static const std::vector<Path> usable = [] {
@@ -160,6 +161,41 @@ Outcome multiply_by(Product (*way)(const MxLinear&), const MxLinear& job, int th
   return apart ? multiply_rows_apart(job, product, threads) : multiply(job, product, threads);
 }
 
+// As many heads' keys and values are laid out at once as the caches are good for, or one for each thread; then their queries
+// go by, a head's one after the other, so that threads read the same keys.
+Outcome attend(const MxAttention& job, const Attention& way, int threads) {
+  const int64_t sources = job.batch * job.kv_heads, group = job.heads / job.kv_heads;
+  const int64_t held = std::clamp<int64_t>(kAttentionBytes / way.prepared_bytes, std::min<int64_t>(threads, sources), sources);
+  uint8_t* const kept = prepared.get(held * way.prepared_bytes);
+  if (!kept || !scratch.get(way.scratch_bytes)) return Outcome::no_memory;
+  const int64_t key_tasks = (job.keys + way.keys - 1) / way.keys, query_tasks = (job.queries + way.queries - 1) / way.queries;
+  for (int64_t base = 0; base < sources; base += held) {
+    const int64_t here = std::min(held, sources - base);
+    std::atomic<int64_t> next{0};
+    parallel(threads, [&] {
+      uint8_t* const own = scratch.get(way.scratch_bytes);
+      if (!own) return;  // what this one leaves, the others do: the calling thread has its scratch
+      for (int64_t task = next++; task < here * key_tasks; task = next++) {
+        const int64_t source = base + task / key_tasks, first = task % key_tasks * way.keys;
+        way.prepare(job, source / job.kv_heads, source % job.kv_heads, first, std::min(first + way.keys, job.keys),
+                    kept + task / key_tasks * way.prepared_bytes, own);
+      }
+    });
+    next = 0;
+    parallel(threads, [&] {
+      uint8_t* const own = scratch.get(way.scratch_bytes);
+      if (!own) return;
+      for (int64_t task = next++; task < here * group * query_tasks; task = next++) {
+        const int64_t source = base + task / query_tasks / group, first = task % query_tasks * way.queries;
+        const int64_t head = source % job.kv_heads * group + task / query_tasks % group;
+        way.attend(job, source / job.kv_heads, head, first, std::min(first + way.queries, job.queries),
+                   kept + task / query_tasks / group * way.prepared_bytes, own);
+      }
+    });
+  }
+  return Outcome::done;
+}
+
 }  // namespace
 }  // namespace mxdit
 
@@ -207,4 +243,10 @@ int mx_linear(const MxLinear* job, int threads) {
   Outcome outcome = multiply_by(path().fast, *job, workers);
   if (outcome == Outcome::declined) outcome = multiply_by(path().general, *job, workers);
   return outcome == Outcome::done ? 0 : -1;
+}
+
+int mx_attention(const MxAttention* job, int threads) {
+  if (job->batch == 0 || job->queries == 0 || job->heads == 0) return 0;
+  const int64_t products = job->batch * job->queries * job->heads * job->keys * (job->width + job->v_width);
+  return attend(*job, path().attention(*job), useful_threads(threads, products, kThreadProducts)) == Outcome::done ? 0 : -1;
 }

@@ -26,12 +26,25 @@ struct Product {
   int64_t strip = 1;  // of rows that `prepare` has to get at once: `first` is a multiple, and so is `last`, or the end
 };
 
+// One way to attend. The driver lets `prepare` lay out the keys and values of a few heads, a range of keys a call, and then
+// hands ranges of queries to `attend`.
+struct Attention {
+  int64_t prepared_bytes;  // of one head's keys and values
+  int64_t keys, queries;   // of one task: `first` is a multiple of it
+  int64_t scratch_bytes;   // that a call needs
+  void (*prepare)(const MxAttention&, int64_t batch, int64_t kv_head, int64_t first, int64_t last, uint8_t* prepared,
+                  uint8_t* scratch);
+  void (*attend)(const MxAttention&, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared,
+                 uint8_t* scratch);
+};
+
 struct Path {
   const char* name;
   void (*encode)(const MxEncode&, int64_t first, int64_t last);  // rows [first, last)
   void (*decode)(const MxDecode&, int64_t first, int64_t last);
   Product (*fast)(const MxLinear&);     // the quickest way for this job, which may decline extreme values
   Product (*general)(const MxLinear&);  // IEEE fp32 throughout: takes everything
+  Attention (*attention)(const MxAttention&);
 };
 
 // Each is defined in the file of its name, and to be called where cpu.h says that this CPU runs it.

@@ -17,6 +17,8 @@ enum MxDtype { MX_BF16, MX_FP16, MX_FP32 };
 enum MxFormat { MX_FP4, MX_FP8, MX_FLOAT };  // MX_FLOAT: activations that are not quantized
 enum MxRule { MX_OCP, MX_UOS, MX_EVEN6, MX_EVEN7, MX_CUBLAS };
 enum MxRound { MX_RINT, MX_ROUND, MX_FLOOR };
+enum MxMask { MX_NO_MASK = -1, MX_BOOL_MASK = 3 };  // or an MxDtype: added to the logits
+enum MxAttend { MX_EXACT };
 
 // How x (rows, k) becomes codes and scales.
 typedef struct {
@@ -54,6 +56,20 @@ typedef struct {
   int32_t a_dual;  // x is encoded with two scale levels
 } MxLinear;
 
+// out (batch, queries, heads, v_width), contiguous, = softmax(scale q k^T + mask) v. q is (batch, queries, heads, width), k
+// (batch, keys, kv_heads, width), v (batch, keys, kv_heads, v_width), all of `dtype`. Strides count elements from batch to
+// batch, token to token and head to head; the last axis is contiguous.
+typedef struct {
+  int64_t batch, queries, keys, heads, kv_heads, width, v_width;
+  const void *q, *k, *v;
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+  const void* mask;         // of mask_dtype; bool as bytes, 1 where a key takes part
+  int64_t mask_strides[4];  // of batch, head, query and key; 0 where it is broadcast
+  void* out;
+  float scale;
+  int32_t dtype, mask_dtype, causal, method;
+} MxAttention;
+
 // Names of the instruction set paths that this CPU runs, best first, separated by blanks.
 MX_API const char* mx_paths(void);
 // Use that path from now on, or, for NULL, the best; 0, or -1 for one that this CPU does not run.
@@ -64,6 +80,8 @@ MX_API void mx_encode(const MxEncode* job, int threads);
 MX_API void mx_decode(const MxDecode* job, int threads);
 // 0, or -1 where memory ran out.
 MX_API int mx_linear(const MxLinear* job, int threads);
+// Likewise.
+MX_API int mx_attention(const MxAttention* job, int threads);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,7 @@
 // 64-bit Arm with byte dot products: Armv8.2 with FEAT_DotProd, such as Neoverse N1 and newer, Apple M1 and newer.
 #include <arm_neon.h>
 
+#include "float_attention.h"
 #include "float_product.h"
 #include "int_product.h"
 
@@ -133,6 +134,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path neon_path() { return {"neon", encode_any, decode_any, fast, float_product<Neon>}; }
+Path neon_path() { return {"neon", encode_any, decode_any, fast, float_product<Neon>, float_attention}; }
 
 }  // namespace mxdit

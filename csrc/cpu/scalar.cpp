@@ -1,4 +1,5 @@
 // Plain C++ for any CPU: GCC and Clang lower the four-lane registers to what there is.
+#include "float_attention.h"
 #include "float_product.h"
 
 namespace mxdit {
@@ -25,6 +26,6 @@ struct Plain {
 
 }  // namespace
 
-Path scalar_path() { return {"scalar", encode_any, decode_any, float_product<Plain>, float_product<Plain>}; }
+Path scalar_path() { return {"scalar", encode_any, decode_any, float_product<Plain>, float_product<Plain>, float_attention}; }
 
 }  // namespace mxdit

@@ -24,6 +24,7 @@ from mxdit.backends.record import Backend
 from mxdit.backends.threads import usable_threads
 from mxdit.errors import BackendError
 from mxdit.numerics.formats import FORMATS
+from mxdit.ops import attention as attention_ops
 from mxdit.ops import implement, products
 from mxdit.ops import quantize as quantize_ops
 
@@ -40,10 +41,14 @@ _NO_LIBRARY = (
 _FP4, _FP8, _FLOAT = range(3)
 _FORMATS = {"mxfp4": _FP4, "mxfp4_dualscale": _FP4, "mxfp8": _FP8, None: _FLOAT}
 
-# MxEncode, MxDecode and MxLinear of csrc/cpu/mxdit_cpu.h. Packed by `struct`, in a quarter of the time of ctypes' own.
+_METHODS = {"exact": 0}
+_NO_MASK, _BOOL_MASK = -1, 3
+
+# The structs of csrc/cpu/mxdit_cpu.h. Packed by `struct`, in a quarter of the time of ctypes' own.
 _ENCODE = struct.Struct("@P3q4i4P")
 _DECODE = struct.Struct("@3P2q2iP")
 _LINEAR = struct.Struct("@4q10P7i")
+_ATTENTION = struct.Struct("@7q3P9qP4qPf4i")
 
 
 # -- which path ----------------------------------------------------------------------------------------------------------
@@ -72,7 +77,7 @@ def _library() -> ctypes.CDLL | None:
     library.mx_paths.restype = library.mx_selected.restype = ctypes.c_char_p
     library.mx_select.argtypes = [ctypes.c_char_p]
     library.mx_encode.restype = library.mx_decode.restype = None
-    for function in (library.mx_encode, library.mx_decode, library.mx_linear):
+    for function in (library.mx_encode, library.mx_decode, library.mx_linear, library.mx_attention):
         function.argtypes = [ctypes.c_char_p, ctypes.c_int]
     return library
 
@@ -261,6 +266,26 @@ def linear(
     return result
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str) -> Tensor:
+    """`mxdit.ops.attention`."""
+    if _reference:
+        return _refer(attention_ops.attention, q, k, v, mask, scale, causal, method)
+    result = attention_ops.prepare_attention(q, k, v, mask, scale, causal, method)
+    if result.numel():
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+        if mask is not None:
+            mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        dtype = _NO_MASK if mask is None else _BOOL_MASK if mask.dtype is torch.bool else _DTYPES[mask.dtype]
+        job = _ATTENTION.pack(
+            *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], v.shape[3], q.data_ptr(), k.data_ptr(), v.data_ptr(),
+            *strides, _pointer(mask), *((0,) * 4 if mask is None else mask.stride()), result.data_ptr(), scale,
+            _DTYPES[q.dtype], dtype, causal, _METHODS[method],
+        )  # fmt: skip
+        _call("mx_attention", job)
+    return result
+
+
 _checked: dict[tuple[object, ...], tuple[int, ...]] = {}  # as many as a program's models have kinds of layers
 
 
@@ -309,12 +334,17 @@ def _encode(
 
 def _call(function: str, job: bytes) -> None:
     if getattr(_library(), function)(job, usable_threads()):
-        m, n, k = _LINEAR.unpack(job)[:3]
+        first, second, third = struct.unpack_from("@3q", job)
+        attends = function == "mx_attention"
         raise BackendError(
-            "no memory for a product",
+            "no memory for attention" if attends else "no memory for a product",
             where="mxdit.backends.cpu",
-            got=f"M={m}, N={n}, K={k} on {usable_threads()} threads",
-            expected="about 10 MB, with AMX 35, and 2 MB for each thread",
+            got=f"batch {first}, {second} queries, {third} keys on {usable_threads()} threads"
+            if attends
+            else f"M={first}, N={second}, K={third} on {usable_threads()} threads",
+            expected="the keys and values of a head for each thread"
+            if attends
+            else "about 10 MB, with AMX 35, and 2 MB for each thread",
             hint="Free memory, or lower torch.set_num_threads.",
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.library import Library, register_fake
 
-from mxdit.ops import products, quantize
+from mxdit.ops import attention, products, quantize
 
 LIBRARY = Library("mxdit", "DEF")
 """The registrations live as long as this object."""
@@ -78,6 +78,11 @@ OPS = {
             " str layout) -> Tensor",
             products.linear,
             products.prepare_linear,
+        ),
+        Op(
+            "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, str method) -> Tensor",
+            attention.attention,
+            attention.prepare_attention,
         ),
     )
 }
