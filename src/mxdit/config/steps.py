@@ -40,27 +40,9 @@ class StepPolicy:
     _at: Mapping[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        named = {name: _steps(name, steps) for name, steps in self.activations.items()}
-        # In one order, because JSON has none: equal policies are written alike.
-        object.__setattr__(self, "activations", {name: named[name] for name in NAMES if named.get(name)})
-        at: dict[int, str] = {}
-        for name, steps in self.activations.items():
-            for step in steps:
-                if step in at:
-                    got, hint = f"step {step} under {at[step]!r} and {name!r}", "Keep one of them."
-                    raise ConfigError("a step has two activations", field=FIELD, got=got, hint=hint)
-                at[step] = name
+        named, at = by_step(self.activations, self.of, NAMES, "activation", field=FIELD, example=EXAMPLE)
+        object.__setattr__(self, "activations", named)
         object.__setattr__(self, "_at", at)
-        if self.of is None:
-            return
-        if type(self.of) is not int or self.of < 1:
-            raise ConfigError("of is no number of steps", field=FIELD, got=repr(self.of), expected="1 or more")
-        if not at:
-            raise ConfigError("a number of steps, and no step", field=FIELD, got=f"of {self.of}", expected=EXAMPLE)
-        if max(at) >= self.of:
-            raise ConfigError(
-                "a step beyond the last", field=FIELD, got=max(at), expected=f"0 to {self.of - 1}, of {self.of} steps"
-            )
 
     def __bool__(self) -> bool:
         return bool(self._at)
@@ -77,22 +59,7 @@ class StepPolicy:
 
     def check(self, steps: int) -> None:
         """Raise ConfigError where the policy is not one for a request of `steps` steps."""
-        if self.of not in (None, steps):
-            raise ConfigError(
-                "the policy was written for another number of steps, whose noise levels are others",
-                field=FIELD,
-                got=f"a request of {steps} steps",
-                expected=f"{self.of} steps",
-                hint=f"Run {self.of} steps, or write the policy for {steps}: the steps from 0 to {steps - 1}, and of={steps}.",
-            )
-        if self._at and max(self._at) >= steps:
-            raise ConfigError(
-                "the policy names a step that the request does not have",
-                field=FIELD,
-                got=f"step {max(self._at)}, and a request of {steps} steps",
-                expected=f"0 to {steps - 1}",
-                hint=f"Run at least {max(self._at) + 1} steps, or write the policy for {steps}.",
-            )
+        check_steps(self._at, self.of, steps, field=FIELD)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepPolicy:
@@ -118,7 +85,7 @@ class StepPolicy:
             key, value = (left, right) if left == "of" else (right, left)
             if not equals or key in values or (key == "of" and not value.isdecimal()):
                 raise ConfigError("not steps and their activation", field=FIELD, got=repr(group), expected=GROUPS)
-            values[key] = int(value) if key == "of" else _numbers(value)
+            values[key] = int(value) if key == "of" else numbers(value, field=FIELD, expected=GROUPS)
         return cls.from_dict(values)
 
     def __str__(self) -> str:
@@ -126,31 +93,80 @@ class StepPolicy:
         return ";".join(groups if self.of is None else [*groups, f"of={self.of}"])
 
 
-def _steps(activation: object, steps: object) -> tuple[int, ...]:
-    """The steps of one activation, sorted, each once."""
-    if activation not in NAMES:
-        hint = near_names(str(activation), NAMES)
+def by_step(
+    named: Mapping[str, object], of: object, names: Iterable[str], what: str, *, field: str, example: str
+) -> tuple[dict[str, tuple[int, ...]], dict[int, str]]:
+    """Name -> its steps, sorted, and step -> its name. In the order of `names`, because JSON has none: equal policies are
+    written alike.
+
+    Raises ConfigError for another name, for steps that are no such numbers, for a step that is named twice, and for a number
+    of steps `of` that is none, or too few.
+    """
+    names = tuple(names)
+    each = {name: _steps(name, steps, names, what, field=field) for name, steps in named.items()}
+    each = {name: each[name] for name in names if each.get(name)}
+    at: dict[int, str] = {}
+    for name, steps in each.items():
+        for step in steps:
+            if step in at:
+                got, hint = f"step {step} under {at[step]!r} and {name!r}", "Keep one of them."
+                raise ConfigError(f"a step has two {what}s", field=field, got=got, hint=hint)
+            at[step] = name
+    if of is None:
+        return each, at
+    if type(of) is not int or of < 1:
+        raise ConfigError("of is no number of steps", field=field, got=repr(of), expected="1 or more")
+    if not at:
+        raise ConfigError("a number of steps, and no step", field=field, got=f"of {of}", expected=example)
+    if max(at) >= of:
+        raise ConfigError("a step beyond the last", field=field, got=max(at), expected=f"0 to {of - 1}, of {of} steps")
+    return each, at
+
+
+def check_steps(at: Mapping[int, str], of: int | None, steps: int, *, field: str) -> None:
+    """Raise ConfigError where what is said of steps is not for a request of `steps` steps."""
+    if of not in (None, steps):
         raise ConfigError(
-            "unknown activation", field=FIELD, got=repr(activation), expected=f"one of {', '.join(NAMES)}", hint=hint
+            "the policy was written for another number of steps, whose noise levels are others",
+            field=field,
+            got=f"a request of {steps} steps",
+            expected=f"{of} steps",
+            hint=f"Run {of} steps, or write the policy for {steps}: the steps from 0 to {steps - 1}, and of={steps}.",
+        )
+    if at and max(at) >= steps:
+        raise ConfigError(
+            "the policy names a step that the request does not have",
+            field=field,
+            got=f"step {max(at)}, and a request of {steps} steps",
+            expected=f"0 to {steps - 1}",
+            hint=f"Run at least {max(at) + 1} steps, or write the policy for {steps}.",
+        )
+
+
+def _steps(name: object, steps: object, names: tuple[str, ...], what: str, *, field: str) -> tuple[int, ...]:
+    if name not in names:
+        hint = near_names(str(name), names)
+        raise ConfigError(
+            f"unknown {what}", field=field, got=repr(name), expected=f"one of {', '.join(names)}", hint=hint
         )
     if not isinstance(steps, (list, tuple)) or not all(type(step) is int and step >= 0 for step in steps):
         raise ConfigError(
-            f"the steps of {activation!r} are no list of step numbers, which count from 0",
-            field=FIELD,
+            f"the steps of {name!r} are no list of step numbers, which count from 0",
+            field=field,
             got=repr(steps),
             expected="something like [0, 1]",
         )
     return tuple(sorted(set(steps)))
 
 
-def _numbers(text: str) -> list[int]:
-    """The numbers of "0-2,7", which `ranges` writes."""
+def numbers(text: str, *, field: str, expected: str) -> list[int]:
+    """The numbers of "0-2,7", which `ranges` writes. Raises ConfigError where they are none."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if last < first:
-            raise ConfigError("neither a step nor a range of steps", field=FIELD, got=repr(part), expected=GROUPS)
+            raise ConfigError("neither a step nor a range of steps", field=field, got=repr(part), expected=expected)
         found += range(first, last + 1)
     return found
 

@@ -36,3 +36,7 @@ def masked(logits: Tensor, mask: Tensor | None, first: int | None) -> Tensor:
     if mask is None:
         return logits
     return logits.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else logits + mask.float()
+
+
+METHODS = {"exact": exact}
+"""How attention is computed: its arithmetic, by name."""

@@ -1,4 +1,4 @@
-"""The op ``attention``: softmax(q k^T) v, by a method of `METHODS`.
+"""The op ``attention``: softmax(q k^T) v, by a method of `mxdit.numerics.attention`.
 
 A function that is named like an op is its reference; ``prepare_`` checks an op's arguments and makes room for its result.
 """
@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from mxdit.errors import FormatError
-from mxdit.numerics import attention as numerics
-
-METHODS = {"exact": numerics.exact}
-"""How attention is computed: its arithmetic, of one batch entry, by name."""
+from mxdit.numerics.attention import METHODS
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ORDER = "(batch, tokens, heads, width)"
@@ -29,7 +26,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
             None for no mask.
         scale: of the products, commonly D^-1/2.
         causal: whether query i sees keys 0 to i only. Not beside a mask.
-        method: of `METHODS`.
+        method: of `mxdit.numerics.attention.METHODS`.
 
     Returns:
         (B, L, H, E), in q's dtype. A query that sees no key gets zeros.
