@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mxdit import backends as backends  # register torch.ops.mxdit and its kernels; the aliases say that they are
 from mxdit import ops as ops  # meant to be here
 from mxdit.config import MXConfig
+from mxdit.config.attention import AttentionPolicy
 from mxdit.config.steps import StepPolicy
 from mxdit.embedding import MXEmbedding
 from mxdit.errors import (
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
     from mxdit.generation.request import Request
     from mxdit.generation.session import Result, Session
     from mxdit.integrations.diffusers_adapters import load_lora_weights
+    from mxdit.integrations.diffusers_attention import attention_policy
     from mxdit.models.infer import infer_spec
 
 register_when_imported()
 
 # Imported when they are first asked for, so that `import mxdit` stays as fast for those who only quantize.
 _LATER = {
+    "attention_policy": "mxdit.integrations.diffusers_attention",
     "infer_spec": "mxdit.models.infer",
     "load_lora_weights": "mxdit.integrations.diffusers_adapters",
     "Request": "mxdit.generation.request",
@@ -55,6 +58,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AttentionPolicy",
     "BackendError",
     "Cancelled",
     "CheckpointError",
@@ -75,6 +79,7 @@ __all__ = [
     "Shard",
     "StepPolicy",
     "__version__",
+    "attention_policy",
     "decode",
     "encode",
     "infer_spec",

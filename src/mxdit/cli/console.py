@@ -75,6 +75,14 @@ ActivationSteps = Annotated[
         metavar="STEPS=FORMAT",
     ),
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        help="How attention is computed: torch, exact, int8; with other layers and denoising steps as in "
+        "'int8;0-1=exact;blocks.0.*=torch'.",
+        metavar="METHOD[;...]",
+    ),
+]
 Loras = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from mxdit.cli.console import (
     METHODS,
     ActivationSteps,
+    Attention,
     Config,
     Device,
     Dtype,
@@ -47,7 +48,7 @@ from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 
 if TYPE_CHECKING:
-    from mxdit.generation.session import Result
+    from mxdit.generation.session import Result, Session
     from mxdit.quantize.report import QuantReport
 
 RENAMED = {
@@ -93,6 +94,7 @@ def generate(
         str | None, typer.Option(help="Activations over the same weights: mxfp4, mxfp8 or bf16.", metavar="FORMAT")
     ] = None,
     activation_steps: ActivationSteps = None,
+    attention: Attention = None,
     text_encoder: TextEncoder = None,
     config: Config = None,
     lora: Loras = None,
@@ -151,6 +153,7 @@ def generate(
         memory=memory,
         variant=variant,
         loras=loras_of(lora),
+        attention=attention,
     )
     request = session.request(
         prompt=prompt,
@@ -184,6 +187,8 @@ def generate(
         tell(f"  {name}: {loading.summary(report)}{by_step}")
     for name, report in session.encoder_reports().items():
         tell(f"  {name}: {loading.summary(report)}")
+    if session.attention:
+        tell(f"  attention: {session.attention}")
     for one in request.loras:
         tell(f"  {one.component}: LoRA {one.file}, scale {one.scale:g}")
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -191,12 +196,13 @@ def generate(
         bar = progress.add_task("", total=request.steps)
         result = session.run(request, lambda done, _: progress.update(bar, completed=done))
     result.save(output)
-    _show_result(output, result, reports, policies, as_json)
+    _show_result(output, result, session, reports, policies, as_json)
 
 
 def _show_result(
     output: Path,
     result: Result,
+    session: Session,
     reports: Mapping[str, QuantReport],
     policies: Mapping[str, StepPolicy],
     as_json: bool,
@@ -214,6 +220,7 @@ def _show_result(
                 }
                 for name, report in reports.items()
             },
+            "attention": session.attention.to_dict(),
             "seconds": result.seconds,
             "seconds_per_step": step,
             "peak_bytes": result.peak_bytes,

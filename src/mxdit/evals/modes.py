@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mxdit.config.attention import FIELD as ATTENTION
+from mxdit.config.attention import AttentionPolicy
 from mxdit.config.choices import near_names
 from mxdit.config.components import configs_of, split_keys
 from mxdit.config.encoders import encoder_config
@@ -25,6 +27,7 @@ class Mode:
         name: what results call it.
         method: format of the weights; None for BF16, and for a directory, which says its own.
         keys: keys of MXConfig, for every transformer.
+        attention: how the transformers compute it.
         components: transformer -> keys that differ there, or None to leave it as it is; text encoder -> what it is quantized to.
         how: "float"; "online", quantized while the BF16 model loads; "offline", quantized on disk before.
         directory: the quantized model, where the mode is one.
@@ -36,6 +39,7 @@ class Mode:
     how: str = "online"
     directory: Path | None = None
     components: Mapping[str, Any] = field(default_factory=dict)
+    attention: AttentionPolicy = field(default_factory=AttentionPolicy)
 
 
 BF16 = Mode("bf16", None, how="float")  # the reference, first in every evaluation
@@ -60,7 +64,8 @@ def choose(patterns: Sequence[str] | None, custom: Sequence[str] = ()) -> tuple[
         patterns: names of `STANDARD`, globs of them, or their first words ("mxfp8"); None takes all, [] none.
         custom: each NAME=DIR, a directory that holds the model quantized, or NAME={...}, JSON of MXConfig's keys, also per
             expert under "transformer" and "transformer_2", and of a text encoder under "text_encoder", "text_encoder_2", ...,
-            which is quantized while it loads; a text encoder alone, where there is no "quant_method".
+            which is quantized while it loads; a text encoder alone, where there is no "quant_method". "attention" is a policy
+            of attention, also of BF16.
 
     Raises:
         InputError: a pattern that names nothing, a custom mode that is neither, or two of one name.
@@ -97,13 +102,14 @@ def _custom(text: str) -> Mode:
     except ValueError as error:
         raise InputError("not JSON", field="mode", where=name, got=str(error), expected=form) from None
     method = keys.pop("quant_method", None)
+    attention = AttentionPolicy.of_value(keys.pop(ATTENTION, None))
     keys, encoders = split_keys(keys, TEXT_ENCODERS)
     for component, of in encoders.items():
         encoder_config(of, component)
-    if method is None and encoders and not keys:
-        return Mode(name, None, components=encoders)
+    if method is None and not keys and (encoders or attention):
+        return Mode(name, None, components=encoders, attention=attention)
     if method is None:
         raise ConfigError("no quant_method", field="mode", where=name, expected=" or ".join(FORMATS))
     shared, own = split_keys(keys, COMPONENTS)
     configs_of(COMPONENTS, method, shared, own)  # a wrong key is said before anything runs
-    return Mode(name, method, shared, components={**own, **encoders})
+    return Mode(name, method, shared, components={**own, **encoders}, attention=attention)

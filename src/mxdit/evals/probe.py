@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxdit.config.attention import AttentionPolicy
 from mxdit.evals.velocities import errors_of
 from mxdit.generation.recording import repeat, transformers_of
+from mxdit.integrations.diffusers_attention import AttentionSwitch
 from mxdit.layers import MXLinear
 from mxdit.models import spec_of
 from mxdit.quantize.recorded import recorded_config
@@ -45,12 +47,18 @@ def embeddings_of(pipeline: Any, prompt: str) -> list[Tensor]:
     return [part.float().cpu() for part in made if isinstance(part, Tensor) and part.is_floating_point()]
 
 
-def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]], guidance: Mapping[str, float]) -> dict[str, Any]:
+def velocity_errors(
+    pipeline: Any,
+    calls: Sequence[Mapping[str, Any]],
+    guidance: Mapping[str, float],
+    attention: AttentionPolicy | None = None,
+) -> dict[str, Any]:
     """How far this pipeline's velocities are from the recorded ones, over the calls of one clip.
 
     Args:
         calls: in order, of all experts.
         guidance: expert -> scale with which they were made.
+        attention: how it is computed here.
 
     Returns {"steps": [{"step", "velocity_error", "velocity_cosine"}, each the mean over the step's calls], and of the whole clip
     "guided_error", "accumulated_error", "slope", "guidance_slope"}, as `DEFINITIONS` has them.
@@ -59,6 +67,9 @@ def velocity_errors(pipeline: Any, calls: Sequence[Mapping[str, Any]], guidance:
     velocities = list[Tensor]()
     with ExitStack() as switches:
         for model in experts.values():
+            if attention:
+                by_layer = AttentionSwitch(model, attention, lambda: (call["step"], length))
+                switches.callback(by_layer.remove)
             config = recorded_config(model)
             if config is not None and config.activation_steps:  # its layers have the activations of the call's step
                 switch = StepSwitch(model, config.activation_steps, lambda: (call["step"], length))

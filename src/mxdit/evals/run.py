@@ -80,7 +80,14 @@ class Run:
         online = (
             {"method": mode.method, "keys": mode.keys, "components": mode.components} if mode.how == "online" else {}
         )
-        session = Session.open(directory, task=settings.task, dtype=settings.dtype, device=settings.device, **online)
+        session = Session.open(
+            directory,
+            task=settings.task,
+            dtype=settings.dtype,
+            device=settings.device,
+            attention=mode.attention,
+            **online,
+        )
         pipeline = session.load()
         run = self._run(session, directory)
         loading = time.perf_counter() - started
@@ -149,6 +156,7 @@ class Run:
                 "device": place_of(self._where),
                 "dtype": str(self.settings.dtype),
                 "pipeline": [type(pipeline).__name__, config],
+                "attention": session.attention.to_dict(),
                 "parts": self._digests[directory],
                 "experts": digest_of_experts(
                     {**transformers_of(pipeline), **{name: getattr(pipeline, name) for name in encoders}}
@@ -221,7 +229,9 @@ class Run:
         guidance = guidance_of(self.settings.videos[index].request, transformers_of(pipeline))
         return self.cache.figures(
             {"kind": "velocities", "run": run, "reference": clip.name},
-            lambda: velocity_errors(pipeline, torch.load(clip / CALLS, weights_only=True, mmap=True), guidance),
+            lambda: velocity_errors(
+                pipeline, torch.load(clip / CALLS, weights_only=True, mmap=True), guidance, mode.attention
+            ),
         )
 
     def _layers(self, pipeline: Any, mode: Mode, run: str) -> list[dict[str, Any]]:

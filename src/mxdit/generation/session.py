@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mxdit.config import MXConfig, check_activation
+from mxdit.config.attention import AttentionPolicy
 from mxdit.config.components import split_keys
 from mxdit.config.loras import LoraLike
 from mxdit.config.steps import StepPolicy
@@ -89,6 +90,7 @@ class Session:
         offload: whether weights are on the device for no longer than they are used.
         loras: LoRA files that take part in the runs of requests that do not name their own.
         memory: bytes that a run may take, of the process on a CPU, else of the device; None says nothing.
+        attention: how the transformers compute it.
         lock: held while a run lasts. Hold it to use the pipeline yourself, such as with hooks in its modules; the thread that
             holds it can run requests meanwhile.
     """
@@ -105,9 +107,11 @@ class Session:
         encoders: Mapping[str, MXConfig] | None = None,
         loras: Sequence[LoraLike] = (),
         memory: int | None = None,
+        attention: AttentionPolicy | None = None,
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
         self.variant, self.offload, self.encoders, self.memory = variant, offload, encoders or {}, memory
+        self.attention = attention or AttentionPolicy()
         self._checked = Checked(model)
         self.loras = self._checked.of(loras)
         self.lock = threading.RLock()
@@ -132,6 +136,7 @@ class Session:
         offload: bool = False,
         loras: Sequence[LoraLike] = (),
         memory: str | int | None = None,
+        attention: AttentionPolicy | Mapping[str, Any] | str | None = None,
     ) -> Session:
         """Read what a model is, and decide how it is loaded; the weights are read by `load`, or by the first run.
 
@@ -151,6 +156,9 @@ class Session:
                 stays in memory is then planned before anything is loaded (`plan`); no number changes but where a plan decodes
                 in tiles.
             variant: of the weight files, as diffusers calls it ("fp16"); None takes the plain ones, or the one that there is.
+            attention: how the transformers compute it: an `AttentionPolicy`, its JSON or its text form, such as "exact" or
+                "int8;0-1=exact"; None leaves it to diffusers. A model that has another kind of attention raises ModelError
+                when it runs.
             loras: LoRA files beside the weights, quantized or not; of a cascade each as
                 `LoraFile(file, scale, "transformer_2")`. Several add up.
 
@@ -171,7 +179,8 @@ class Session:
             raise InputError(
                 "a plan of memory decides what is offloaded", field="offload", hint="Leave it out, or the memory."
             )
-        return cls(model, task, configs, dtype, device, variant, offload, encoders, loras, budget)
+        policy = AttentionPolicy.of_value(attention)
+        return cls(model, task, configs, dtype, device, variant, offload, encoders, loras, budget, policy)
 
     def request(self, *, loras: Sequence[LoraLike] | None = None, **fields: Any) -> Request:
         """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which, and
@@ -184,6 +193,7 @@ class Session:
         request = make_request(self.model, self.task, loras=chosen, **fields)
         for name, policy in self.policies(request).items():
             policy_of(policy, request.steps, where=name)
+        self.attention.check(request.steps)
         return request
 
     def policies(self, request: Request | None = None) -> dict[str, StepPolicy]:
@@ -354,6 +364,10 @@ class Session:
             # Nothing is put on the transformers where neither the request nor a config asks for it.
             if policies or self.policies():
                 inside.enter_context(step_policy(view, policies))
+            if self.attention:
+                from mxdit.integrations.diffusers_attention import attention_policy  # imports diffusers
+
+                inside.enter_context(attention_policy(view, self.attention))
             try:
                 made = view(**arguments, generator=generator, output_type="np")
             finally:

@@ -72,11 +72,11 @@ def step_policy(pipe: Any, policy: StepPolicy | Mapping[str, Any] | None = None)
     quantized = {name: model for name, model in models.items() if any(isinstance(m, MXLinear) for m in model.modules())}
     policies = _policies_of(models, quantized, policy)
     if policies:
-        _check_counters(pipe)
+        check_counters(pipe)
     for model in quantized.values():
         forget(uncompiled(model))
-    step_of = partial(_step_of, pipe)
-    return AppliedStepPolicy({name: StepSwitch(models[name], chosen, step_of) for name, chosen in policies.items()})
+    at = partial(step_of, pipe)
+    return AppliedStepPolicy({name: StepSwitch(models[name], chosen, at) for name, chosen in policies.items()})
 
 
 def _policies_of(
@@ -116,7 +116,7 @@ def _policies_of(
     return {name: one for name, one in chosen.items() if one}
 
 
-def _check_counters(pipe: Any) -> None:
+def check_counters(pipe: Any, where: str = "step_policy") -> None:
     """Raise ModelError unless the pipeline and its scheduler say at which step they are."""
     scheduler = getattr(pipe, "scheduler", None)
     counted = hasattr(type(pipe), "num_timesteps") or hasattr(scheduler, "timesteps")
@@ -125,16 +125,16 @@ def _check_counters(pipe: Any) -> None:
     if lacking:
         raise ModelError(
             "the pipeline's denoising steps cannot be known",
-            where="step_policy",
+            where=where,
             got=f"no {' and no '.join(lacking)}",
             expected="a pipeline and a scheduler that count them",
             hint="Take another scheduler, such as UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler.",
         )
 
 
-def _step_of(pipe: Any) -> tuple[int, int]:
-    """(step, steps) at which the pipeline calls a transformer."""
-    _check_counters(pipe)  # its scheduler may have been replaced
+def step_of(pipe: Any, where: str = "step_policy") -> tuple[int, int]:
+    """(step, steps) at which the pipeline calls a transformer. Raises ModelError where it is at none, or cannot say it."""
+    check_counters(pipe, where)  # its scheduler may have been replaced
     scheduler, loop = pipe.scheduler, getattr(pipe, "num_timesteps", None)  # there is none before the first call
     # Some pipelines (PixArt, ERNIE-Image) make every step of the schedule, and some schedulers have no number of steps until
     # the first call.
@@ -149,7 +149,7 @@ def _step_of(pipe: Any) -> tuple[int, int]:
             return done // scheduler.order, -(-loop // scheduler.order)
     raise ModelError(
         "a transformer is called, and the pipeline is at no step of a call",
-        where="step_policy",
+        where=where,
         got=f"{type(pipe).__name__}.num_timesteps {loop}, {type(scheduler).__name__}.step_index {scheduler.step_index}",
         expected="a call of the pipeline that the policy was put on",
         hint="Put it on the pipeline that you call, or remove() it first.",

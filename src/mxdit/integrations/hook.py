@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
 
-# Where each host's table of quantizers lives, and the guest. They have no entry point for guests and ask to import them.
+# Where each host's table lives, of quantizers or of attention, and the guest. They have no entry point for guests and ask to
+# import them.
 HOSTS = {
+    "diffusers.models.attention_dispatch": "mxdit.integrations.diffusers_attention",
     "diffusers.quantizers.auto": "mxdit.integrations.diffusers",
     "transformers.quantizers.auto": "mxdit.integrations.transformers",
 }

@@ -240,13 +240,24 @@ def _method(results: Mapping[str, Any]) -> list[Text | Table | Picture]:
     if missing:
         facts.append(f"Not measured here: {', '.join(missing)}.")
     modes = Table(
-        ["mode", "weights", "activations", "scale rule", "quantized", "linears quantized", "kept", "seconds"],
+        [
+            "mode",
+            "weights",
+            "activations",
+            "scale rule",
+            "attention",
+            "quantized",
+            "linears quantized",
+            "kept",
+            "seconds",
+        ],
         [
             [
                 mode["name"],
                 str(mode["method"] or "bf16"),
                 str(mode["activation"] or "bf16") + (" but for some steps" if mode.get("activation_steps") else ""),
                 str(mode["rule"] or "-"),
+                str(mode.get("attention", "torch")),
                 "not" if mode["how"] == "float" else str(mode["how"]),
                 str(mode["layers_quantized"]),
                 str(mode["layers_kept"]),
@@ -254,7 +265,7 @@ def _method(results: Mapping[str, Any]) -> list[Text | Table | Picture]:
             ]
             for mode in results["modes"]
         ],
-        words=frozenset(range(1, 5)),
+        words=frozenset(range(1, 6)),
     )
     return [Text(tuple(facts)), modes]
 

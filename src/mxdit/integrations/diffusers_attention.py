@@ -1,0 +1,212 @@
+"""Attention of ours in models of diffusers (0.40 to 0.42): backends by name, and `attention_policy`.
+
+diffusers looks a backend up by name at each call of attention; what a model's attention processors hold (or, where they hold
+none, what is active) names it. Ours are "mxdit" and "mxdit_int8" there, beside diffusers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import Tensor, nn
+
+from mxdit.config.attention import DEFAULT, AttentionPolicy
+from mxdit.config.components import split_keys
+from mxdit.errors import ConfigError, InputError, ModelError
+from mxdit.integrations.diffusers_steps import step_of
+from mxdit.models import COMPONENTS, uncompiled
+from mxdit.numerics.attention import METHODS
+from mxdit.quantize.plan import resolve
+
+BACKENDS = {method: "mxdit" if method == "exact" else f"mxdit_{method}" for method in METHODS}
+"""Method -> what diffusers calls it."""
+_HELD = "_attention_backend"  # of a processor: where diffusers' own set_attention_backend writes
+
+
+def register() -> None:
+    """Let diffusers know our backends. Harmless when it is done twice."""
+    for method, name in BACKENDS.items():
+        if name not in AttentionBackendName._value2member_map_:
+            _AttentionBackendRegistry.register(_new_member(name))(_backend(method))
+
+
+def _new_member(name: str) -> AttentionBackendName:
+    """diffusers' table of backends is held by members of an enumeration, which its functions look up by value; Python lets
+    nobody add one, so it is made as the enumeration's own are."""
+    member = str.__new__(AttentionBackendName, name)
+    member._name_, member._value_ = name.upper(), name
+    AttentionBackendName._member_map_[name.upper()] = member
+    AttentionBackendName._value2member_map_[name] = member
+    AttentionBackendName._member_names_.append(name.upper())
+    return member
+
+
+def _backend(method: str) -> Callable[..., Tensor]:
+    """What diffusers calls: tensors are (batch, tokens, heads, width), arguments those of its native backend."""
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        if dropout_p or return_lse or _parallel_config is not None:
+            raise ModelError(
+                "attention of mxdit has no dropout, gives no log-sum-exp, and is not split over devices",
+                where=f"attention backend {BACKENDS[method]!r}",
+                got=f"dropout_p={dropout_p}, return_lse={return_lse}, parallel: {_parallel_config is not None}",
+                hint="Take another backend of diffusers for that.",
+            )
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+            raise ModelError(
+                "attention of mxdit has no gradient",
+                where=f"attention backend {BACKENDS[method]!r}",
+                hint="Take diffusers' native backend to train, or torch.no_grad() to run.",
+            )
+        if attn_mask is not None and attn_mask.ndim == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
+            attn_mask = attn_mask[:, None, None]  # of keys, as diffusers' native backend reads it
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return torch.ops.mxdit.attention(query, key, value, attn_mask, scale, is_causal, method)
+
+    return attend
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> attention layer, of those whose backend diffusers looks up by name."""
+    return {
+        path: module
+        for path, module in uncompiled(model).named_modules()
+        if hasattr(getattr(module, "processor", None), _HELD)
+    }
+
+
+class AppliedAttention:
+    """What `attention_policy` put on a pipeline. `remove` takes it away, and so does the end of a `with` block."""
+
+    def __init__(self, switches: Mapping[str, AttentionSwitch]) -> None:
+        self.policies = {name: switch.policy for name, switch in switches.items()}
+        self._switches = tuple(switches.values())
+
+    def remove(self) -> None:
+        """Let every layer compute attention as it did before. Harmless when it is called twice."""
+        for switch in self._switches:
+            switch.remove()
+
+    def __enter__(self) -> AppliedAttention:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def attention_policy(pipe: Any, policy: AttentionPolicy | Mapping[str, Any] | str) -> AppliedAttention:
+    """Let the transformers of a pipeline compute attention by a policy, in every later call of theirs until `remove`.
+
+    A later call on the same pipeline takes the place of an earlier one. While a transformer is not called, its layers have
+    the backends that `set_attention_backend` gave them.
+
+        >>> mxdit.attention_policy(pipe, "int8")
+        >>> with mxdit.attention_policy(pipe, "int8;0-1=exact;blocks.0.*=torch"):
+        ...     video = pipe(prompt, num_inference_steps=40)
+
+    Args:
+        pipe: a pipeline of diffusers; what its weights are does not matter.
+        policy: an `AttentionPolicy`, its JSON or its text form for all transformers; as JSON, it may have one for each under
+            `transformer` and `transformer_2` instead.
+
+    Raises:
+        ConfigError: no policy, or layers that there are not.
+        ModelError: a model whose attention diffusers does not look up by name; a pipeline that does not count its steps.
+    """
+    models = {name: model for name in COMPONENTS if isinstance(model := getattr(pipe, name, None), nn.Module)}
+    if isinstance(policy, Mapping):
+        shared, own = split_keys(policy, COMPONENTS)
+        chosen = {name: AttentionPolicy.of_value(own.get(name, shared or None)) for name in models}
+        if absent := [name for name in own if name not in models]:
+            raise ConfigError(
+                "no such transformer", field="attention", got=repr(absent[0]), expected=" or ".join(models)
+            )
+    else:
+        chosen = dict.fromkeys(models, AttentionPolicy.of_value(policy))
+    for model in models.values():
+        if (before := _SWITCHES.get(uncompiled(model))) is not None:
+            before.remove()
+    at = partial(step_of, pipe, where="attention_policy")
+    return AppliedAttention({name: AttentionSwitch(models[name], one, at) for name, one in chosen.items() if one})
+
+
+class AttentionSwitch:
+    """Gives the attention layers of a model their backends around each of its calls, until `remove`.
+
+    Args:
+        model: a transformer of diffusers, or what `torch.compile` made of it.
+        policy: what it switches to.
+        at: (step, steps) of the call that begins; asked only where the policy names steps.
+
+    Raises ModelError and ConfigError as `attention_policy`.
+    """
+
+    def __init__(self, model: nn.Module, policy: AttentionPolicy, at: Callable[[], tuple[int, int]]) -> None:
+        inner = uncompiled(model)
+        self.policy, self._at = policy, at
+        layers = attention_layers(inner)
+        if not layers:
+            raise ModelError(
+                "diffusers computes this model's attention without looking up a backend",
+                where=type(inner).__name__,
+                expected="attention processors with a backend's name, as WanTransformer3DModel has them",
+                hint='Leave the policy out, which is attention="torch".',
+            )
+        named = resolve(inner, list(layers), policy.layers, "layers", kind="an attention layer")
+        self._own = {path: policy.layers[named[path]] if path in named else policy.method for path in layers}
+        # Layers may share a processor; then one name is all that they can have.
+        self._processors: dict[Any, str] = {}
+        for path, layer in layers.items():
+            if self._processors.setdefault(layer.processor, self._own[path]) != self._own[path]:
+                raise InputError(
+                    "layers with one processor, and two methods", field="attention", where=path, got=str(policy)
+                )
+        self._before: list[tuple[Any, Any]] = []
+        _SWITCHES[inner] = self
+        self._hooks = (
+            model.register_forward_pre_hook(self._enter),
+            model.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def _enter(self, *_: Any) -> None:
+        self._restore()
+        at_step = self.policy.method_at(*self._at()) if self.policy.steps else None
+        for processor, own in self._processors.items():
+            method = at_step or own
+            if method != DEFAULT:
+                self._before.append((processor, getattr(processor, _HELD)))
+                setattr(processor, _HELD, AttentionBackendName(BACKENDS[method]))
+
+    def _leave(self, *_: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for processor, before in self._before:
+            setattr(processor, _HELD, before)
+        self._before.clear()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._restore()
+
+
+_SWITCHES: WeakKeyDictionary[nn.Module, AttentionSwitch] = WeakKeyDictionary()
+
+register()

@@ -1,0 +1,218 @@
+"""Attention of ours in real models of diffusers: by the names of backends, by a policy, in a session and in an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanVACETransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mxdit
+import tiny
+from mxdit import AttentionPolicy, Session
+from mxdit.errors import ConfigError, ModelError
+from mxdit.evals.modes import choose
+from mxdit.evals.probe import velocity_errors
+from mxdit.generation.recording import Recorder
+from mxdit.integrations.diffusers_attention import BACKENDS, attention_layers
+
+STEPS = 4
+CALLS = 2 * tiny.BLOCKS  # of attention, in a forward: of the video itself, and of the text
+
+
+class Attended(TorchDispatchMode):
+    """The method of every call of our op; "torch" for torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.methods: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mxdit.attention.default:
+            self.methods.append(args[-1])
+        elif "scaled_dot_product" in str(func):
+            self.methods.append("torch")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def active() -> Iterator[None]:
+    """diffusers' own setter also sets what is active everywhere."""
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "hidden_states": torch.randn(1, 16, 2, 8, 8),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 9, tiny.TEXT_DIM),
+        "return_dict": False,
+    }
+
+
+@torch.inference_mode()
+def forward(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[str]]:
+    with Attended() as seen:
+        out = model(**inputs)[0]
+    return out, seen.methods
+
+
+@pytest.mark.parametrize("method", BACKENDS)
+def test_diffusers_own_functions_take_the_names(method, inputs):
+    model = tiny.transformer()
+    want, methods = forward(model, inputs)
+    assert methods == ["torch"] * CALLS
+    with attention_backend(BACKENDS[method]):
+        got, methods = forward(model, inputs)
+    assert methods == [method] * CALLS
+    close = 1e-5 if method == "exact" else 2e-2
+    torch.testing.assert_close(got, want, rtol=close, atol=close)
+    model.set_attention_backend(BACKENDS[method])
+    again, methods = forward(model, inputs)
+    assert methods == [method] * CALLS and torch.equal(again, got)
+    model.reset_attention_backend()
+    assert AttentionBackendName(BACKENDS[method]).value == BACKENDS[method]
+
+
+def test_what_a_backend_does_not_do(inputs):
+    model = tiny.transformer()
+    model.set_attention_backend("mxdit")
+    with pytest.raises(ModelError, match="no gradient"):
+        model(**inputs)
+    q = torch.randn(1, 3, 2, 8)
+    attend = _AttentionBackendRegistry._backends["mxdit"]
+    with pytest.raises(ModelError, match=r"dropout_p=0\.5"):
+        attend(q, q, q, dropout_p=0.5)
+    padding = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(attend(q, q, q, padding), attend(q, q[:, :2], q[:, :2]))
+
+
+@pytest.mark.slow
+def test_a_policy_of_layers_and_steps():
+    pipe = tiny.pipeline()
+    forwards: list[list[str]] = []
+    with Attended() as seen:
+        for model in (pipe.transformer, pipe.transformer_2):
+            model.register_forward_pre_hook(lambda *_: seen.methods.clear())
+            model.register_forward_hook(lambda *_: forwards.append(list(seen.methods)))
+        with mxdit.attention_policy(pipe, "exact;3=torch;blocks.0.attn2=torch;of=4") as applied:
+            assert set(applied.policies) == {"transformer", "transformer_2"}
+            tiny.generate(pipe)
+        begun = len(forwards)
+        tiny.generate(pipe)
+    own = ["exact", "torch", "exact", "exact"]
+    per_step = begun // STEPS  # with guidance a step has two calls
+    assert forwards[: 3 * per_step] == [own] * (3 * per_step)
+    assert forwards[3 * per_step : begun] == [["torch"] * CALLS] * per_step
+    assert all(methods == ["torch"] * CALLS for methods in forwards[begun:])
+
+
+def test_a_later_policy_takes_the_place_of_an_earlier_one(inputs):
+    pipe = tiny.pipeline(dtype=torch.float32)
+    mxdit.attention_policy(pipe, "exact")
+    later = mxdit.attention_policy(pipe, {"transformer_2": "exact"})
+    assert forward(pipe.transformer, inputs)[1] == ["torch"] * CALLS
+    assert forward(pipe.transformer_2, inputs)[1] == ["exact"] * CALLS
+    pipe.transformer_2.set_attention_backend("mxdit")  # what a user set is there again afterwards
+    with mxdit.attention_policy(pipe, "exact"), pytest.raises(RuntimeError):
+        pipe.transformer_2(**{**inputs, "hidden_states": torch.randn(1, 3, 2, 8, 8)})
+    assert {
+        str(layer.processor._attention_backend.value) for layer in attention_layers(pipe.transformer_2).values()
+    } == {"mxdit"}
+    later.remove()
+
+
+def test_models_and_layers_that_there_are_not():
+    pipe = tiny.pipeline()
+    with pytest.raises(ConfigError, match="attn3"):
+        mxdit.attention_policy(pipe, "exact;blocks.*.attn3=torch")
+    with pytest.raises(ConfigError, match="no such transformer"):
+        mxdit.attention_policy(tiny_single(), {"transformer_2": "exact"})
+    vace = WanVACETransformer3DModel(
+        num_attention_heads=2, attention_head_dim=32, ffn_dim=64, num_layers=2, vace_layers=[0], text_dim=32
+    )
+    if not attention_layers(vace):
+        pipe.transformer = vace
+        with pytest.raises(ModelError, match="without looking up"):
+            mxdit.attention_policy(pipe, "exact")
+
+
+def tiny_single() -> Any:
+    pipe = tiny.pipeline()
+    pipe.transformer_2 = None
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "text", ["torch", "exact", "exact;0-2,5=torch", "exact;blocks.0.*=torch", "torch;1=exact;blocks.1.attn1=exact;of=4"]
+)
+def test_text_and_json_say_the_same(text):
+    policy = AttentionPolicy.parse(text)
+    assert str(policy) == text
+    assert AttentionPolicy.of_value(policy.to_dict()) == policy == AttentionPolicy.of_value(text)
+    assert bool(policy) == (text != "torch")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("flash", "unknown method"),
+        ("exakt", "Did you mean 'exact'"),
+        ("exact;0-1", "not steps or layers"),
+        ("exact;0=flash", "unknown method"),
+        ("exact;2-1=torch", "neither a step"),
+        ("exact;0=torch;0=exact", "two methods"),
+        ("exact;7=torch;of=4", "beyond the last"),
+        ("exact;of=4;of=5;0=torch", "not steps or layers"),
+        ({"methods": "exact"}, "'methods'"),
+        ({"method": "exact", "steps": [1]}, "are objects"),
+        (3, "not a policy"),
+    ],
+)
+def test_policies_that_are_none(value, says):
+    with pytest.raises(ConfigError, match=says):
+        AttentionPolicy.of_value(value)
+
+
+@pytest.mark.slow
+def test_a_session(tmp_path):
+    directory = tiny.save(tmp_path)
+    fields = {"prompt": "a red seven", "size": (32, 32), "frames": 5, "steps": STEPS}
+    plain = Session.open(directory, dtype=torch.float32)
+    want = plain.run(plain.request(**fields))
+    session = Session.open(directory, dtype=torch.float32, attention="exact;0=torch;of=4")
+    with Attended() as seen:
+        got = session.run(session.request(**fields))
+    # Of what the transformers call; the VAE and the text encoder have torch's.
+    assert seen.methods.count("exact") == 3 * 2 * CALLS
+    assert abs(got.frames.astype(int) - want.frames.astype(int)).max() <= 1
+    with pytest.raises(ConfigError, match="another number of steps"):
+        session.request(**{**fields, "steps": 6})
+
+
+@pytest.mark.slow
+def test_an_evaluation(tmp_path):
+    modes = choose([], ['a={"attention": "exact"}', 'b={"quant_method": "mxfp4", "attention": "exact;0=torch"}'])
+    assert [str(mode.attention) for mode in modes] == ["torch", "exact", "exact;0=torch"]
+    session = Session.open(tiny.save(tmp_path), dtype=torch.float32)
+    recorder = Recorder(keep_calls=True)
+    with recorder.listening(session.load()):
+        request = session.request(prompt="a red seven", size=(32, 32), frames=5, steps=STEPS)
+        session.run(request, on_latents=recorder.on_latents)
+    guidance = {"transformer": 1.0, "transformer_2": 1.0}
+    with Attended() as seen:
+        same = velocity_errors(session.load(), recorder.calls, guidance)
+        assert set(seen.methods) == {"torch"}
+        near = velocity_errors(session.load(), recorder.calls, guidance, modes[2].attention)
+    assert seen.methods.count("exact") == len(recorder.calls) * CALLS * 3 // 4
+    assert [step["velocity_error"] for step in same["steps"]] == [0.0] * STEPS
+    errors = [step["velocity_error"] for step in near["steps"]]
+    assert errors[0] == 0.0 and all(0 < error < 1e-5 for error in errors[1:])
