@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,9 +24,10 @@ import mxdit
 import tiny
 from command import mxdit_command
 from mxdit.backends import carrier
-from mxdit.bench import gemm, memory, pipeline, timing, totals
+from mxdit.bench import gemm, memory, operations, pipeline, profiling, timing, totals
 from mxdit.bench.ceilings import Ceilings
 from mxdit.bench.modes import CARRIERS, MODES, baseline
+from mxdit.bench.operations import Work
 from mxdit.bench.plot import gemm as draw
 from mxdit.bench.processes import TIDY, alone
 from mxdit.bench.products import Product, products
@@ -233,14 +235,121 @@ def test_a_stand_in_loads_and_is_the_same_every_time(tmp_path):
 def test_the_profiler_s_split_finds_linears_and_attention():
     block, inputs = random_block(MINI), block_inputs(MINI, 40)
     for each in (block, quantized(block, "mxfp4", "mxfp4")):
-        with torch.no_grad(), pipeline._marked([each]), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with torch.no_grad(), profiling.marked([each]), profile(activities=[ProfilerActivity.CPU]) as profiler:
             each(*inputs)
         events = list(profiler.events() or ())
-        linear, attention, whole = pipeline.split(events, "cpu")
+        linear, attention, whole = profiling.split(events, "cpu")
         assert linear > 0 and attention > 0 and linear + attention < whole
         kind = "aten::linear" if each is block else "mxdit::linear"
         assert sum(event.name == kind for event in events) == tiny.LINEARS
-        assert linear <= sum(e.cpu_time_total for e in events if e.name in pipeline.LINEARS) / 1e6 + 1e-9
+        assert linear <= sum(e.cpu_time_total for e in events if e.name in profiling.LINEARS) / 1e6 + 1e-9
+
+
+def profiled(block: nn.Module, inputs: tuple[object, ...]) -> list[object]:
+    with (
+        torch.no_grad(),
+        profiling.marked([block], inside=True),
+        profile(activities=[ProfilerActivity.CPU]) as profiler,
+    ):
+        block(*inputs)
+    return list(profiler.events() or ())
+
+
+@pytest.mark.parametrize("dtype", CARRIERS.values(), ids=CARRIERS)
+def test_every_operator_of_a_block_belongs_to_its_operation(dtype):
+    block, (x, text, *others) = random_block(MINI).to(dtype), block_inputs(MINI, 40)
+    for each, linear in ((block, "aten::linear"), (quantized(block, "mxfp4", "mxfp4"), "mxdit::linear")):
+        events = profiled(each, (x.to(dtype), text.to(dtype), *others))
+        seconds = operations.seconds_of(events, "cpu")
+        assert seconds.keys() == {*operations.work_of(each, MINI, 40, dtype), operations.OTHER}
+        in_linears, in_attention, whole = profiling.split(events, "cpu")
+        assert math.isclose(sum(seconds.values()), whole) and min(seconds.values()) > 0
+        for names, inside in ((operations.LINEARS, in_linears), (operations.ATTENTIONS, in_attention)):
+            assert sum(seconds[name] for name in names) >= inside > 0  # with a dropout, and views of the result
+
+        (root,) = (event for event in events if event.name == profiling.FORWARD)
+        found: dict[str, list[str]] = {}
+        for name, event in operations._named(root, ""):
+            if event.name not in (
+                "aten::to",
+                "aten::type_as",
+                "aten::chunk",
+                "aten::unflatten",
+                "aten::slice",
+                "aten::unbind",
+            ):
+                assert event.name.endswith("::linear") <= (event.name == linear)
+                found.setdefault(name, []).append(event.name.partition("::")[2])
+        layout = ["permute"] * 3
+        rotated = ["empty_like", "mul", "mul", "sub", "copy_", "mul", "mul", "add", "copy_"]
+        attended = ["scaled_dot_product_attention", "permute", "flatten"]
+        assert found == {
+            "modulation table": ["add"],
+            "norm1": ["layer_norm"],
+            "norm1: scale, shift": ["add", "mul", "add"],
+            "attn1: linears": ["linear"] * 4 + ["dropout"],
+            "attn1: norms of q, k": ["rms_norm"] * 2,
+            "attn1: rotary": rotated * 2 + layout,
+            "attn1: attention": attended,
+            "attn1: gate, residual": ["mul", "add"],
+            "norm2": ["layer_norm"],
+            "attn2: linears": ["linear"] * 4 + ["dropout"],
+            "attn2: norms of q, k": ["rms_norm"] * 2 + layout,
+            "attn2: attention": attended,
+            "attn2: residual": ["add"],
+            "norm3": ["layer_norm"],
+            "norm3: scale, shift": ["add", "mul", "add"],
+            "ffn: up": ["linear"],
+            "ffn: GELU": ["gelu"],
+            "ffn: down": ["linear"],
+            "ffn: gate, residual": ["mul", "add"],
+            operations.OTHER: ["dropout"],
+        }
+
+
+def test_floors_are_counted_as_by_hand():
+    """3 video tokens and the text's 512; 8 features in 2 heads of 4, 16 in between."""
+    wan = replace(MINI, dim=8, ffn=16, heads=2)
+    block = random_block(wan)
+    work = operations.work_of(block, wan, 3, torch.bfloat16)
+    x, text, row = 3 * 8, 512 * 8, 4 * 8
+    assert work["norm1"] == work["norm3"] == Work(2 * 2 * x, 0, 5 * x)
+    assert work["norm2"] == Work(2 * 2 * x + 2 * row, 0, 7 * x)
+    assert work["norm1: scale, shift"] == Work(2 * 2 * x + 2 * row, 0, 2 * x)
+    assert work["attn1: gate, residual"] == Work(3 * 2 * x + row, 0, 2 * x) and work["attn2: residual"] == Work(
+        144, 0, x
+    )
+    assert work["attn1: rotary"] == Work(2 * 2 * 2 * x + 3 * 4 * 4, 0, 2 * 12 * 6)  # 12 pairs of q and of k
+    assert work["attn1: attention"] == Work(4 * 2 * x, 2 * 2 * 3 * 3 * 8, 5 * 3 * 3 * 2)
+    assert work["attn2: attention"] == Work(2 * 2 * (x + text), 2 * 2 * 3 * 512 * 8, 5 * 3 * 512 * 2)
+    assert work["ffn: GELU"] == Work(2 * 2 * 48, 0, 9 * 48)
+    weight = 2 * (8 * 8 + 8)
+    assert work["attn1: linears"] == Work(4 * (2 * 2 * x + weight), 4 * 2 * 3 * 64)
+    assert work["attn2: linears"] == Work(2 * (2 * 2 * (x + text)) + 4 * weight, 2 * 2 * (3 + 512) * 64)
+    assert work["ffn: up"] == Work(2 * (x + 48) + 2 * (128 + 16), 2 * 3 * 128)
+    packed = operations.work_of(quantized(block, "mxfp4", "mxfp4"), wan, 3, torch.bfloat16)
+    assert packed["ffn: up"] == Work(2 * (x + 48) + 128 // 2 + 16 + 2 * 16, 2 * 3 * 128)  # 16 rows have a scale each
+    best = Ceilings(copy=100.0, bf16=50.0, fp32=20.0, size=64)
+    assert [Work(*of).floor(best, 40.0) for of in ((300, 0, 0), (0, 80, 0), (100, 80, 60))] == [3.0, 2.0, 3.0]
+
+
+def test_operations_are_sorted_by_what_is_above_their_floor_and_parts_count_once():
+    best = Ceilings(copy=1.0, bf16=1.0, fp32=1.0, size=1)
+    work = {"norm1": Work(1), "attn1: attention": Work(1, 6, 2), "ffn: up": Work(1, 8)}
+    parts = {("attn1: attention", "q k^T, alone"): (Work(1, 3), 4.0)}
+    rows = operations.table(
+        {"norm1": 2.0, "attn1: attention": 9.0, "ffn: up": 4.0, "other": 1.0}, work, parts, best, (4, 2)
+    )
+    assert [(row.name, row.seconds, row.floor, row.part_of) for row in rows] == [
+        ("attn1: attention", 9.0, 3.0, None),
+        ("q k^T, alone", 4.0, 1.5, "attn1: attention"),
+        ("softmax and the rest", 5.0, 2.0, "attn1: attention"),
+        ("ffn: up", 4.0, 2.0, None),
+        ("norm1", 2.0, 1.0, None),
+        ("other", 1.0, 0.0, None),
+    ]
+    assert math.isclose(sum(row.share for row in rows if row.part_of is None), 1)
+    assert operations.quickest([{"a": 2.0, "b": 1.0}, {"a": 1.0, "b": 3.0}]) == {"a": 1.0, "b": 1.0}
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------
@@ -303,6 +412,29 @@ def test_pipeline_command(monkeypatch, capsys, tmp_path):
         0
     ]["ratio"] == 1
     assert all(row["linear"] > 0 and row["attention"] > 0 and row["times"]["rounds"] == 2 for row in rows)
+
+
+def test_a_block_is_split_by_operation(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(PUBLISHED, "A14B", MINI)  # a real one takes minutes
+    wanted = ["--block", "A14B", "--tokens", 40, "--rounds", 2, "--mode", "mxfp4", "--mode", "w4a16"]
+    code, out, _ = mxdit_command(monkeypatch, capsys, "bench", "pipeline", *wanted, "--json", tmp_path / "a.json")
+    assert code == 0 and out.count("| operation ") == 3 and out.count("~ softmax and the rest") == 6
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["ceilings"].keys() == {"copy", "bf16", "fp32", "size"}
+    for row in figures["rows"]:
+        whole = [each for each in row["operations"] if each["part_of"] is None]
+        parts = {(each["part_of"], each["name"].partition(",")[0]) for each in row["operations"] if each["part_of"]}
+        assert row["peak"] > 0 and len(whole) == 20 and math.isclose(sum(each["share"] for each in whole), 1)
+        assert all(each["floor"] > 0 and each["nbytes"] > 0 and each["flop"] > 0 for each in whole[:-1])
+        assert [each["seconds"] - each["floor"] for each in whole[:-1]] == sorted(
+            (each["seconds"] - each["floor"] for each in whole[:-1]), reverse=True
+        )
+        linear = sum(each["share"] for each in whole if each["name"] in operations.LINEARS)
+        assert math.isclose(row["linear"], linear) and math.isclose(row["linear"] + row["attention"] + row["rest"], 1)
+        hidden = {"q k^T", "p v", "softmax and the rest"}
+        expected = {(name, part) for name in operations.ATTENTIONS for part in hidden}
+        quantizing = {(name, "quantizing") for name in operations.LINEARS} if row["mode"] == "mxfp4" else set()
+        assert parts == expected | quantizing
 
 
 def test_a_checkpoint_is_measured_in_every_mode(tmp_path):

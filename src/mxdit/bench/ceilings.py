@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mxdit.bench.modes import FP32
 from mxdit.bench.timing import Call, alternate, last_cache, timer
@@ -50,3 +51,11 @@ def ceilings(device: torch.device, rounds: int, baseline: str) -> Ceilings:
     ]
     copied, half, full = (min(seconds) for seconds in alternate(kinds, rounds, timer(device)))
     return Ceilings(2 * nbytes / copied, 2 * size**3 / half, 2 * size**3 / full, size)
+
+
+@torch.inference_mode()
+def linear_peak(linear: nn.Linear, rows: int, device: torch.device, dtype: torch.dtype, rounds: int) -> float:
+    """Operations a second of a linear over that many rows, quantizing them included, by the minimum."""
+    x = torch.randn(rows, linear.in_features, device=device, dtype=dtype)
+    taken = min(alternate([[partial(linear, x)]], rounds, timer(device))[0])
+    return 2 * rows * linear.in_features * linear.out_features / taken

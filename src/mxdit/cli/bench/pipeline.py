@@ -11,7 +11,7 @@ import typer
 from mxdit.bench.modes import MODES
 from mxdit.bench.shapes import PUBLISHED
 from mxdit.cli.bench.options import Json, Task, bench, check_outputs, choices, clip, open_session, rounds_of
-from mxdit.cli.bench.tables import progress, say_baseline, say_machine, table
+from mxdit.cli.bench.tables import progress, say_baseline, say_machine, say_operations, table
 from mxdit.cli.console import Device, Frames, Model, Size, device_of, need, say
 from mxdit.errors import InputError
 
@@ -38,7 +38,8 @@ def pipeline(
     """Seconds of a denoising step in every mode, split into linears, attention and the rest by torch's profiler.
 
     Seconds are taken without the profiler, the shares with it. Where the model does not fit, --block measures one block
-    of its shape; 480p clips of 81 frames have 32760 tokens in A14B.
+    of its shape; 480p clips of 81 frames have 32760 tokens in A14B. It is split by operation too, each beside the least
+    that it has to move and compute, at what a copy and a matrix product reach in the same run.
 
         mxdit bench pipeline --steps 5
 
@@ -48,7 +49,10 @@ def pipeline(
     """
     from dataclasses import asdict
 
+    import torch
+
     from mxdit.bench import pipeline as measure
+    from mxdit.bench.ceilings import ceilings
     from mxdit.bench.record import report as as_json
 
     modes = choices("--mode", mode, MODES)
@@ -62,12 +66,14 @@ def pipeline(
         raise InputError("the first step does not count", where="--steps", got=steps, expected="at least 2")
     check_outputs(report)
     device_of(device)
-    modes = (baseline := say_baseline(device), *modes)
+    modes, best = (baseline := say_baseline(device), *modes), None
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     if block is not None:
         what, settings = f"one block of {PUBLISHED[block].name}, {tokens} tokens", {"block": block, "tokens": tokens}
+        progress("what a copy and a matrix product of torch's reach")
+        best = ceilings(torch.device(device), rounds, baseline)
         progress(what)
-        rows = measure.run_block(PUBLISHED[block], tokens, modes, rounds, device)
+        rows = list(measure.run_block(PUBLISHED[block], tokens, modes, rounds, device, best))
     else:
         session = open_session(directory, task)
         request = clip(session, steps, size, frames)
@@ -84,7 +90,10 @@ def pipeline(
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         cells.append((row.mode, *times, str(row.times.rounds), *shares, ratio))
     table(cells)
+    if best is not None:
+        say_operations(rows, best)
     if report is not None:
         settings["baseline"] = baseline
         figures = [asdict(row) | {"rest": row.rest} for row in rows]
-        report.write_text(json.dumps(as_json("pipeline", device, settings, figures), indent=1) + "\n")
+        ceiled = {} if best is None else {"ceilings": vars(best)}
+        report.write_text(json.dumps(as_json("pipeline", device, settings, figures, **ceiled), indent=1) + "\n")

@@ -47,6 +47,28 @@ def gemm_cells(row: Any, best: Any, peak: float) -> tuple[str, ...]:
     return (*cells, {True: "yes", False: "NO", None: "-"}[row.right])
 
 
+def say_operations(rows: Sequence[Any], best: Any) -> None:
+    """A table for each mode: the operations of the profiled forward, most time above the floor first."""
+    say(
+        f"\nCeilings of this run: copy {best.copy / 1e9:.1f} GB/s read and written; matmul of {best.size}: BF16 "
+        f"{best.bf16 / 1e12:.3f} TFLOP/s, FP32 {best.fp32 / 1e12:.3f}. Rows with ~ are parts, measured alone."
+    )
+    for row in rows:
+        forward = sum(each.seconds for each in row.operations if each.part_of is None)
+        say(
+            f"\n{row.mode}: {1e3 * forward:.1f} ms, each operation's quickest; linears at best {row.peak / 1e12:.3f} TFLOP/s\n"
+        )
+        head = ("operation", "ms", "share", "MB", "GFLOP", "floor ms", "over floor", "ms above")
+        cells: list[tuple[str, ...]] = [head]
+        for each in row.operations:
+            cell = (f"{each.nbytes / 1e6:.1f}", f"{each.flop / 1e9:.3g}", f"{1e3 * each.floor:.2f}")
+            cell += (f"{each.seconds / each.floor:.2f}" if each.floor else "-",)
+            cell += (f"{1e3 * (each.seconds - each.floor):.2f}",)
+            name = each.name if each.part_of is None else f"~ {each.name}"
+            cells.append((name, f"{1e3 * each.seconds:.2f}", f"{each.share:.1%}", *cell))
+        table(cells)
+
+
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
