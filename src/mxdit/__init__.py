@@ -33,7 +33,8 @@ from mxdit.weights import quantize_weight
 
 if TYPE_CHECKING:
     from mxdit.generation.request import Request
-    from mxdit.generation.session import Result, Session
+    from mxdit.generation.running import Result
+    from mxdit.generation.session import Session
     from mxdit.integrations.diffusers_adapters import load_lora_weights
     from mxdit.integrations.diffusers_attention import attention_policy
     from mxdit.models.infer import infer_spec
@@ -46,7 +47,7 @@ _LATER = {
     "infer_spec": "mxdit.models.infer",
     "load_lora_weights": "mxdit.integrations.diffusers_adapters",
     "Request": "mxdit.generation.request",
-    "Result": "mxdit.generation.session",
+    "Result": "mxdit.generation.running",
     "Session": "mxdit.generation.session",
 }
 

@@ -48,7 +48,8 @@ from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 
 if TYPE_CHECKING:
-    from mxdit.generation.session import Result, Session
+    from mxdit.generation.running import Result
+    from mxdit.generation.session import Session
     from mxdit.quantize.report import QuantReport
 
 RENAMED = {

@@ -1,18 +1,13 @@
-"""`Session`: a model in memory, the requests that it carries out, and what comes of them."""
+"""`Session`: a model in memory, and the requests that it carries out."""
 
 from __future__ import annotations
 
-import copy
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from mxdit.config import MXConfig, check_activation
@@ -20,55 +15,22 @@ from mxdit.config.attention import AttentionPolicy
 from mxdit.config.components import split_keys
 from mxdit.config.loras import LoraLike
 from mxdit.config.steps import StepPolicy
-from mxdit.errors import Cancelled, InputError, ModelError
-from mxdit.generation import loading, media
+from mxdit.errors import InputError, ModelError
+from mxdit.generation import loading, running
 from mxdit.generation.adapters import Adapters, Checked, bytes_of
-from mxdit.generation.calling import call_of
 from mxdit.generation.directory import ModelDirectory, bundled, open_model
 from mxdit.generation.measures import Held
-from mxdit.generation.memory import Sampler
 from mxdit.generation.plan import Plan, Planner, Policy, budget_of
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request, make_request, policy_of
-from mxdit.integrations.diffusers_steps import step_policy
+from mxdit.generation.running import Result, Watch, check_stop
 from mxdit.models import TEXT_ENCODERS
 from mxdit.quantize.report import QuantReport, report_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LOOK = 0.02  # seconds between two looks at the process's memory: a thousandth of the time, and a step is longer
 WAIT = 0.05  # seconds after which a run that waits for its turn looks whether it should stop
-
-
-@dataclass(frozen=True)
-class Result:
-    """An image or a video and what it took.
-
-    Attributes:
-        frames: (frames, height, width, 3) uint8; an image is one frame.
-        step_seconds: of each denoising step.
-        seconds: the whole run, text encoder and VAE included.
-        peak_bytes: the most memory held during the run: on an accelerator what its allocator gave out, on a CPU what the
-            process held beside mapped files (weights that are stored quantized are mapped). None where nobody counts.
-        request: what was asked for.
-    """
-
-    frames: np.ndarray
-    step_seconds: tuple[float, ...]
-    seconds: float
-    peak_bytes: int | None
-    request: Request
-
-    def save(self, path: str | Path, fps: int | None = None) -> None:
-        """Write an MP4, or a PNG of one frame, by the name's ending; the file appears whole or not at all.
-
-        Args:
-            fps: frames a second of an MP4; by default the request's.
-
-        Raises InputError for another ending, more than one frame for a PNG, and what cannot be written.
-        """
-        media.write(Path(path), self.frames, self.request.fps if fps is None else fps)
 
 
 class Session:
@@ -321,82 +283,28 @@ class Session:
                 )
             self._running = True
             try:
-                return self._run(request, on_step, stop, on_latents)
+                return self._run(request, Watch(on_step, on_latents, stop))
             finally:
                 self._running = False
 
-    def _run(
-        self,
-        request: Request,
-        on_step: Callable[[int, int], None] | None,
-        stop: threading.Event | None,
-        on_latents: Callable[[int, torch.Tensor], None] | None,
-    ) -> Result:
+    def _run(self, request: Request, watch: Watch) -> Result:
         plan = None if self.memory is None else self.plan(request)
-        pipeline, called, marks = self.load(request), self.model.called(self.task), list[float]()
+        pipeline, policies = self.load(request), self.policies(request)
         assert self._adapters is not None
         self._adapters.use(request.loras)
-
-        def step_done(latents: torch.Tensor) -> None:
-            if latents.device.type != "cpu":
-                torch.get_device_module(latents.device).synchronize(latents.device)
-            marks.append(time.perf_counter())
-            if on_latents:
-                on_latents(len(marks) - 1, latents)
-            if on_step:
-                on_step(len(marks), request.steps)
-            _check_stop(stop)
-
-        call = call_of(pipeline, called, request, step_done)
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        policies = self.policies(request)
-        started = time.perf_counter()
-        with ExitStack() as inside:
-            memory = inside.enter_context(Sampler(self.device, LOOK))
-            arguments = call.arguments
-            if plan is not None and self._held is not None:
-                inside.enter_context(self._held.during(plan.policy))
-                arguments = self._held.encoded(request, arguments)
-            view: Any = copy.copy(pipeline)  # shares the modules; what is registered below is the view's alone
-            view.set_progress_bar_config(disable=True)
-            view.register_modules(**call.components)
-            view.register_to_config(**call.config)
-            # Nothing is put on the transformers where neither the request nor a config asks for it.
-            if policies or self.policies():
-                inside.enter_context(step_policy(view, policies))
-            if self.attention:
-                from mxdit.integrations.diffusers_attention import attention_policy  # imports diffusers
-
-                inside.enter_context(attention_policy(view, self.attention))
-            try:
-                made = view(**arguments, generator=generator, output_type="np")
-            finally:
-                view.maybe_free_model_hooks()  # a call that ends early leaves caches and offloaded modules as they are
-        finished = time.perf_counter()
-        frames = getattr(made, called.output)[0]
-        frames = frames if frames.ndim == 4 else frames[None]
-        if not np.isfinite(frames).all():
-            raise ModelError(
-                "the model produced NaN or inf", where=request.prompt, hint="Try BF16 as the dtype, or less guidance."
-            )
-        # A frame at a time: a long clip's floats are gigabytes.
-        pixels = np.stack([(frame * 255).round().astype(np.uint8) for frame in frames])
-        # The first step's time includes the text encoder, so steps are timed between their ends.
-        gaps = tuple(after - before for before, after in pairwise(marks)) or (finished - started,)
-        peak = memory.anon if torch.device(self.device).type == "cpu" else memory.device
-        return Result(pixels, gaps, finished - started, peak or None, request)
+        # Nothing is put on the transformers where neither the request nor a config asks for it.
+        by_step = policies if policies or self.policies() else None
+        held = None if plan is None or self._held is None else (self._held, plan.policy)
+        return running.run(
+            pipeline, self.model.called(self.task), request, self.device, watch, by_step, self.attention, held
+        )
 
     @contextmanager
     def _turn(self, stop: threading.Event | None) -> Iterator[None]:
-        _check_stop(stop)
+        check_stop(stop)
         while not self.lock.acquire(timeout=-1 if stop is None else WAIT):
-            _check_stop(stop)
+            check_stop(stop)
         try:
             yield
         finally:
             self.lock.release()
-
-
-def _check_stop(stop: threading.Event | None) -> None:
-    if stop is not None and stop.is_set():
-        raise Cancelled("the run was cancelled")
