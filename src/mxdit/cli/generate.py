@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -112,6 +113,12 @@ def generate(
     dtype: Dtype = "bf16",
     memory: Memory = None,
     variant: Variant = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the transformers' blocks: the first step takes longer, others are faster."
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The MP4 to write, or PNG of an image. Default: video.mp4, or image.png."),
@@ -128,7 +135,7 @@ def generate(
 
         mxdit generate Wan2.2-T2V-A14B-mxfp4 --lora transformer=high.safetensors --lora transformer_2=low.safetensors:0.8
     """
-    from mxdit.generation import loading, media
+    from mxdit.generation import compiling, loading, media
     from mxdit.generation.session import Session
 
     need("diffusers", "transformers", "av", "PIL")
@@ -155,6 +162,7 @@ def generate(
         variant=variant,
         loras=loras_of(lora),
         attention=attention,
+        compile=compiled,
     )
     request = session.request(
         prompt=prompt,
@@ -181,6 +189,8 @@ def generate(
     if memory is not None:
         tell(f"memory: {session.plan(request)}")
     loading.show_loading(err.is_terminal)
+    if compiled:
+        compiling.logger.setLevel(logging.INFO)
     session.load(request)
     reports, policies = session.reports(), session.policies(request)
     for name, report in reports.items():
@@ -225,6 +235,7 @@ def _show_result(
             "seconds": result.seconds,
             "seconds_per_step": step,
             "peak_bytes": result.peak_bytes,
+            "compile_seconds": result.compile_seconds,
         }
         out.print_json(json.dumps(figures))
     else:

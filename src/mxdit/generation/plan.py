@@ -111,7 +111,7 @@ class Planner:
     """Plans for one model as it will be loaded.
 
     Args:
-        model, task, configs, dtype, device, variant: as a `Session` has them.
+        model, task, configs, dtype, device, variant, compiled: as a `Session` has them.
     Raises InputError for a family that no plan is made for, and CheckpointError for a component that cannot be read.
     """
 
@@ -123,11 +123,12 @@ class Planner:
         dtype: torch.dtype,
         device: str,
         variant: str | None = None,
+        compiled: bool = False,
     ) -> None:
         self.model, self.task, self.device, self.dtype = model, task, device, dtype
         self._cpu = torch.device(device).type == "cpu"
         self._works = Works(model, task, dtype)
-        self._configs, self._variant = configs, variant
+        self._configs, self._variant, self._compiled = configs, variant, compiled
 
     @cached_property
     def weights(self) -> dict[str, Weights]:
@@ -158,6 +159,8 @@ class Planner:
         reasons = {}
         if not self.model.called(self.task).embeddings:
             reasons[DROP] = "its pipeline takes no text that was encoded before"
+        if self._compiled:
+            reasons[BLOCKS] = "blocks whose weights come and go are not compiled"
         if self._cpu:
             reasons[BLOCKS] = "on a CPU the system itself lets go of pages of files that are used least"
             own = [name for name in self.model.components if self.weights[name].own > self.weights[name].total // 2]
@@ -232,7 +235,9 @@ class Planner:
             fits, over = (middle, over) if least <= budget else (fits, middle)
         if fits >= 0:
             return f"Of this size at most {1 + fits * step} frames fit."
-        why = "; ".join(f"not {what}: {reason}" for what, reason in self.refused().items() if what != BLOCKS)
+        why = "; ".join(
+            f"not {what}: {reason}" for what, reason in self.refused().items() if what != BLOCKS or not self._cpu
+        )
         return f"Not even one frame of this size fits. Name more memory{f' ({why})' if why else ''}."
 
     def _phases(self, policy: Policy, work: Work, loras: int) -> Iterator[Phase]:

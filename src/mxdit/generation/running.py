@@ -44,6 +44,8 @@ class Result:
         peak_bytes: the most memory held during the run: on an accelerator what its allocator gave out, on a CPU what the
             process held beside mapped files (weights that are stored quantized are mapped). None where nobody counts.
         request: what was asked for.
+        compile_seconds: of each graph that was compiled during the run, which steps waited for; empty where all were there, and
+            None where nothing is compiled.
     """
 
     frames: np.ndarray
@@ -51,6 +53,7 @@ class Result:
     seconds: float
     peak_bytes: int | None
     request: Request
+    compile_seconds: tuple[float, ...] | None = None
 
     def save(self, path: str | Path, fps: int | None = None) -> None:
         """Write an MP4, or a PNG of one frame, by the name's ending; the file appears whole or not at all.

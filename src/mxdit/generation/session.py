@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from mxdit.config.components import split_keys
 from mxdit.config.loras import LoraLike
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError, ModelError
-from mxdit.generation import loading, running
+from mxdit.generation import compiling, loading, running
 from mxdit.generation.adapters import Adapters, Checked, bytes_of
 from mxdit.generation.directory import ModelDirectory, bundled, open_model
 from mxdit.generation.measures import Held
@@ -53,6 +54,7 @@ class Session:
         loras: LoRA files that take part in the runs of requests that do not name their own.
         memory: bytes that a run may take, of the process on a CPU, else of the device; None says nothing.
         attention: how the transformers compute it.
+        compile: whether the repeated blocks of the transformers are compiled.
         lock: held while a run lasts. Hold it to use the pipeline yourself, such as with hooks in its modules; the thread that
             holds it can run requests meanwhile.
     """
@@ -70,10 +72,11 @@ class Session:
         loras: Sequence[LoraLike] = (),
         memory: int | None = None,
         attention: AttentionPolicy | None = None,
+        compile: bool = False,
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
         self.variant, self.offload, self.encoders, self.memory = variant, offload, encoders or {}, memory
-        self.attention = attention or AttentionPolicy()
+        self.attention, self.compile = attention or AttentionPolicy(), compile
         self._checked = Checked(model)
         self.loras = self._checked.of(loras)
         self.lock = threading.RLock()
@@ -81,7 +84,7 @@ class Session:
         self._pipeline: DiffusionPipeline | None = None
         self._adapters: Adapters | None = None
         self._held: Held | None = None
-        self._planner = Planner(model, task, {**configs, **self.encoders}, dtype, device, variant)
+        self._planner = Planner(model, task, {**configs, **self.encoders}, dtype, device, variant, compile)
 
     @classmethod
     def open(
@@ -99,6 +102,7 @@ class Session:
         loras: Sequence[LoraLike] = (),
         memory: str | int | None = None,
         attention: AttentionPolicy | Mapping[str, Any] | str | None = None,
+        compile: bool = False,
     ) -> Session:
         """Read what a model is, and decide how it is loaded; the weights are read by `load`, or by the first run.
 
@@ -123,6 +127,8 @@ class Session:
                 when it runs.
             loras: LoRA files beside the weights, quantized or not; of a cascade each as
                 `LoraFile(file, scale, "transformer_2")`. Several add up.
+            compile: compile the repeated blocks of the transformers by torch.compile. The first step takes longer, those after it
+                are faster, and numbers differ from those of the model as it is by rounding.
 
         Raises:
             InputError: no such directory, no pipeline that mxdit knows, a task that it does not do, a LoRA that does not fit, or
@@ -143,6 +149,12 @@ class Session:
             )
         policy = AttentionPolicy.of_value(attention)
         return cls(model, task, configs, dtype, device, variant, offload, encoders, loras, budget, policy)
+        if offload and compile:
+            raise InputError(
+                "blocks whose weights come and go are not compiled", field="compile", hint="Leave it out, or offload."
+            )
+        policy = AttentionPolicy.of_value(attention)
+        return cls(model, task, configs, dtype, device, variant, offload, encoders, loras, budget, policy, compile)
 
     def request(self, *, loras: Sequence[LoraLike] | None = None, **fields: Any) -> Request:
         """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which, and
@@ -210,10 +222,13 @@ class Session:
     def load(self, request: Request | None = None) -> DiffusionPipeline:
         """The pipeline, loaded at the first call; with `memory`, as the plan for this request says, or for the default size.
 
-        Raises CheckpointError and ConfigError for what does not fit the model, InputError for what does not fit into `memory`.
+        Raises CheckpointError and ConfigError for what does not fit the model, InputError for what does not fit into `memory`
+        and where nothing can be compiled.
         """
         with self.lock:
             if self._pipeline is None:
+                if self.compile:
+                    compiling.prepare(self.device)
                 if self.memory is not None:
                     self._held = None  # of a load that failed
                     self._held = self._hold(self.plan(request).policy)
@@ -227,6 +242,8 @@ class Session:
                         "encoders": self.encoders,
                     }
                     pipeline = loading.load(self.model, self.task, self.configs, **options)
+                if self.compile:
+                    compiling.compile_blocks(transformers_of(pipeline).values())
                 self._adapters = Adapters(pipeline, sparing=self.memory is not None)
                 self._adapters.use(self.loras if request is None else request.loras)
                 self._pipeline = pipeline
@@ -271,8 +288,8 @@ class Session:
         Raises:
             Cancelled: `stop` was set.
             InputError: another task's request, or a flow shift for a scheduler that has none.
-            ModelError: pixels that are no numbers, a run that was begun from another one's `on_step`, or a LoRA that is another
-                one by now and does not fit.
+            ModelError: pixels that are no numbers, a run that was begun from another one's `on_step`, a LoRA that is another one
+                by now and does not fit, or a block that cannot be compiled.
         """
         if request.task != self.task:
             raise InputError("the request is of another task", field="task", got=request.task, expected=self.task)
@@ -295,9 +312,12 @@ class Session:
         # Nothing is put on the transformers where neither the request nor a config asks for it.
         by_step = policies if policies or self.policies() else None
         held = None if plan is None or self._held is None else (self._held, plan.policy)
-        return running.run(
-            pipeline, self.model.called(self.task), request, self.device, watch, by_step, self.attention, held
-        )
+        how: Any = (pipeline, self.model.called(self.task), request, self.device, watch, by_step, self.attention, held)
+        if not self.compile:
+            return running.run(*how)
+        with compiling.listening(transformers_of(pipeline).values()) as seconds:
+            result = running.run(*how)
+        return replace(result, compile_seconds=tuple(seconds))
 
     @contextmanager
     def _turn(self, stop: threading.Event | None) -> Iterator[None]:
