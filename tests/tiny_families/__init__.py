@@ -28,3 +28,4 @@ def tiny_of(spec: ModelSpec) -> Tiny:
 families = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 PIPELINES = [pytest.param(spec, name, id=name) for spec in SPECS.values() for name in spec.pipelines]
 pipelines = pytest.mark.parametrize("spec, name", PIPELINES)
+NATIVE = [pytest.param(spec, name, id=name) for spec in SPECS.values() for name in tiny_of(spec).native]

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, AutoencoderKLQwenImage, DiffusionPipeline
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -34,6 +36,20 @@ _LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 
 @dataclass(frozen=True)
+class Native:
+    """A tiny pipeline that is called through diffusers, for what no request of ours has words for.
+
+    pipeline  makes it, bfloat16 and seeded.
+    call      arguments of its call for two steps, all but the generator, made anew for each; arrays are to come out of it.
+    output    attribute of what the call returns: a batch of arrays between 0 and 1, or a list of arrays.
+    """
+
+    pipeline: Callable[[], Any]
+    call: Callable[[], dict[str, Any]]
+    output: str = "frames"
+
+
+@dataclass(frozen=True)
 class Tiny:
     """One family at tiny size.
 
@@ -44,6 +60,8 @@ class Tiny:
     frames       of a run, None for an image.
     more         keys of a config that has linears which the plain one has not.
     others       class name -> makes that one, where a task has a second class.
+    native       class name -> one that is run through diffusers: of the `hosts`, or of the `pipelines` with what no request
+                 gives them. docs/supported-models.md says of these hosts that they are run, and of others that they are not.
     """
 
     transformer: Callable[..., Any]
@@ -53,10 +71,22 @@ class Tiny:
     frames: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Callable[[], DiffusionPipeline]] = field(default_factory=dict)
+    native: Mapping[str, Native] = field(default_factory=dict)
 
 
 def normal(model: Any, seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.dtype)
+
+
+def image(seed: int, height: int = 16, width: int = 16) -> Image.Image:
+    """Of four by four squares in random colours."""
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
+
+
+def video(seed: int, frames: int, height: int = 16, width: int = 16) -> list[Image.Image]:
+    """An image to each frame."""
+    return [image(1000 * seed + frame, height, width) for frame in range(frames)]
 
 
 def seeded(make: Callable[[], Any], seed: int = 7) -> Any:

@@ -19,15 +19,17 @@ from diffusers import (
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     WanAnimate2Transformer3DModel,
+    WanAnimatePipeline,
     WanAnimateTransformer3DModel,
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 import tiny
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Native, Tiny, image, normal, seeded, video
 
 _SIZES = {  # d=64, and an FFN whose second linear has K=576
     "num_attention_heads": 2,
@@ -173,6 +175,28 @@ def vace_pipeline(task: str) -> DiffusionPipeline:
     return WanVACEPipeline(**parts(transformer=vace().bfloat16()))
 
 
+def vace_call() -> dict[str, Any]:
+    """A video to follow, of which the second half of each frame is made anew, and an image of what is to be in it."""
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (8, 0, 16, 16))
+    return {
+        "prompt": "a red seven", "video": video(1, 5), "mask": [mask] * 5, "reference_images": [image(2)], "height": 16,
+        "width": 16, "num_frames": 5, "num_inference_steps": 2,
+    }  # fmt: skip
+
+
+def animate_pipeline() -> DiffusionPipeline:
+    return WanAnimatePipeline(**parts(transformer=animate().bfloat16(), **image_parts(CLIPVisionModel)))
+
+
+def animate_call() -> dict[str, Any]:
+    """A character, and the pose and the face that it follows through two segments of 5 frames, which share one."""
+    return {
+        "prompt": "a red seven", "image": image(1), "pose_video": video(2, 9), "face_video": video(3, 9), "height": 16,
+        "width": 16, "segment_frame_length": 5, "num_inference_steps": 2,
+    }  # fmt: skip
+
+
 def skyreels_pipeline(task: str) -> DiffusionPipeline:
     if task == "t2v":
         return SkyReelsV2Pipeline(**parts(transformer=skyreels().bfloat16()))
@@ -194,17 +218,19 @@ def anyflow_pipeline(task: str) -> DiffusionPipeline:
     )
 
 
-def hosted(task: str) -> DiffusionPipeline:
-    raise AssertionError("only hosts hold it")
-
-
 TINY = {
-    "WanVACETransformer3DModel": Tiny(vace, vace_inputs, vace_pipeline, (16, 16), 5, _IMAGE),
-    "WanAnimateTransformer3DModel": Tiny(animate, animate_inputs, hosted, (16, 16), 5, {"added_kv_proj_dim": 64}),
-    "WanAnimate2Transformer3DModel": Tiny(animate_2, animate_2_inputs, hosted, (16, 16), 5),
+    "WanVACETransformer3DModel": Tiny(
+        vace, vace_inputs, vace_pipeline, (16, 16), 5, _IMAGE,
+        native={"WanVACEPipeline": Native(lambda: vace_pipeline("t2v"), vace_call)},
+    ),
+    "WanAnimateTransformer3DModel": Tiny(
+        animate, animate_inputs, more={"added_kv_proj_dim": 64},
+        native={"WanAnimatePipeline": Native(animate_pipeline, animate_call)},
+    ),
+    "WanAnimate2Transformer3DModel": Tiny(animate_2, animate_2_inputs),
     "SkyReelsV2Transformer3DModel": Tiny(skyreels, inputs, skyreels_pipeline, (16, 16), 5, _IMAGE),
     "ChronoEditTransformer3DModel": Tiny(chronoedit, inputs, chronoedit_pipeline, (16, 16)),
-    "HeliosTransformer3DModel": Tiny(helios, helios_inputs, hosted, (16, 16), 5),
+    "HeliosTransformer3DModel": Tiny(helios, helios_inputs),
     "AnyFlowTransformer3DModel": Tiny(anyflow, anyflow_inputs, anyflow_pipeline, (16, 16), 5),
-    "AnyFlowFARTransformer3DModel": Tiny(anyflow_far, anyflow_far_inputs, hosted, (16, 16), 5),
-}
+    "AnyFlowFARTransformer3DModel": Tiny(anyflow_far, anyflow_far_inputs),
+}  # fmt: skip

@@ -1,0 +1,65 @@
+"""Pipelines called as diffusers has them, with videos, masks and whatever else no request of ours has words for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import mxdit
+from mxdit.checkpoint import inspect_checkpoint, quantize_checkpoint
+from mxdit.models import ModelSpec
+from tiny_families import NATIVE, tiny_of
+from tiny_families.parts import Native
+
+pytestmark = pytest.mark.slow
+
+METHOD = "mxfp4"  # what a method does to a layer has tests of its own
+
+
+def opened(name: str, directory: Path, quantization_config: Any = None) -> Any:
+    pipeline = getattr(diffusers, name)
+    return pipeline.from_pretrained(
+        directory, torch_dtype=torch.bfloat16, local_files_only=True, quantization_config=quantization_config
+    )
+
+
+def made(pipeline: Any, native: Native) -> NDArray[np.float64]:
+    """What one call gives: all of its pictures as one array."""
+    result = pipeline(**native.call(), generator=torch.Generator().manual_seed(0))
+    return np.asarray(getattr(result, native.output), dtype=np.float64)
+
+
+def methods(spec: ModelSpec, pipeline: Any) -> dict[str, set[str]]:
+    """Transformer -> the methods of its quantized linears."""
+    present = {name: model for name in spec.components if (model := getattr(pipeline, name, None)) is not None}
+    return {
+        name: {module.method for module in model.modules() if isinstance(module, mxdit.MXLinear)}
+        for name, model in present.items()
+    }
+
+
+@pytest.mark.parametrize("spec, name", NATIVE)
+def test_a_pipeline_of_diffusers_runs_quantized_online_and_offline_alike(spec, name, tmp_path):
+    """Distances are in units of the pictures' own contrast: a flat grey one is 1 away, an unrelated one about 1.4."""
+    native = tiny_of(spec).native[name]
+    assert name in {*spec.hosts, *spec.pipelines}, f"name {name} in `hosts` of {spec.title}"
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    native.pipeline().save_pretrained(plain)
+    quantize_checkpoint(plain, packed, METHOD).write()
+    assert inspect_checkpoint(packed).clean
+    exact = opened(name, plain)
+    expected = made(exact, native)
+    assert np.isfinite(expected).all() and expected.std() > 0 and not any(methods(spec, exact).values())
+    online = opened(name, plain, mxdit.pipeline_config(METHOD))
+    assert (found := methods(spec, online)) and all(used == {METHOD} for used in found.values())
+    quantized = made(online, native)
+    distance = np.linalg.norm(quantized - expected) / np.linalg.norm(expected - expected.mean())
+    assert np.isfinite(quantized).all() and 0 < distance < 0.5, "quantization changes the pictures, a little"
+    offline = opened(name, packed)
+    assert methods(spec, offline) == found and np.array_equal(made(offline, native), quantized)
