@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.nn.attention import flex_attention
 
 import mxdit
 from mxdit.checkpoint import inspect_checkpoint, quantize_checkpoint
@@ -20,6 +21,12 @@ from tiny_families.parts import Native
 pytestmark = pytest.mark.slow
 
 METHOD = "mxfp4"  # what a method does to a layer has tests of its own
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention runs as it is written, by torch's own switch: tracing it first takes longer than all else here."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 
 
 def opened(name: str, directory: Path, quantization_config: Any = None) -> Any:

@@ -8,13 +8,18 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Kandinsky6SRLatentUpscalerBank,
+    Kandinsky6SRPipeline,
     Kandinsky6SRTransformer3DModel,
+    Kandinsky6SRVAE,
     Kandinsky6TI2VAPipeline,
     Kandinsky6Transformer3DModel,
+    PiflowScheduler,
 )
 
 from tiny_families.parts import (
     TEXT,
+    Native,
     Tiny,
     clip,
     clip_tokenizer,
@@ -23,6 +28,7 @@ from tiny_families.parts import (
     qwen2_5_vl,
     qwen_pair_tokenizer,
     seeded,
+    video,
 )
 
 
@@ -96,7 +102,34 @@ def kandinsky6_sr_inputs(model: Any) -> dict[str, Any]:
     return {"hidden_states": normal(model, 22, 1, 2, 8, 8, 9), "timestep": torch.tensor([700.0])}
 
 
+def kandinsky6_sr_pipeline() -> DiffusionPipeline:
+    """A VAE of stride 4 in space and 2 in time, tiles of 32 x 32 pixels, and the distilled release's scheduler."""
+    vae = {
+        "latent_channels": 4, "encoder_block_out_channels": (4, 8, 8), "decoder_block_out_channels": (4, 8, 8),
+        "layers_per_block": 1, "temporal_compression_ratio": 2,
+    }  # fmt: skip
+    upscaler = {
+        "in_channels": 4, "stage_channels": (8, 8, 8), "num_pre_blocks": 1, "num_mid_blocks": 1, "num_post_blocks": 1,
+        "num_x2_adapter_blocks": 1, "scales": (2,),
+    }  # fmt: skip
+    return Kandinsky6SRPipeline(
+        transformer=kandinsky6_sr(tile_sizes=((32, 32),)).bfloat16(),
+        vae=seeded(lambda: Kandinsky6SRVAE(**vae)).bfloat16(),
+        scheduler=PiflowScheduler(n_grid=2, num_policy_substeps=4),
+        latent_upscaler=seeded(lambda: Kandinsky6SRLatentUpscalerBank(**upscaler)).bfloat16(),
+    )
+
+
+def kandinsky6_sr_call() -> dict[str, Any]:
+    """3 frames of 16 x 24 pixels to twice the size, in two tiles."""
+    return {"video": video(1, 3, 16, 24), "resolution_scale": 2, "num_inference_steps": 2, "output_type": "np"}
+
+
 TINY = {
     "Kandinsky6Transformer3DModel": Tiny(kandinsky6, kandinsky6_inputs, kandinsky6_pipeline, (16, 32), 5),
-    "Kandinsky6SRTransformer3DModel": Tiny(kandinsky6_sr, kandinsky6_sr_inputs, None, (16, 24), 5),
+    "Kandinsky6SRTransformer3DModel": Tiny(
+        kandinsky6_sr,
+        kandinsky6_sr_inputs,
+        native={"Kandinsky6SRPipeline": Native(kandinsky6_sr_pipeline, kandinsky6_sr_call)},
+    ),
 }

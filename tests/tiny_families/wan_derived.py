@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnyFlowFARPipeline,
     AnyFlowFARTransformer3DModel,
     AnyFlowPipeline,
     AnyFlowTransformer3DModel,
@@ -14,17 +15,12 @@ from diffusers import (
     ChronoEditTransformer3DModel,
     DiffusionPipeline,
     FlowMapEulerDiscreteScheduler,
-    HeliosTransformer3DModel,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
-    WanAnimate2Transformer3DModel,
-    WanAnimatePipeline,
-    WanAnimateTransformer3DModel,
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
-from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
@@ -41,20 +37,7 @@ _SIZES = {  # d=64, and an FFN whose second linear has K=576
     "ffn_dim": 576,
     "num_layers": 2,
 }
-_IMAGE = {"image_dim": TEXT, "added_kv_proj_dim": 64}
-_ANIMATE = {
-    "in_channels": 36,
-    "latent_channels": 16,
-    "image_dim": TEXT,
-    "motion_encoder_channel_sizes": {"4": 4, "8": 4, "16": 4},
-    "motion_encoder_size": 16,
-    "motion_style_dim": 8,
-    "motion_dim": 4,
-    "motion_encoder_dim": 8,
-    "face_encoder_hidden_dim": 8,
-    "face_encoder_num_heads": 2,
-    "inject_face_latents_blocks": 1,
-}
+IMAGE = {"image_dim": TEXT, "added_kv_proj_dim": 64}
 
 
 def derived(cls: Any, **own: Any) -> Callable[..., Any]:
@@ -63,12 +46,10 @@ def derived(cls: Any, **own: Any) -> Callable[..., Any]:
 
 
 vace = derived(WanVACETransformer3DModel, vace_layers=(0, 1))
-animate = derived(WanAnimateTransformer3DModel, **_ANIMATE)
 skyreels = derived(SkyReelsV2Transformer3DModel)
-helios = derived(HeliosTransformer3DModel, rope_dim=(12, 10, 10))
 anyflow = derived(AnyFlowTransformer3DModel)
 anyflow_far = derived(AnyFlowFARTransformer3DModel)
-chronoedit = derived(ChronoEditTransformer3DModel, in_channels=36, **_IMAGE)
+chronoedit = derived(ChronoEditTransformer3DModel, in_channels=36, **IMAGE)
 
 
 def inputs(model: Any) -> dict[str, Any]:
@@ -85,55 +66,6 @@ def inputs(model: Any) -> dict[str, Any]:
 def vace_inputs(model: Any) -> dict[str, Any]:
     """Latents of what is kept and what is new of a video to follow, and a mask of 8 x 8 pixels to each."""
     return inputs(model) | {"control_hidden_states": normal(model, 11, 1, model.config.vace_in_channels, 2, 8, 8)}
-
-
-def animate_inputs(model: Any) -> dict[str, Any]:
-    """3 frames of latents, the first of the character's image; a pose for the other two, and 5 frames of a face."""
-    return inputs(model) | {
-        "hidden_states": normal(model, 8, 1, model.config.in_channels, 3, 8, 8),
-        "pose_hidden_states": normal(model, 11, 1, model.config.latent_channels, 2, 8, 8),
-        "face_pixel_values": normal(model, 12, 1, 3, 5, 16, 16),
-    }
-
-
-def animate_2(**overrides: Any) -> WanAnimate2Transformer3DModel:
-    config: dict[str, Any] = {
-        "in_dim": 36, "out_dim": 16, "dim": 64, "num_heads": 2, "ffn_dim": 576, "freq_dim": 64, "num_layers": 2,
-        "text_dim": tiny.TEXT_DIM, "text_len": 8,
-    }  # fmt: skip
-    return seeded(lambda: WanAnimate2Transformer3DModel(**(config | overrides)))
-
-
-def animate_2_inputs(model: Any) -> dict[str, Any]:
-    """The pass over the character: lists of clips. The pass over the video is FlexAttention's, which must be compiled."""
-    return {
-        "hidden_states": [normal(model, 8, 16, 2, 8, 8)],
-        "condition_latents": [normal(model, 9, 20, 2, 8, 8)],
-        "timestep": torch.tensor([700.0]),
-        "encoder_hidden_states": [normal(model, 10, 6, tiny.TEXT_DIM)],
-        "encoder_hidden_states_image": normal(model, 11, 1, 3, 1280),
-        "kv_cache": WanAnimate2KVCache(model.config.num_layers),
-        "kv_cache_mode": "extract",
-        "seq_len": 2 * 4 * 4,
-        "offset_grid_sizes": torch.tensor([[2, 4, 4]]),
-    }
-
-
-def helios_inputs(model: Any) -> dict[str, Any]:
-    """2 frames of 8 x 8 latents, and those before: 2 as they are, 2 at half and 4 at a quarter of the size."""
-    frames = torch.arange(10).unsqueeze(0)
-    return {
-        "hidden_states": normal(model, 8, 1, 16, 2, 8, 8),
-        "timestep": torch.tensor([700.0]),
-        "encoder_hidden_states": normal(model, 9, 1, 6, tiny.TEXT_DIM),
-        "indices_hidden_states": frames[:, 8:],
-        "latents_history_long": normal(model, 11, 1, 16, 4, 8, 8),
-        "indices_latents_history_long": frames[:, :4],
-        "latents_history_mid": normal(model, 12, 1, 16, 2, 8, 8),
-        "indices_latents_history_mid": frames[:, 4:6],
-        "latents_history_short": normal(model, 13, 1, 16, 2, 8, 8),
-        "indices_latents_history_short": frames[:, 6:8],
-    }
 
 
 def anyflow_inputs(model: Any) -> dict[str, Any]:
@@ -185,22 +117,10 @@ def vace_call() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def animate_pipeline() -> DiffusionPipeline:
-    return WanAnimatePipeline(**parts(transformer=animate().bfloat16(), **image_parts(CLIPVisionModel)))
-
-
-def animate_call() -> dict[str, Any]:
-    """A character, and the pose and the face that it follows through two segments of 5 frames, which share one."""
-    return {
-        "prompt": "a red seven", "image": image(1), "pose_video": video(2, 9), "face_video": video(3, 9), "height": 16,
-        "width": 16, "segment_frame_length": 5, "num_inference_steps": 2,
-    }  # fmt: skip
-
-
 def skyreels_pipeline(task: str) -> DiffusionPipeline:
     if task == "t2v":
         return SkyReelsV2Pipeline(**parts(transformer=skyreels().bfloat16()))
-    transformer = skyreels(in_channels=36, **_IMAGE).bfloat16()
+    transformer = skyreels(in_channels=36, **IMAGE).bfloat16()
     return SkyReelsV2ImageToVideoPipeline(
         **parts(transformer=transformer, **image_parts(CLIPVisionModelWithProjection))
     )
@@ -218,19 +138,30 @@ def anyflow_pipeline(task: str) -> DiffusionPipeline:
     )
 
 
+def anyflow_far_pipeline() -> DiffusionPipeline:
+    return AnyFlowFARPipeline(
+        **parts(transformer=anyflow_far().bfloat16(), scheduler=FlowMapEulerDiscreteScheduler(shift=5.0))
+    )
+
+
+def anyflow_far_call() -> dict[str, Any]:
+    """A frame is given, and two chunks are made after it, of one and of two frames of latents."""
+    first = torch.rand(1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return {
+        "prompt": "a red seven", "video": first, "height": 16, "width": 16, "num_frames": 13,
+        "chunk_partition": [1, 1, 2], "num_inference_steps": 2,
+    }  # fmt: skip
+
+
 TINY = {
     "WanVACETransformer3DModel": Tiny(
-        vace, vace_inputs, vace_pipeline, (16, 16), 5, _IMAGE,
+        vace, vace_inputs, vace_pipeline, (16, 16), 5, IMAGE,
         native={"WanVACEPipeline": Native(lambda: vace_pipeline("t2v"), vace_call)},
     ),
-    "WanAnimateTransformer3DModel": Tiny(
-        animate, animate_inputs, more={"added_kv_proj_dim": 64},
-        native={"WanAnimatePipeline": Native(animate_pipeline, animate_call)},
-    ),
-    "WanAnimate2Transformer3DModel": Tiny(animate_2, animate_2_inputs),
-    "SkyReelsV2Transformer3DModel": Tiny(skyreels, inputs, skyreels_pipeline, (16, 16), 5, _IMAGE),
+    "SkyReelsV2Transformer3DModel": Tiny(skyreels, inputs, skyreels_pipeline, (16, 16), 5, IMAGE),
     "ChronoEditTransformer3DModel": Tiny(chronoedit, inputs, chronoedit_pipeline, (16, 16)),
-    "HeliosTransformer3DModel": Tiny(helios, helios_inputs),
     "AnyFlowTransformer3DModel": Tiny(anyflow, anyflow_inputs, anyflow_pipeline, (16, 16), 5),
-    "AnyFlowFARTransformer3DModel": Tiny(anyflow_far, anyflow_far_inputs),
+    "AnyFlowFARTransformer3DModel": Tiny(
+        anyflow_far, anyflow_far_inputs, native={"AnyFlowFARPipeline": Native(anyflow_far_pipeline, anyflow_far_call)}
+    ),
 }  # fmt: skip
