@@ -121,6 +121,26 @@ def test_the_pipeline_loads_and_draws_the_same_pixels(source, tmp_path):
     assert not np.array_equal(tiny.generate(offline), tiny.generate(plain))  # or nothing was quantized
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_modular_pipeline(source, tmp_path, alone):
+    """Its index names parts that lie elsewhere, too, and may stand beside that of a plain pipeline."""
+    model, dst = tmp_path / "model", tmp_path / "dst"
+    shutil.copytree(source, model)
+    index = json.loads((model / "model_index.json").read_text())
+    parts = {name: [*of, {"subfolder": name}] for name, of in index.items() if isinstance(of, list)}
+    (model / "modular_model_index.json").write_text(json.dumps({"_class_name": "ModularPipeline", **parts}))
+    if alone:
+        (model / "model_index.json").unlink()
+        shutil.rmtree(model / "transformer_2")
+    quantize_checkpoint(model, dst, "mxfp4").write()
+    inspected = inspect_checkpoint(dst)
+    assert inspected.pipeline and inspected.clean
+    assert {made.component for made in inspected.components} == ({"transformer"} if alone else set(EXPERTS))
+    assert {path.name for path in dst.iterdir()} == {path.name for path in model.iterdir()}
+    for path in model.glob("*.json"):
+        assert json.loads((dst / path.name).read_text()) == json.loads(path.read_text())
+
+
 @pytest.mark.parametrize("folder, component", original.EXPERTS.items())
 def test_one_expert_of_either_layout(tmp_path, folder, component):
     original.save(tmp_path / "wan")

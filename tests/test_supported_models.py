@@ -136,3 +136,9 @@ def test_a_spec_without_pipelines_is_refused_with_what_it_lacks(tmp_path, monkey
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"The spec of DiTTransformer2DModel names no pipelines.*write `pipelines`"):
         open_model(tmp_path)
+
+
+def test_a_modular_pipeline_is_refused_with_what_runs_it(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text(json.dumps({"_class_name": "Flux3ModularPipeline"}))
+    with pytest.raises(InputError, match=r"no model_index\.json.*Call a modular pipeline through diffusers"):
+        open_model(tmp_path)

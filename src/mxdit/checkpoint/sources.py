@@ -33,6 +33,7 @@ from mxdit.models import COMPONENTS, SPECS, TEXT_ENCODERS, ModelSpec
 from mxdit.models.encoders import PLAIN
 
 INDEX = "model_index.json"
+MODULAR = "modular_model_index.json"  # of a pipeline made of blocks, which may have parts of other repositories
 SUFFIXES = tuple(layout.suffix for layout in LAYOUTS.values() if layout.suffix)
 
 
@@ -101,7 +102,7 @@ def open_source(path: Path | Mapping[str, Path], variant: str | None = None, *, 
         raise CheckpointError(
             "no checkpoint that mxdit knows",
             where=str(path),
-            expected=f"model_index.json, {'/, '.join(folders)}/, or one component's .safetensors",
+            expected=f"{INDEX}, {MODULAR}, {'/, '.join(folders)}/, or one component's .safetensors",
             hint="PyTorch .bin and .pth files are not read.",
         )
     return replace(found, variant=choose_variant(path, variant, optional=optional))
@@ -174,12 +175,14 @@ def _named(folder: Path) -> str | None:
 
 def _components(path: Path, spec: ModelSpec) -> Source | None:
     """The components that a directory has if it is of this family; None where it has none."""
-    if (path / INDEX).is_file():
-        index = read_json(path / INDEX)
+    for file in _indexes(path):
+        index = read_json(path / file)
         named = {name: index.get(name) for name in spec.components}
         present = [name for name, of in named.items() if isinstance(of, list) and of and of[0] is not None]
         absent = [name for name in present if not (path / name).is_dir()]
-        if absent:
+        if file == MODULAR:
+            present = [name for name in present if name not in absent]
+        elif absent:
             raise CheckpointError("a folder that the pipeline names is missing", where=str(path / absent[0]))
         if present:
             encoders = {
@@ -204,6 +207,11 @@ def _components(path: Path, spec: ModelSpec) -> Source | None:
     if any(any(path.glob(pattern)) for pattern in ("*.safetensors*", DESCRIPTION)) or _named(path) == spec.transformer:
         return Source(path, spec, {"": path}, False)
     return None
+
+
+def _indexes(path: Path) -> list[str]:
+    """The files of a directory that say what its pipeline is made of; a model may be published with both."""
+    return [name for name in (INDEX, MODULAR) if (path / name).is_file()]
 
 
 def open_both(
@@ -256,7 +264,7 @@ def rest_of(source: Source, beside: Collection[str] = ()) -> tuple[dict[str, Pat
     Of weights that a folder has in variants, one is taken, under its plain name.
 
     Returns:
-        The files to take over, by their paths in the pipeline; and JSON files to write, model_index.json the last.
+        The files to take over, by their paths in the pipeline; and JSON files to write, what says of what it is made the last.
 
     Raises CheckpointError for a file or folder that cannot be read, and an index that names a file that is not there.
     """
@@ -264,7 +272,7 @@ def rest_of(source: Source, beside: Collection[str] = ()) -> tuple[dict[str, Pat
         return {}, {}
     carried: dict[str, Path] = {}
     indexes: dict[str, Mapping[str, Any]] = {}
-    left = {*source.components, *beside}
+    left, last = {*source.components, *beside}, _indexes(source.path)
     seen = {source.path.resolve()}  # a folder may be a link, as a hub's cache has them, and a link may lead in circles
     for folder, folders, files in os.walk(source.path, onerror=_refuse, followlinks=True):
         inside = Path(folder).relative_to(source.path)
@@ -273,7 +281,7 @@ def rest_of(source: Source, beside: Collection[str] = ()) -> tuple[dict[str, Pat
         seen.update(inner[name] for name in folders)
         for file, plain in taken(sorted(files), source.variant).items():
             path, name = Path(folder) / file, str(inside / plain)
-            if file.startswith(".") or str(inside / file) == INDEX:
+            if file.startswith(".") or str(inside / file) in last:
                 continue
             if not path.is_file():
                 raise CheckpointError("not a file, or a link to none", where=str(path), hint="Fetch the model again.")
@@ -282,7 +290,7 @@ def rest_of(source: Source, beside: Collection[str] = ()) -> tuple[dict[str, Pat
                 indexes[name] = {**read_json(path), "weight_map": {t: plain_name(of) for t, of in weight_map.items()}}
             else:
                 carried[name] = path
-    return carried, {**indexes, INDEX: read_json(source.path / INDEX)}
+    return carried, {**indexes, **{name: read_json(source.path / name) for name in last}}
 
 
 def _refuse(error: OSError) -> None:

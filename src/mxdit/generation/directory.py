@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from mxdit.checkpoint.files import read_json
+from mxdit.checkpoint.sources import MODULAR
 from mxdit.config import MXConfig
 from mxdit.config.encoders import is_stated, read_stated
 from mxdit.errors import CheckpointError, InputError
@@ -145,6 +146,7 @@ def open_model(path: Path) -> ModelDirectory:
             where=str(path),
             got="no model_index.json",
             expected="the directory that holds model_index.json, transformer/, vae/, ...",
+            hint="Call a modular pipeline through diffusers." if (path / MODULAR).is_file() else None,
         )
     index = read_json(path / "model_index.json")
     own = str(index.get("_class_name"))
