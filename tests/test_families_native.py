@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,22 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 
 
-def opened(name: str, directory: Path, quantization_config: Any = None) -> Any:
-    pipeline = getattr(diffusers, name)
-    return pipeline.from_pretrained(
-        directory, torch_dtype=torch.bfloat16, local_files_only=True, quantization_config=quantization_config
-    )
+def opened(of: Any, directory: Path, config: Any = None) -> Any:
+    """The pipeline in a directory, of another's class; a modular one of its blocks, too, which no directory holds."""
+    options = {"torch_dtype": torch.bfloat16, "local_files_only": True}
+    if not isinstance(of, diffusers.ModularPipeline):
+        return type(of).from_pretrained(directory, **options, quantization_config=config)
+    pipeline = type(of)(of.blocks, directory)
+    pipeline.load_components(**options, **({"quantization_config": config.quant_mapping} if config else {}))
+    return pipeline
 
 
-def made(pipeline: Any, native: Native) -> NDArray[np.float64]:
-    """What one call gives: all of its pictures as one array."""
-    result = pipeline(**native.call(), generator=torch.Generator().manual_seed(0))
-    return np.asarray(getattr(result, native.output), dtype=np.float64)
+def pictures(pipeline: Any, native: Native) -> NDArray[np.float64]:
+    """What one call gives, as one array."""
+    options, seed = native.call(), torch.Generator().manual_seed(0)
+    if isinstance(pipeline, diffusers.ModularPipeline):
+        return np.asarray(pipeline(**options, generator=seed, output=native.output), dtype=np.float64)
+    return np.asarray(getattr(pipeline(**options, generator=seed), native.output), dtype=np.float64)
 
 
 def methods(spec: ModelSpec, pipeline: Any) -> dict[str, set[str]]:
@@ -55,18 +61,19 @@ def methods(spec: ModelSpec, pipeline: Any) -> dict[str, set[str]]:
 def test_a_pipeline_of_diffusers_runs_quantized_online_and_offline_alike(spec, name, tmp_path):
     """Distances are in units of the pictures' own contrast: a flat grey one is 1 away, an unrelated one about 1.4."""
     native = tiny_of(spec).native[name]
-    assert name in {*spec.hosts, *spec.pipelines}, f"name {name} in `hosts` of {spec.title}"
-    plain, packed = tmp_path / "plain", tmp_path / "packed"
-    native.pipeline().save_pretrained(plain)
+    made, plain, packed = native.pipeline(), tmp_path / "plain", tmp_path / "packed"
+    assert name == type(made).__name__ and name in {*spec.hosts, *spec.pipelines}, f"name {name} in `hosts`"
+    made.save_pretrained(str(plain))  # of a modular pipeline, it takes no Path
     quantize_checkpoint(plain, packed, METHOD).write()
     assert inspect_checkpoint(packed).clean
-    exact = opened(name, plain)
-    expected = made(exact, native)
+    exact = opened(made, plain)
+    expected = pictures(exact, native)
     assert np.isfinite(expected).all() and expected.std() > 0 and not any(methods(spec, exact).values())
-    online = opened(name, plain, mxdit.pipeline_config(METHOD))
+    online = opened(made, plain, mxdit.pipeline_config(METHOD))
     assert (found := methods(spec, online)) and all(used == {METHOD} for used in found.values())
-    quantized = made(online, native)
+    quantized = pictures(online, native)
     distance = np.linalg.norm(quantized - expected) / np.linalg.norm(expected - expected.mean())
     assert np.isfinite(quantized).all() and 0 < distance < 0.5, "quantization changes the pictures, a little"
-    offline = opened(name, packed)
-    assert methods(spec, offline) == found and np.array_equal(made(offline, native), quantized)
+    shutil.rmtree(plain)  # to which the packed one must not refer
+    offline = opened(made, packed)
+    assert methods(spec, offline) == found and np.array_equal(pictures(offline, native), quantized)

@@ -11,9 +11,9 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
-from transformers import Qwen3VLConfig, Qwen3VLModel
+from transformers import Qwen3VLModel
 
-from tiny_families.parts import TEXT, Tiny, normal, qwen_image_vae, qwen_tokenizer, seeded
+from tiny_families.parts import TEXT, Tiny, normal, qwen3_vl, qwen_image_vae, qwen_tokenizer, seeded
 
 
 def krea2(**overrides: Any) -> Krea2Transformer2DModel:
@@ -52,20 +52,10 @@ def krea2_inputs(model: Any) -> dict[str, Any]:
 def krea2_pipeline(task: str) -> DiffusionPipeline:
     """Qwen3-VL of two layers, of which the embedding and both are taken; a VAE of stride 2."""
     assert task == "t2i"
-    text = {
-        "vocab_size": 272, "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-    }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": TEXT, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": TEXT,
-        "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    qwen = Qwen3VLConfig(text_config=text, vision_config=vision)
     return Krea2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=qwen_image_vae(),
-        text_encoder=seeded(lambda: Qwen3VLModel(qwen)).bfloat16(),
+        text_encoder=qwen3_vl(Qwen3VLModel, 2),
         tokenizer=qwen_tokenizer(),
         transformer=krea2().bfloat16(),
         text_encoder_select_layers=(0, 1, 2),

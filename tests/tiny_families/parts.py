@@ -13,17 +13,20 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3VLConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -185,6 +188,27 @@ def qwen2_5_vl(vocabulary: int = 272) -> Qwen2_5_VLForConditionalGeneration:
     vision = {"depth": 1, "hidden_size": TEXT, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": TEXT}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config)).bfloat16()
+
+
+def qwen3_vl(model: Any, layers: int) -> Any:
+    """A Qwen3VLModel or Qwen3VLForConditionalGeneration."""
+    text = {
+        "vocab_size": 272, "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": TEXT, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": TEXT,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = Qwen3VLConfig(text_config=text, vision_config=vision)
+    return seeded(lambda: model(config)).bfloat16()
+
+
+def qwen_processor() -> LlavaProcessor:
+    """The same tokenizer in a processor: Llava's, because Qwen's own needs torchvision and is asked no more than this."""
+    tokenizer = qwen_tokenizer()
+    return LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=14, chat_template=tokenizer.chat_template)
 
 
 def image_vae(stages: int = 2, **overrides: Any) -> AutoencoderKL:
