@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch.nn.attention import flex_attention
 
 import mxdit
 from mxdit.checkpoint import inspect_checkpoint, quantize_checkpoint
@@ -25,9 +25,10 @@ METHOD = "mxfp4"  # what a method does to a layer has tests of its own
 
 
 @pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention runs as it is written, by torch's own switch: tracing it first takes longer than all else here."""
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+def eager() -> Iterator[None]:
+    """FlexAttention, and what makes its masks, run as they are written: compiling them takes longer than all else here."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def opened(of: Any, directory: Path, config: Any = None) -> Any:

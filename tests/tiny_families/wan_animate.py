@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanAnimate2DistilledModularPipeline,
+    WanAnimate2ModularPipeline,
     WanAnimate2Transformer3DModel,
     WanAnimatePipeline,
     WanAnimateTransformer3DModel,
 )
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import tiny
 from tiny_families.parts import TEXT, Native, Tiny, image, normal, seeded, video
@@ -79,10 +84,41 @@ def animate_call() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _animate_2_pipeline(made: Any) -> Any:
+    """With Wan's text encoder and VAE, and a CLIP as wide as the transformer counts on, of 7 x 7 patches."""
+    pipeline = made(getattr(diffusers, made.default_blocks_name)())
+    config = CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=32,
+    )
+    encoder = seeded(lambda: CLIPVisionModel(config)).bfloat16()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    pipeline.update_components(**parts(transformer=animate_2().bfloat16(), image_encoder=encoder, scheduler=scheduler))
+    return pipeline
+
+
+def animate_2_call() -> dict[str, Any]:
+    """A character, and a video that it moves as, through two segments of 5 frames, which share one."""
+    return {
+        "prompt": "a red seven", "prompt_ref": "a blue three", "image": image(1), "driving_video": video(2, 9),
+        "height": 16, "width": 16, "segment_frame_length": 5, "num_inference_steps": 2, "max_sequence_length": 8,
+    }  # fmt: skip
+
+
 TINY = {
     "WanAnimateTransformer3DModel": Tiny(
         animate, animate_inputs, more={"added_kv_proj_dim": 64},
         native={"WanAnimatePipeline": Native(animate_pipeline, animate_call)},
     ),
-    "WanAnimate2Transformer3DModel": Tiny(animate_2, animate_2_inputs),
+    "WanAnimate2Transformer3DModel": Tiny(
+        animate_2, animate_2_inputs,
+        native={
+            made.__name__: Native(partial(_animate_2_pipeline, made), animate_2_call, "videos")
+            for made in (WanAnimate2ModularPipeline, WanAnimate2DistilledModularPipeline)
+        },
+    ),
 }  # fmt: skip
