@@ -3,6 +3,7 @@
 python tools/supported_models.py [--check]
 
 Between two marks of that page; the rest is written by hand. Models are built from their published configs without weights.
+What is run comes from the tables that the tests run: tests/tiny_families.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from mxdit.models.spec import Published
 from mxdit.numerics.formats import FORMATS
 from mxdit.quantize.sizes import DEGREES, FLOAT, Sizes, published_sizes
 
-PAGE = Path(__file__).parents[1] / "docs" / "supported-models.md"
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+from tiny_families import tiny_of  # noqa: E402
+
+PAGE = ROOT / "docs" / "supported-models.md"
 BEGIN = "<!-- `python tools/supported_models.py` writes from here -->\n"
 END = "<!-- to here -->\n"
 SMALL = 0.001  # shares below it stand in one row
@@ -27,11 +32,13 @@ RUNTIMES = {"vllm-omni": "vLLM-Omni", "sglang": "SGLang"}
 FAMILIES = """\
 ## Families
 
-Pipelines that mxdit runs take a request (`mxdit generate`, `mxdit serve`, `Session`). Those called
-through diffusers hold the model as well and take what no request has: their checkpoints are
-quantized, packed and loaded all the same. "Quantized" is the share of the transformer's parameters,
-of the family's first published model. Further layouts are those of runtimes that look layers up by
-names that mxdit knows, of the model's own release, and of GGUF files.
+Pipelines that mxdit runs take a request (`mxdit generate`, `mxdit serve`, `Session`), and the tests
+run them so. Others are called through diffusers, because they take what no request has, such as a
+video to follow: their checkpoints are quantized, packed and loaded all the same, and the tests run
+those of the next column, tiny, with arguments of their own. Of those that are not run, the tests
+look that they have a component of the family's name. "Quantized" is the share of the transformer's
+parameters, of the family's first published model. Further layouts are those of runtimes that look
+layers up by names that mxdit knows, of the model's own release, and of GGUF files.
 """
 
 PUBLISHED = f"""\
@@ -83,13 +90,15 @@ def percent(part: int, whole: int) -> str:
 
 def family(spec: ModelSpec, sizes: Sizes) -> list[str]:
     """Its row of the first table."""
+    native = tiny_of(spec).native
     layouts = [RUNTIMES[name] for name in spec.runtimes]
     layouts += ["its release"] * bool(spec.original) + ["GGUF"] * bool(spec.gguf)
     return [
         spec.title,
         f"`{spec.transformer}`",
         ", ".join(f"`{name}` ({made.task})" for name, made in spec.pipelines.items()) or "-",
-        code(spec.hosts),
+        code(native),
+        code(name for name in spec.hosts if name not in native),
         percent(sizes.quantized, sizes.parameters),
         ", ".join(layouts) or "-",
     ]
@@ -154,7 +163,8 @@ def text() -> str:
                         "family",
                         "transformer",
                         "pipelines that mxdit runs",
-                        "called through diffusers",
+                        "run through diffusers",
+                        "not run",
                         "quantized",
                         "further layouts",
                     ),
