@@ -126,6 +126,9 @@ def settings(
     """4-bit microscaling (MXFP4, W4A4) for diffusion transformers: Wan2.2 text-to-video and image-to-video, and others."""
     # Nothing may reach for a model hub: what is not in the directory is an error at once, not after a time-out.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # torch asks for this at its first large tensor: pages of 2 MiB for those. Most of what lies between linears and attention
+    # is page faults of temporaries, see docs/cpu.md.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     handler = RichHandler(console=err, show_time=False, show_path=False)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
     if not verbose:
