@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,13 +29,29 @@ from mxdit.bench.profiling import activities, marked, split
 from mxdit.bench.shapes import Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
 from mxdit.bench.timing import Times, alternate, timer
+from mxdit.config.attention import AttentionPolicy
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.loading import show_loading
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request
 from mxdit.generation.session import Session
+from mxdit.integrations.diffusers_attention import attend
 
 AGAIN = "{}, again"
+SHARES = ("linear", "attention", "whole")  # what `split` gives
+
+
+@dataclass(frozen=True)
+class How:
+    """How the quantized modes run; what they are compared with is diffusers as it is.
+
+    Attributes:
+        attention: how it is computed; a block has no steps.
+        compiled: whether blocks are compiled. Compiled, a block is not split by operation.
+    """
+
+    attention: AttentionPolicy = field(default_factory=AttentionPolicy)
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,12 @@ class StepTime:
 
 
 def run(
-    model: ModelDirectory, request: Request, modes: Sequence[str], device: str, tell: Callable[[str], None]
+    model: ModelDirectory,
+    request: Request,
+    modes: Sequence[str],
+    device: str,
+    tell: Callable[[str], None],
+    how: How | None = None,
 ) -> Iterator[StepTime]:
     """Make one clip in every mode without the profiler and one with it.
 
@@ -76,15 +98,20 @@ def run(
         modes: first what carries what is not quantized, of `CARRIERS`, then of `MODES`. One follows the other, so the first
             is measured once more at the end: what it differs from the first time is the machine's.
         tell: is told of each.
+        how: the quantized modes run.
     """
     show_loading(False)
+    how = how or How()
     baseline = None
     for mode in ("as stored",) if model.stored else (*modes, AGAIN.format(modes[0])):
         tell(mode)
         method, activation = MODES.get(mode, (None, "mxfp4"))
         keys = {} if activation == "mxfp4" else {"activation": activation}
+        options: dict[str, Any] = (
+            {} if method is None and not model.stored else {"attention": how.attention, "compile": how.compiled}
+        )
         session = Session.open(
-            model.path, task=request.task, method=method, keys=keys, dtype=CARRIERS[modes[0]], device=device
+            model.path, task=request.task, method=method, keys=keys, dtype=CARRIERS[modes[0]], device=device, **options
         )
         session.run(replace(request, steps=2))  # does not count: allocators and thread pools begin
         times = Times.of(session.run(request).step_seconds)
@@ -100,9 +127,26 @@ def run(
         gc.collect()
 
 
+class Called(nn.Module):
+    """A compiled block, so that the profiler's marks lie outside of its graph."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.block(*inputs)
+
+
 @torch.inference_mode()
 def run_block(
-    wan: Wan, tokens: int, modes: Sequence[str], rounds: int, device: str, best: Ceilings
+    wan: Wan,
+    tokens: int,
+    modes: Sequence[str],
+    rounds: int,
+    device: str,
+    best: Ceilings,
+    how: How | None = None,
 ) -> Iterator[StepTime]:
     """One block of random weights over that many video tokens and 512 of text, in every mode as `run` takes them, in rounds
     of one forward of each: first without the profiler, then with it. All modes' weights are on the device at once: with all
@@ -110,21 +154,38 @@ def run_block(
 
     Args:
         best: the device's ceilings, measured just before.
+        how: the quantized modes run.
     """
+    how = how or How()
     place, dtype = torch.device(device), CARRIERS[modes[0]]
     plain = random_block(wan, device).to(dtype)
     x, text, *others = block_inputs(wan, tokens, device)
     inputs = (x.to(dtype), text.to(dtype), *others)
     blocks = {modes[0]: plain, **{mode: quantized(plain, *MODES[mode]) for mode in modes[1:]}}
+    for mode in modes[1:]:
+        if how.attention:
+            attend(blocks[mode], how.attention)
+        if how.compiled:
+            blocks[mode].compile(fullgraph=True)
+            blocks[mode] = Called(blocks[mode])
     seconds = alternate([[partial(block, *inputs)] for block in blocks.values()], rounds, timer(place))
     times = [Times.of(each) for each in seconds]
     seen: dict[str, list[dict[str, float]]] = {mode: [] for mode in blocks}
     for _ in range(rounds):
         for mode, block in blocks.items():
-            with marked([block], inside=True), profile(activities=activities(device)) as profiler:
+            with marked([block], inside=type(block) is not Called), profile(activities=activities(device)) as profiler:
                 block(*inputs)
-            seen[mode].append(seconds_of(profiler.events() or (), device))
+            events = profiler.events() or ()
+            seen[mode].append(
+                dict(zip(SHARES, split(events, device), strict=True))
+                if type(block) is Called
+                else seconds_of(events, device)
+            )
     for (mode, block), taken in zip(blocks.items(), times, strict=True):
+        if isinstance(block, Called):
+            linear, attention, whole = (min(each[key] for each in seen[mode]) for key in SHARES)
+            yield StepTime(mode, taken, linear / whole, attention / whole, times[0].median / taken.median)
+            continue
         up = block.get_submodule("ffn.net.0.proj")
         assert isinstance(up, nn.Linear)
         peak = best.peak(mode) if mode in CARRIERS else linear_peak(up, best.size, place, dtype, rounds)

@@ -15,7 +15,7 @@ from mxdit.errors import BackendError
 FORWARD = "mxdit.bench: forward"  # what the profiler calls the forward of what is measured
 SCOPE = "mxdit.bench, inside: "  # and, with its path, that of a module inside
 LINEARS = ("mxdit::linear", "aten::linear")
-ATTENTION = ("aten::scaled_dot_product_attention",)
+ATTENTION = ("aten::scaled_dot_product_attention", "mxdit::attention")
 
 
 @contextmanager

@@ -91,6 +91,34 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def attend(module: nn.Module, policy: AttentionPolicy) -> None:
+    """Give the attention layers of a module, such as a block, what a policy without steps says, for good."""
+    for processor, method in _methods_of(module, policy).items():
+        if method != DEFAULT:
+            setattr(processor, _HELD, AttentionBackendName(BACKENDS[method]))
+
+
+def _methods_of(module: nn.Module, policy: AttentionPolicy) -> dict[Any, str]:
+    """Attention processor -> its method, where no step says another one."""
+    layers = attention_layers(module)
+    if not layers:
+        raise ModelError(
+            "diffusers computes this model's attention without looking up a backend",
+            where=type(module).__name__,
+            expected="attention processors with a backend's name, as WanTransformer3DModel has them",
+            hint='Leave the policy out, which is attention="torch".',
+        )
+    named = resolve(module, list(layers), policy.layers, "layers", kind="an attention layer")
+    methods: dict[Any, str] = {}
+    for path, layer in layers.items():
+        own = policy.layers[named[path]] if path in named else policy.method
+        if methods.setdefault(layer.processor, own) != own:  # one name is all that layers with one processor can have
+            raise InputError(
+                "layers with one processor, and two methods", field="attention", where=path, got=str(policy)
+            )
+    return methods
+
+
 class AppliedAttention:
     """What `attention_policy` put on a pipeline. `remove` takes it away, and so does the end of a `with` block."""
 
@@ -159,24 +187,7 @@ class AttentionSwitch:
 
     def __init__(self, model: nn.Module, policy: AttentionPolicy, at: Callable[[], tuple[int, int]]) -> None:
         inner = uncompiled(model)
-        self.policy, self._at = policy, at
-        layers = attention_layers(inner)
-        if not layers:
-            raise ModelError(
-                "diffusers computes this model's attention without looking up a backend",
-                where=type(inner).__name__,
-                expected="attention processors with a backend's name, as WanTransformer3DModel has them",
-                hint='Leave the policy out, which is attention="torch".',
-            )
-        named = resolve(inner, list(layers), policy.layers, "layers", kind="an attention layer")
-        self._own = {path: policy.layers[named[path]] if path in named else policy.method for path in layers}
-        # Layers may share a processor; then one name is all that they can have.
-        self._processors: dict[Any, str] = {}
-        for path, layer in layers.items():
-            if self._processors.setdefault(layer.processor, self._own[path]) != self._own[path]:
-                raise InputError(
-                    "layers with one processor, and two methods", field="attention", where=path, got=str(policy)
-                )
+        self.policy, self._at, self._methods = policy, at, _methods_of(inner, policy)
         self._before: list[tuple[Any, Any]] = []
         _SWITCHES[inner] = self
         self._hooks = (
@@ -187,7 +198,7 @@ class AttentionSwitch:
     def _enter(self, *_: Any) -> None:
         self._restore()
         at_step = self.policy.method_at(*self._at()) if self.policy.steps else None
-        for processor, own in self._processors.items():
+        for processor, own in self._methods.items():
             method = at_step or own
             if method != DEFAULT:
                 self._before.append((processor, getattr(processor, _HELD)))

@@ -12,7 +12,7 @@ from mxdit.bench.modes import MODES
 from mxdit.bench.shapes import PUBLISHED
 from mxdit.cli.bench.options import Json, Task, bench, check_outputs, choices, clip, open_session, rounds_of
 from mxdit.cli.bench.tables import progress, say_baseline, say_machine, say_operations, table
-from mxdit.cli.console import Device, Frames, Model, Size, device_of, need, say
+from mxdit.cli.console import Attention, Device, Frames, Model, Size, device_of, need, say
 from mxdit.errors import InputError
 
 
@@ -32,6 +32,10 @@ def pipeline(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Video tokens that the block sees.")] = 1024,
     rounds: Annotated[int, typer.Option(help="Forwards of the block that count.")] = 5,
+    attention: Attention = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks of the modes; not those of the baseline.")
+    ] = False,
     device: Device = "cpu",
     report: Json = None,
 ) -> None:
@@ -45,7 +49,11 @@ def pipeline(
 
         mxdit bench pipeline Wan2.2-T2V-A14B-Diffusers --mode mxfp4_dualscale --device npu
 
+        mxdit bench pipeline --block A14B --tokens 4096 --mode mxfp4 --attention exact
+
         mxdit bench pipeline --block A14B --tokens 32760 --device cuda
+
+    --attention and --compile are for the modes; the baseline stays as diffusers has it.
     """
     from dataclasses import asdict
 
@@ -54,6 +62,7 @@ def pipeline(
     from mxdit.bench import pipeline as measure
     from mxdit.bench.ceilings import ceilings
     from mxdit.bench.record import report as as_json
+    from mxdit.config.attention import AttentionPolicy
 
     modes = choices("--mode", mode, MODES)
     if block is not None:
@@ -66,6 +75,9 @@ def pipeline(
         raise InputError("the first step does not count", where="--steps", got=steps, expected="at least 2")
     check_outputs(report)
     device_of(device)
+    how = measure.How(AttentionPolicy.of_value(attention), compiled)
+    if block is not None and how.attention.steps:
+        raise InputError("a block has no steps", where="--attention", got=attention)
     modes, best = (baseline := say_baseline(device), *modes), None
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
     if block is not None:
@@ -73,13 +85,13 @@ def pipeline(
         progress("what a copy and a matrix product of torch's reach")
         best = ceilings(torch.device(device), rounds, baseline)
         progress(what)
-        rows = list(measure.run_block(PUBLISHED[block], tokens, modes, rounds, device, best))
+        rows = list(measure.run_block(PUBLISHED[block], tokens, modes, rounds, device, best, how))
     else:
         session = open_session(directory, task)
         request = clip(session, steps, size, frames)
         what = f"{session.model.path}, {request.width}x{request.height}, {request.frames} frames; a step"
         settings = {"directory": directory, "task": session.task, "steps": steps, "frames": request.frames}
-        rows = list(measure.run(session.model, request, modes, device, progress))
+        rows = list(measure.run(session.model, request, modes, device, progress, how))
     say_machine(device)
     say(f"{what}; ms. Shares are the profiler's, seconds are without it.")
     cells: list[tuple[str, ...]] = [("mode", "median", "min", "IQR", "rounds", "linear", "attention", "rest")]
@@ -93,7 +105,7 @@ def pipeline(
     if best is not None:
         say_operations(rows, best)
     if report is not None:
-        settings["baseline"] = baseline
+        settings |= {"baseline": baseline, "attention": str(how.attention), "compile": compiled}
         figures = [asdict(row) | {"rest": row.rest} for row in rows]
         ceiled = {} if best is None else {"ceilings": vars(best)}
         report.write_text(json.dumps(as_json("pipeline", device, settings, figures, **ceiled), indent=1) + "\n")

@@ -54,6 +54,8 @@ def say_operations(rows: Sequence[Any], best: Any) -> None:
         f"{best.bf16 / 1e12:.3f} TFLOP/s, FP32 {best.fp32 / 1e12:.3f}. Rows with ~ are parts, measured alone."
     )
     for row in rows:
+        if not row.operations:
+            continue  # compiled
         forward = sum(each.seconds for each in row.operations if each.part_of is None)
         say(
             f"\n{row.mode}: {1e3 * forward:.1f} ms, each operation's quickest; linears at best {row.peak / 1e12:.3f} TFLOP/s\n"
