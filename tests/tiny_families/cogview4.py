@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import CogView4Transformer2DModel
+from diffusers import CogView4Pipeline, CogView4Transformer2DModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from transformers import GlmConfig, GlmModel
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, image_vae, llama_tokenizer, normal, seeded
 
 
 def cogview4(**overrides: Any) -> CogView4Transformer2DModel:
@@ -41,4 +42,22 @@ def cogview4_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"CogView4Transformer2DModel": Tiny(cogview4, cogview4_inputs, None, (16, 24))}
+def cogview4_pipeline(task: str) -> DiffusionPipeline:
+    """GLM of two layers, for the pipeline takes the output of the last but one; a VAE of stride 2."""
+    assert task == "t2i"
+    glm = GlmConfig(
+        vocab_size=64, hidden_size=TEXT, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024, pad_token_id=0,
+    )  # fmt: skip
+    return CogView4Pipeline(
+        tokenizer=llama_tokenizer(),
+        text_encoder=seeded(lambda: GlmModel(glm)).bfloat16(),
+        vae=image_vae(),
+        transformer=cogview4().bfloat16(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
+        ),
+    )
+
+
+TINY = {"CogView4Transformer2DModel": Tiny(cogview4, cogview4_inputs, cogview4_pipeline, (16, 32))}
