@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import LongCatImageTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
+)
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, image_vae, normal, qwen2_5_vl, qwen_tokenizer, seeded
 
 
 def longcat_image(**overrides: Any) -> LongCatImageTransformer2DModel:
@@ -36,4 +41,18 @@ def longcat_image_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"LongCatImageTransformer2DModel": Tiny(longcat_image, longcat_image_inputs)}
+def longcat_image_pipeline(task: str) -> DiffusionPipeline:
+    """Qwen2.5-VL; a VAE of stride 2, with 16 channels, as the pipeline has them. In the place of Qwen2-VL's processor, which
+    needs torchvision, is the tokenizer: the pipeline has nothing but text for it."""
+    assert task == "t2i"
+    return LongCatImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=image_vae(latent_channels=16),
+        text_encoder=qwen2_5_vl(),
+        tokenizer=qwen_tokenizer(),
+        text_processor=qwen_tokenizer(),
+        transformer=longcat_image(in_channels=64).bfloat16(),
+    )
+
+
+TINY = {"LongCatImageTransformer2DModel": Tiny(longcat_image, longcat_image_inputs, longcat_image_pipeline)}
