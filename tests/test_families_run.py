@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,29 @@ def test_a_distilled_model_without_a_guider_takes_no_guidance(tmp_path):
     assert request(session).guidance is None
     with pytest.raises(InputError, match="takes no guidance scale for t2i"):
         request(session, guidance=2.0)
+
+
+def test_a_size_that_the_pipeline_would_change_is_refused(tmp_path):
+    own, spec = TINY["HiDreamImageTransformer2DModel"], SPECS["HiDreamImageTransformer2DModel"]
+    assert own.pipeline is not None and spec.geometry is not None
+    scaled = spec.geometry({"patch_size": 2}, {}).scaled
+    assert scaled is not None
+    # Source: what inference.py of the model's release offers.
+    for size in ((1024, 1024), (768, 1360), (1360, 768), (880, 1168), (1168, 880), (1248, 832), (832, 1248)):
+        assert scaled(*size) == size
+    assert scaled(512, 512) == (1024, 1024)
+    pipeline: Any = own.pipeline("t2i")
+    pipeline.save_pretrained(tmp_path)
+    session = Session.open(tmp_path)
+    with pytest.raises(InputError, match="would make another size of this one; got 128x32") as caught:
+        session.request(prompt="a", size=(32, 128))
+    width, height = map(int, re.findall(r"\d+", str(caught.value.hint)))
+    assert caught.value.field == "size"
+    assert session.request(prompt="a", size=(height, width)).width == 4 * height
+    with pytest.raises(InputError, match="sides that are less unequal"):
+        session.request(prompt="a", size=(16, 2**20))
+    made = pipeline("a", height=32, width=128, num_inference_steps=1, guidance_scale=1.0, output_type="latent").images
+    assert made.shape[-2:] == (height, width)  # its VAE has stride 1
 
 
 def test_presets_are_sizes_that_the_model_takes(opened):

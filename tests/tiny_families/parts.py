@@ -115,7 +115,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     begin = ("<|begin_of_text|>", vocabulary["<|begin_of_text|>"])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token=begin[0],
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token=begin[0], eos_token="<|eot_id|>",
         extra_special_tokens=list(marks[3:]),
     )  # fmt: skip
 

@@ -183,6 +183,20 @@ def _check(model: ModelDirectory, request: Request) -> None:
                 expected=f"a positive multiple of {multiple}",
                 hint=f"Nearest: {max(multiple, round(value / multiple) * multiple)}.",
             )
+    scaled, size = model.geometry.scaled, (request.height, request.width)
+    if scaled is not None and scaled(*size) != size:
+        nearest = size
+        while (
+            all(nearest) and (again := scaled(*nearest)) != nearest
+        ):  # the first has at most its area; no next one is smaller
+            nearest = again
+        raise InputError(
+            "the pipeline makes images of one area, and would make another size of this one",
+            field="size",
+            got=f"{size[1]}x{size[0]}",
+            expected="a size that it leaves as it is",
+            hint=f"Nearest: {nearest[1]}x{nearest[0]}." if all(nearest) else "Ask for sides that are less unequal.",
+        )
     if temporal is not None and (request.frames < 1 or (request.frames - 1) % temporal):
         nearest = max(0, round((request.frames - 1) / temporal)) * temporal + 1
         raise InputError(

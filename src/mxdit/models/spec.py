@@ -19,12 +19,15 @@ class Geometry:
                no table.
     of_image   (height, width) of an image -> (height, width) that a pipeline makes of it, where it chooses them itself
                and its call takes none.
+    scaled     (height, width) that is asked for -> (height, width) that a pipeline makes of it, where it changes them: only
+               those that it leaves can be asked for.
     """
 
     multiple: int
     temporal: int | None = None
     positions: int | None = None
     of_image: Callable[[int, int], tuple[int, int]] | None = None
+    scaled: Callable[[int, int], tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)

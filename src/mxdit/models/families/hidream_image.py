@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import lcm, sqrt
 from operator import itemgetter
+from typing import Any
 
-from mxdit.models.spec import MODULATION, ModelSpec, Published
+from mxdit.models.spec import IMAGE_CALL, MODULATION, Geometry, ModelSpec, PipelineSpec, Preset, Published
 
 _EXPERTS = 4  # of each block, in every published model; two of them see a token
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The VAE halves the image between its stages. The pipeline makes every image as large as one of 128 x 128 latents."""
+    stride = 2 ** (len(vae.get("block_out_channels") or (1, 2, 4, 4)) - 1)
+    step = 2 * stride  # what it cuts both sides to, whatever a patch is
+
+    def scaled(height: int, width: int) -> tuple[int, int]:
+        scale = sqrt((128 * stride) ** 2 / (width * height))
+        return int(height * scale // step * step), int(width * scale // step * step)
+
+    return Geometry(multiple=lcm(step, stride * int(config["patch_size"])), scaled=scaled)
+
 
 HIDREAM_IMAGE = ModelSpec(
     title="HiDream-I1",
@@ -24,8 +40,12 @@ HIDREAM_IMAGE = ModelSpec(
     ),
     keep={"block.adaLN_modulation.1": MODULATION},
     timestep=itemgetter("timesteps"),
-    # Not in `pipelines`: it makes another size of the one that it is asked for, with the area of 128 x 128 latents.
-    hosts=("HiDreamImagePipeline",),
+    # The release comes without the fourth text encoder, Llama 3.1: a directory for mxdit has to hold it.
+    pipelines={"HiDreamImagePipeline": PipelineSpec("t2i", IMAGE_CALL, output="images")},
+    needed=("num_layers", "patch_size"),
+    geometry=_geometry,
+    # Source of the figures: the defaults of diffusers' pipeline.
+    presets=(Preset("HiDream-I1", "t2i", (1024, 1024), 1, 1, 50, 5.0),),
     # Source: the release's transformer/config.json, as ComfyUI's model detection repeats it.
     published=(
         Published(
