@@ -77,18 +77,23 @@ class Recorder:
 
     def _hook(self, expert: str, pipeline: str) -> Any:
         def called(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            spec = spec_of(model)
             inputs = signature(model.forward).bind(*given, **named).arguments  # not all pipelines name all of them
             step = {
                 "step": len(self.latents),
-                "timestep": float(spec_of(model).timestep(inputs).max()),  # TI2V has one a token, 0 for given frames
+                "timestep": float(spec.timestep(inputs).max()),  # TI2V has one a token, 0 for given frames
                 "expert": expert,
             }
             if len(self.steps) == step["step"]:
                 self.steps.append(step)
             if self._keep_calls:
-                inputs.pop("return_dict", None)  # how its output is handed over
+                for name in (
+                    "return_dict",
+                    *spec.idle,
+                ):  # how its output is handed over, and what changes nothing in it
+                    inputs.pop(name, None)
                 kept = {key: map_tensors(value, self._move) for key, value in inputs.items() if value is not None}
-                run = spec_of(model).pipelines.get(pipeline)
+                run = spec.pipelines.get(pipeline)
                 order = {"prompt_first": run is not None and run.prompt_first}
                 self.calls.append({**step, **order, "inputs": kept, "velocity": velocity_of(output).cpu()})
 

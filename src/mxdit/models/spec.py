@@ -170,6 +170,8 @@ class ModelSpec:
                  height, width and frames; a family without it has no plan of memory.
     text_tokens  that a prompt is filled up to.
     timestep     of a call of the transformer, given its arguments by name: a tensor that falls from step to step.
+    idle         arguments of the transformer that change nothing in the calls of `pipelines`, and that a recorded call leaves
+                 out: objects, which a file of calls cannot hold.
     presets      defaults, the first that fits counts; for each task the last must fit any model of the family.
     published    models whose sizes docs/supported-models.md shows.
     recipes      who else quantizes the family -> what that keeps in 16 bits, and why ours differs where it does.
@@ -199,6 +201,7 @@ class ModelSpec:
     shapes: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any], int, int, int], Shapes] | None = None
     text_tokens: int = 512
     timestep: Callable[[Mapping[str, Any]], Any] = itemgetter("timestep")
+    idle: tuple[str, ...] = ()
     presets: tuple[Preset, ...] = ()
     published: tuple[Published, ...] = ()
     recipes: Mapping[str, str] = field(default_factory=dict)
