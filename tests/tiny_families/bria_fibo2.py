@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import BriaFibo2Transformer2DModel
+from diffusers import (
+    BriaFibo2Pipeline,
+    BriaFibo2Transformer2DModel,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
+from transformers import Qwen3VLForConditionalGeneration
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.flux2 import flux2_vae
+from tiny_families.parts import TEXT, Tiny, normal, qwen3_vl, qwen_processor, seeded
 
 
 def bria_fibo2(**overrides: Any) -> BriaFibo2Transformer2DModel:
@@ -30,7 +37,8 @@ def bria_fibo2(**overrides: Any) -> BriaFibo2Transformer2DModel:
         "axes_lens": (32, 16, 16),
     }
     model = seeded(lambda: BriaFibo2Transformer2DModel(**(config | overrides)))
-    model.layers[1].cross_attn_gate.data.fill_(1.0)  # it begins with none of the text
+    for layer in model.config.injection_layer_ids:
+        model.layers[layer].cross_attn_gate.data.fill_(1.0)  # it begins with none of the text
     return model
 
 
@@ -43,4 +51,16 @@ def bria_fibo2_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"BriaFibo2Transformer2DModel": Tiny(bria_fibo2, bria_fibo2_inputs)}
+def bria_fibo2_pipeline(task: str) -> DiffusionPipeline:
+    """Qwen3-VL of 36 layers, of which the pipeline takes six times three, one for the gist and five for as many layers."""
+    assert task == "t2i"
+    return BriaFibo2Pipeline(
+        transformer=bria_fibo2(n_layers=5, injection_layer_ids=tuple(range(5)), cap_feat_dim=3 * TEXT).bfloat16(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=flux2_vae(),
+        text_encoder=qwen3_vl(Qwen3VLForConditionalGeneration, 36),
+        processor=qwen_processor(),
+    )
+
+
+TINY = {"BriaFibo2Transformer2DModel": Tiny(bria_fibo2, bria_fibo2_inputs, bria_fibo2_pipeline)}
