@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -11,10 +12,21 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
 )
+from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from tiny_families.flux2 import flux2_vae
-from tiny_families.parts import TEXT, Tiny, normal, qwen3_vl, qwen_processor, seeded
+from tiny_families.parts import (
+    TEXT,
+    Native,
+    Tiny,
+    image,
+    normal,
+    qwen3_vl,
+    qwen_processor,
+    qwen_vision_processor,
+    seeded,
+)
 
 
 def bria_fibo2(**overrides: Any) -> BriaFibo2Transformer2DModel:
@@ -54,13 +66,31 @@ def bria_fibo2_inputs(model: Any) -> dict[str, Any]:
 def bria_fibo2_pipeline(task: str) -> DiffusionPipeline:
     """Qwen3-VL of 36 layers, of which the pipeline takes six times three, one for the gist and five for as many layers."""
     assert task == "t2i"
+    return _bria_fibo2_pipeline(qwen_processor())
+
+
+def _bria_fibo2_pipeline(processor: Any) -> DiffusionPipeline:
     return BriaFibo2Pipeline(
         transformer=bria_fibo2(n_layers=5, injection_layer_ids=tuple(range(5)), cap_feat_dim=3 * TEXT).bfloat16(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=flux2_vae(),
         text_encoder=qwen3_vl(Qwen3VLForConditionalGeneration, 36),
-        processor=qwen_processor(),
+        processor=processor,
     )
 
 
-TINY = {"BriaFibo2Transformer2DModel": Tiny(bria_fibo2, bria_fibo2_inputs, bria_fibo2_pipeline)}
+def edit() -> dict[str, Any]:
+    """One image, of which a half is to be made anew."""
+    prompt = {"short_description": "a red seven", "edit_instruction": "make it blue"}
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    return {
+        "prompt": json.dumps(prompt), "image": image(0), "mask": mask, "height": 16, "width": 24,
+        "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np",
+    }  # fmt: skip
+
+
+NATIVE = {"BriaFibo2Pipeline": Native(lambda: _bria_fibo2_pipeline(qwen_vision_processor(16)), edit, output="images")}
+TINY = {
+    "BriaFibo2Transformer2DModel": Tiny(bria_fibo2, bria_fibo2_inputs, bria_fibo2_pipeline, native=NATIVE),
+}

@@ -8,12 +8,13 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tiny_families.parts import TEXT, Tiny, clip_tokenizer, image_vae, normal, seeded, t5, t5_tokenizer
+from tiny_families.parts import TEXT, Native, Tiny, clip_tokenizer, image, image_vae, normal, seeded, t5, t5_tokenizer
 
 
 def flux(**overrides: Any) -> FluxTransformer2DModel:
@@ -64,4 +65,17 @@ def flux_pipeline(task: str) -> DiffusionPipeline:
     )
 
 
-TINY = {"FluxTransformer2DModel": Tiny(flux, flux_inputs, flux_pipeline, (16, 24))}
+def kontext() -> dict[str, Any]:
+    """An image to edit, in its own size, which the pipeline leaves as it is by a private argument only."""
+    return {
+        "prompt": "a blue seven", "image": image(0, 16, 24), "height": 16, "width": 24, "max_area": 16 * 24,
+        "num_inference_steps": 2, "guidance_scale": 3.5, "_auto_resize": False, "output_type": "np",
+    }  # fmt: skip
+
+
+NATIVE = {
+    "FluxKontextPipeline": Native(
+        lambda: FluxKontextPipeline(**flux_pipeline("t2i").components), kontext, output="images"
+    )
+}
+TINY = {"FluxTransformer2DModel": Tiny(flux, flux_inputs, flux_pipeline, (16, 24), native=NATIVE)}

@@ -8,11 +8,24 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LongCatImageEditPipeline,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
 )
 
-from tiny_families.parts import TEXT, Tiny, image_vae, normal, qwen2_5_vl, qwen_tokenizer, seeded
+from tiny_families.parts import (
+    TEXT,
+    VISION_IDS,
+    Native,
+    Tiny,
+    image,
+    image_vae,
+    normal,
+    qwen2_5_vl,
+    qwen_tokenizer,
+    qwen_vision_processor,
+    seeded,
+)
 
 
 def longcat_image(**overrides: Any) -> LongCatImageTransformer2DModel:
@@ -55,4 +68,24 @@ def longcat_image_pipeline(task: str) -> DiffusionPipeline:
     )
 
 
-TINY = {"LongCatImageTransformer2DModel": Tiny(longcat_image, longcat_image_inputs, longcat_image_pipeline)}
+def longcat_image_edit_pipeline() -> DiffusionPipeline:
+    """The same, of images of a megapixel, as the pipeline makes all of them: so the VAE's stride is 64."""
+    processor = qwen_vision_processor(14)
+    parts = longcat_image_pipeline("t2i").components | {
+        "vae": image_vae(7, latent_channels=16, layers_per_block=0), "text_encoder": qwen2_5_vl(**VISION_IDS),
+        "tokenizer": processor.tokenizer, "text_processor": processor
+    }  # fmt: skip
+    return LongCatImageEditPipeline(**parts)
+
+
+def edit() -> dict[str, Any]:
+    return {
+        "image": image(0), "prompt": "a blue seven", "num_inference_steps": 2, "guidance_scale": 2.0,
+        "output_type": "np",
+    }  # fmt: skip
+
+
+NATIVE = {"LongCatImageEditPipeline": Native(longcat_image_edit_pipeline, edit, output="images")}
+TINY = {
+    "LongCatImageTransformer2DModel": Tiny(longcat_image, longcat_image_inputs, longcat_image_pipeline, native=NATIVE),
+}

@@ -21,10 +21,12 @@ from transformers import (
     Gemma2Model,
     GemmaTokenizer,
     LlavaProcessor,
+    PaddleOCRVLProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
     Qwen3Config,
     Qwen3VLConfig,
     T5Config,
@@ -35,6 +37,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEXT = 32  # width of every text and image encoder
 _QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_VISION_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+VISION_IDS = {  # of `qwen_vision_processor`: behind 256 bytes and the marks of a chat
+    key: 256 + len(_QWEN_MARKS) + i
+    for i, key in enumerate(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"))
+}
 _LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 
@@ -126,10 +133,13 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*marks, *((letter, -3.0) for letter in _LETTERS)], extra_ids=0)
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Of single bytes and the marks of a chat; its vocabulary is smaller than 272."""
-    pieces = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *_QWEN_MARKS])}
-    tokenizer = Qwen2Tokenizer(vocab=pieces, merges=[], extra_special_tokens=list(_QWEN_MARKS[1:]))
+def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """Of single bytes, the marks of a chat and those that are given; its vocabulary is smaller than 272."""
+    marks = (*_QWEN_MARKS, *more)
+    pieces = {piece: i for i, piece in enumerate([*bytes_to_unicode().values(), *marks])}
+    # By name, as processors look an image's up.
+    named = {f"{mark[2:-2].replace('_pad', '')}_token": mark for mark in marks[1:]}
+    tokenizer = Qwen2Tokenizer(vocab=pieces, merges=[], extra_special_tokens=named)
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -179,14 +189,15 @@ def qwen3(model: Any, layers: int) -> Any:
     return seeded(lambda: model(config)).bfloat16()
 
 
-def qwen2_5_vl(vocabulary: int = 272) -> Qwen2_5_VLForConditionalGeneration:
+def qwen2_5_vl(vocabulary: int = 272, **marks: int) -> Qwen2_5_VLForConditionalGeneration:
+    """For a tokenizer of so many pieces; `VISION_IDS` where it sees images."""
     text: dict[str, Any] = {
         "vocab_size": vocabulary, "hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": TEXT, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": TEXT}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
     return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config)).bfloat16()
 
 
@@ -201,7 +212,7 @@ def qwen3_vl(model: Any, layers: int) -> Any:
         "depth": 1, "hidden_size": TEXT, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": TEXT,
         "deepstack_visual_indexes": [0],
     }  # fmt: skip
-    config = Qwen3VLConfig(text_config=text, vision_config=vision)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **VISION_IDS)
     return seeded(lambda: model(config)).bfloat16()
 
 
@@ -209,6 +220,15 @@ def qwen_processor() -> LlavaProcessor:
     """The same tokenizer in a processor: Llava's, because Qwen's own needs torchvision and is asked no more than this."""
     tokenizer = qwen_tokenizer()
     return LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=14, chat_template=tokenizer.chat_template)
+
+
+def qwen_vision_processor(patch: int) -> PaddleOCRVLProcessor:
+    """Of images, too, in tokens of 2 x 2 patches of so many pixels a side: PaddleOCR's, which counts tokens as Qwen's own."""
+    tokenizer = qwen_tokenizer(*_VISION_MARKS)
+    size = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (8 * patch) ** 2}
+    return PaddleOCRVLProcessor(
+        Qwen2VLImageProcessor(patch_size=patch, size=size), tokenizer, chat_template=tokenizer.chat_template
+    )
 
 
 def image_vae(stages: int = 2, **overrides: Any) -> AutoencoderKL:

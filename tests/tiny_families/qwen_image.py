@@ -6,14 +6,32 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from transformers import Qwen3VLForConditionalGeneration
 
-from tiny_families.parts import TEXT, Tiny, normal, qwen2_5_vl, qwen_image_vae, qwen_tokenizer, seeded
+from tiny_families.parts import (
+    TEXT,
+    VISION_IDS,
+    Native,
+    Tiny,
+    image,
+    normal,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen_image_vae,
+    qwen_tokenizer,
+    qwen_vision_processor,
+    seeded,
+)
 
 
 def qwen_image(**overrides: Any) -> QwenImageTransformer2DModel:
@@ -53,6 +71,29 @@ def qwen_image_pipeline(task: str) -> DiffusionPipeline:
     )
 
 
+def qwen_image_edit_pipeline() -> DiffusionPipeline:
+    """The same, of images of a megapixel, as the pipeline makes all of them: so the VAE's stride is 64."""
+    vae: dict[str, Any] = {
+        "base_dim": 4, "z_dim": 4, "dim_mult": [1] * 7, "num_res_blocks": 0, "temperal_downsample": [False] * 6,
+        "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4,
+    }  # fmt: skip
+    processor = qwen_vision_processor(14)
+    parts = qwen_image_pipeline("t2i").components | {
+        "vae": seeded(lambda: AutoencoderKLQwenImage(**vae)).bfloat16(),
+        "text_encoder": qwen2_5_vl(**VISION_IDS),
+        "tokenizer": processor.tokenizer,
+        "processor": processor,
+    }
+    return QwenImageEditPipeline(**parts)
+
+
+def qwen_image_edit() -> dict[str, Any]:
+    return {
+        "image": image(0), "prompt": "a blue seven", "negative_prompt": "red", "true_cfg_scale": 2.0,
+        "num_inference_steps": 2, "output_type": "np",
+    }  # fmt: skip
+
+
 def qwen_image21(**overrides: Any) -> QwenImage21Transformer2DModel:
     """Two blocks, d=160, so that the FFN's last linear has K=640."""
     config = {
@@ -79,7 +120,32 @@ def qwen_image21_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def qwen_image21_pipeline() -> DiffusionPipeline:
+    """Qwen3-VL, a VAE of stride 16 with 4 channels."""
+    vae: dict[str, Any] = {
+        "base_dim": 4, "decoder_base_dim": 4, "z_dim": 4, "dim_mult": [1] * 5, "num_res_blocks": 1,
+        "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4,
+    }  # fmt: skip
+    return QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+        vae=seeded(lambda: AutoencoderKLQwenImage21(**vae)).bfloat16(),
+        text_encoder=qwen3_vl(Qwen3VLForConditionalGeneration, 2),
+        processor=qwen_vision_processor(16),
+        transformer=qwen_image21().bfloat16(),
+    )
+
+
+def edit() -> dict[str, Any]:
+    """An image to follow, guidance, and keys and values kept from the first step."""
+    return {
+        "prompt": "a blue seven", "negative_prompt": "red", "image": image(0, 64, 64), "true_cfg_scale": 3.0,
+        "output_resolution": 64, "num_inference_steps": 3, "output_type": "np",
+    }  # fmt: skip
+
+
+NATIVE = {"QwenImageEditPipeline": Native(qwen_image_edit_pipeline, qwen_image_edit, output="images")}
+NATIVE21 = {"QwenImage21Pipeline": Native(qwen_image21_pipeline, edit, output="images")}
 TINY = {
-    "QwenImageTransformer2DModel": Tiny(qwen_image, qwen_image_inputs, qwen_image_pipeline),
-    "QwenImage21Transformer2DModel": Tiny(qwen_image21, qwen_image21_inputs),
+    "QwenImageTransformer2DModel": Tiny(qwen_image, qwen_image_inputs, qwen_image_pipeline, native=NATIVE),
+    "QwenImage21Transformer2DModel": Tiny(qwen_image21, qwen_image21_inputs, native=NATIVE21),
 }

@@ -62,8 +62,8 @@ QWEN_IMAGE_21 = ModelSpec(
     # The timestep is turned into scales and gates once, before the blocks: no linear of a block is a modulation.
     blocks=("transformer_blocks",),
     groups=(("attn.to_q", "attn.to_k", "attn.to_v"), ("img_mlp.proj", "img_mlp.gate_layer")),
-    # Not in `pipelines`: from its second step on it hands over the keys and values of the text in an object, and a call that
-    # has one cannot be recorded and repeated, as calibration does.
+    # Not in `pipelines`: its pictures have a fourth channel, alpha, which a result has not; and a directory may fix the noise
+    # levels, and so the number of steps that a request asks for.
     hosts=("QwenImage21Pipeline",),
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("Qwen/Qwen-Image-2.1"),),
