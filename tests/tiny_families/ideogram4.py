@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import Ideogram4Transformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
 from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR, OUTPUT_IMAGE_INDICATOR
+from transformers import Qwen3VLModel
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.flux2 import flux2_vae
+from tiny_families.parts import TEXT, Native, Tiny, normal, qwen3_vl, qwen_tokenizer, seeded
+
+TAPS = 13  # layers of the text encoder that the pipeline takes
 
 
-def ideogram4(**overrides: Any) -> Ideogram4Transformer2DModel:
+def ideogram4(seed: int = 7, **overrides: Any) -> Ideogram4Transformer2DModel:
     """Two blocks, whose FFN's last linear has K=640."""
     config = {
         "in_channels": 16,
@@ -23,7 +27,7 @@ def ideogram4(**overrides: Any) -> Ideogram4Transformer2DModel:
         "llm_features_dim": 2 * TEXT,
         "mrope_section": (6, 5, 5),
     }
-    return seeded(lambda: Ideogram4Transformer2DModel(**(config | overrides)))
+    return seeded(lambda: Ideogram4Transformer2DModel(**(config | overrides)), seed)
 
 
 def ideogram4_inputs(model: Any) -> dict[str, Any]:
@@ -39,4 +43,26 @@ def ideogram4_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"Ideogram4Transformer2DModel": Tiny(ideogram4, ideogram4_inputs)}
+def ideogram4_pipeline() -> DiffusionPipeline:
+    """Qwen3-VL of 36 layers, for the pipeline takes some of them by their numbers; two transformers; a VAE of stride 2."""
+    features = {"llm_features_dim": TAPS * TEXT}
+    return Ideogram4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=flux2_vae(),
+        text_encoder=qwen3_vl(Qwen3VLModel, 36),
+        tokenizer=qwen_tokenizer(),
+        transformer=ideogram4(**features).bfloat16(),
+        unconditional_transformer=ideogram4(8, **features).bfloat16(),
+    )
+
+
+def call() -> dict[str, Any]:
+    """With a guidance of its own at each step."""
+    return {
+        "prompt": "a red seven", "height": 16, "width": 24, "num_inference_steps": 2, "guidance_schedule": [4.0, 2.0],
+        "max_sequence_length": 64, "output_type": "np",
+    }  # fmt: skip
+
+
+NATIVE = {"Ideogram4Pipeline": Native(ideogram4_pipeline, call, output="images")}
+TINY = {"Ideogram4Transformer2DModel": Tiny(ideogram4, ideogram4_inputs, native=NATIVE)}
