@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -66,6 +67,9 @@ def _telling(scheduler: type, tell: Callable[[Tensor], None]) -> Any:
     """A scheduler class that does what `scheduler` does, and tells the latents of each step that it made."""
 
     class Telling(scheduler):
+        @wraps(
+            scheduler.step
+        )  # some pipelines look in its signature for what else it takes, as the generator of its noise
         def step(self, *args: Any, **kwargs: Any) -> Any:
             made = super().step(*args, **kwargs)
             tell(made[0])
@@ -82,6 +86,7 @@ def _telling(scheduler: type, tell: Callable[[Tensor], None]) -> Any:
 
         begin_index = step_index = 0
 
+        @wraps(scheduler.step)
         def step(self, *args: Any, **kwargs: Any) -> Any:
             made = super().step(*args, **kwargs)
             self.step_index += 1
