@@ -198,11 +198,32 @@ def test_a_size_that_the_pipeline_would_change_is_refused(tmp_path):
     assert made.shape[-2:] == (height, width)  # its VAE has stride 1
 
 
+def test_a_vae_that_decodes_whole_tiles_takes_their_sizes_alone(tmp_path):
+    make = TINY["AllegroTransformer3DModel"].pipeline
+    assert make is not None
+    make("t2v").save_pretrained(tmp_path)
+    session = Session.open(tmp_path)  # tiles of 24 x 128 x 128
+    assert session.load().vae.use_tiling
+    # A share of a tile is decoded by none of them, and black.
+    refused = {"frames": (23, 39), "size": ((112, 128), (128, 144))}
+    for field, values in refused.items():
+        for value in values:
+            with pytest.raises(InputError, match=f"fit the .*VAE.*{24 if field == 'frames' else 128}") as caught:
+                session.request(**{"prompt": "red", "frames": 24, "size": (128, 128), field: value})
+            assert caught.value.field == field
+    assert session.request(prompt="red", frames=40, size=(144, 176)).frames == 40
+    published = SPECS["AllegroTransformer3DModel"]
+    assert published.geometry is not None
+    geometry, preset = published.geometry({"patch_size": 2}, {}), published.presets[0]
+    assert geometry.tiles == ((320, 400), (320, 240)) and geometry.nearest_frames(80) == 88 == preset.frames
+    assert not any((side - least) % step for side, (least, step) in zip(preset.size, geometry.tiles, strict=True))
+
+
 def test_presets_are_sizes_that_the_model_takes(opened):
     geometry = open_model(opened.directory).geometry
     for preset in (preset for preset in opened.spec.presets if preset.task == opened.task):
         assert not any(side % geometry.multiple for side in preset.size), preset.name
-        assert preset.frames == 1 if geometry.temporal is None else preset.frames % geometry.temporal == 1
+        assert preset.frames == (1 if geometry.temporal is None else geometry.nearest_frames(preset.frames))
 
 
 def test_the_preset_of_a_published_model_is_found_by_its_config():

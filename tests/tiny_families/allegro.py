@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AllegroTransformer3DModel
+from diffusers import (
+    AllegroPipeline,
+    AllegroTransformer3DModel,
+    AutoencoderKLAllegro,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+)
 from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
-from tiny_families.parts import TEXT, Tiny, normal, seeded
+from tiny_families.parts import TEXT, Tiny, normal, seeded, t5, t5_tokenizer
 
 
 def allegro(**overrides: Any) -> AllegroTransformer3DModel:
@@ -40,4 +46,21 @@ def allegro_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"AllegroTransformer3DModel": Tiny(allegro, allegro_inputs)}
+def allegro_pipeline(_: str) -> DiffusionPipeline:
+    """T5, and a VAE whose tiles are as small as their fixed overlaps let them be."""
+    vae: dict[str, Any] = {
+        "block_out_channels": (4,) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "sample_size": 128,
+    }
+    return AllegroPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5(64),
+        vae=seeded(lambda: AutoencoderKLAllegro(**vae)).bfloat16(),
+        transformer=allegro().bfloat16(),
+        scheduler=EulerAncestralDiscreteScheduler(),
+    )
+
+
+TINY = {"AllegroTransformer3DModel": Tiny(allegro, allegro_inputs, allegro_pipeline, (128, 128), 24)}

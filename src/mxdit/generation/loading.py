@@ -188,7 +188,9 @@ def read(
         with warnings.catch_warnings():
             # diffusers 0.42 calls it `dtype`; 0.40 knows only the old name.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            return pipeline_class.from_pretrained(str(model.path), torch_dtype=dtypes, local_files_only=True, **options)
+            pipeline = pipeline_class.from_pretrained(
+                str(model.path), torch_dtype=dtypes, local_files_only=True, **options
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             "the model cannot be loaded",
@@ -196,6 +198,9 @@ def read(
             got=" ".join(str(error).split()).rstrip("."),
             hint="A file is missing or damaged: download or convert the model again.",
         ) from error
+    if model.called(task).tiled:
+        pipeline.vae.enable_tiling()
+    return pipeline
 
 
 @contextmanager

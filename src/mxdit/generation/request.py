@@ -173,17 +173,29 @@ def _check(model: ModelDirectory, request: Request) -> None:
         raise InputError("the prompt is empty", field="prompt", hint="Say what it should show.")
     if request.image is None and model.takes(request.task, "image"):
         raise InputError("image-to-video needs a first frame", field="image", hint="Give an image.")
-    multiple, temporal, positions = model.geometry.multiple, model.geometry.temporal, model.geometry.positions
-    for name, value in (("height", request.height), ("width", request.width)):
-        if value < multiple or value % multiple:
+    geometry = model.geometry
+    multiple, temporal, positions = (
+        geometry.multiple,
+        geometry.temporal or 1,
+        geometry.positions,
+    )  # an image is one frame
+    for (name, value), (least, step) in zip(
+        {"height": request.height, "width": request.width}.items(),
+        geometry.tiles or ((multiple, multiple),) * 2,
+        strict=True,
+    ):
+        nearest = max(0, round((value - least) / step)) * step + least
+        if value != nearest:
             raise InputError(
-                f"the {name} does not fit the model's patches",
+                f"the {name} does not fit the {'tiles of the VAE' if geometry.tiles else 'patches of the model'}",
                 field="size",
                 got=value,
-                expected=f"a positive multiple of {multiple}",
-                hint=f"Nearest: {max(multiple, round(value / multiple) * multiple)}.",
+                expected=f"{least} and a multiple of {step}"
+                if geometry.tiles
+                else f"a positive multiple of {multiple}",
+                hint=f"Nearest: {nearest}.",
             )
-    scaled, size = model.geometry.scaled, (request.height, request.width)
+    scaled, size = geometry.scaled, (request.height, request.width)
     if scaled is not None and scaled(*size) != size:
         nearest = size
         while (
@@ -197,16 +209,15 @@ def _check(model: ModelDirectory, request: Request) -> None:
             expected="a size that it leaves as it is",
             hint=f"Nearest: {nearest[1]}x{nearest[0]}." if all(nearest) else "Ask for sides that are less unequal.",
         )
-    if temporal is not None and (request.frames < 1 or (request.frames - 1) % temporal):
-        nearest = max(0, round((request.frames - 1) / temporal)) * temporal + 1
+    nearest = geometry.nearest_frames(request.frames)
+    if request.frames != nearest:
         raise InputError(
             "the number of frames does not fit the video VAE",
             field="frames",
             got=request.frames,
-            expected=f"1 more than a multiple of {temporal}",
+            expected=f"{geometry.first} more than a multiple of {temporal}",
             hint=f"Nearest: {nearest}.",
         )
-    temporal = temporal or 1  # an image is one frame
     latent_frames = (request.frames - 1) // temporal + 1
     if positions is not None and max(latent_frames, request.height // multiple, request.width // multiple) > positions:
         raise InputError(

@@ -14,7 +14,10 @@ class Geometry:
     """What sizes of image or video a model takes, in pixels and frames.
 
     multiple   height and width are multiples of it.
-    temporal   the number of frames is 1 more than a multiple of it; None for a model of images.
+    temporal   the number of frames is `first` more than a multiple of it; None for a model of images.
+    first      the least number of frames.
+    tiles      (least, step) of the height and of the width, where a VAE decodes whole tiles only: what is no tile would be
+               black. They replace `multiple` and hold it.
     positions  most positions that its position table has along one axis, in patches or latent frames; None where it has
                no table.
     of_image   (height, width) of an image -> (height, width) that a pipeline makes of it, where it chooses them itself
@@ -28,6 +31,14 @@ class Geometry:
     positions: int | None = None
     of_image: Callable[[int, int], tuple[int, int]] | None = None
     scaled: Callable[[int, int], tuple[int, int]] | None = None
+    first: int = 1
+    tiles: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def nearest_frames(self, frames: int) -> int:
+        """The number of frames that it takes and that is nearest to `frames`."""
+        if self.temporal is None:
+            return frames
+        return max(0, round((frames - self.first) / self.temporal)) * self.temporal + self.first
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Preset:
     config      keys of the transformer's config.json that tell this model from others of the family; empty is any.
     components  how many transformers its pipeline has; None is any.
     size        (height, width) in pixels; for I2V only their product counts, the image gives the aspect.
-    frames      1 more than a multiple of the geometry's `temporal`; 1 for an image.
+    frames      as the geometry takes them; 1 for an image.
     fps         frames per second of the written video.
     steps       denoising steps.
     guidance, guidance_2   guidance scale; of a cascade, of its first and its second transformer. None keeps what the
@@ -97,6 +108,7 @@ class PipelineSpec:
     output     attribute of what the call returns, a batch of (frames, height, width, 3) or (height, width, 3) arrays.
     prompt_first  whether the prompt's half comes first where one call of the transformer has both branches of guidance.
     float32    components that are loaded in FP32, whatever the dtype of the rest.
+    tiled      whether its VAE decodes in tiles only, at every size.
     """
 
     task: str
@@ -106,6 +118,7 @@ class PipelineSpec:
     output: str = "frames"
     prompt_first: bool = False
     float32: tuple[str, ...] = ()
+    tiled: bool = False
 
     def takes(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Whether a request may set this field, by the pipeline's own settings in model_index.json."""

@@ -85,7 +85,7 @@ class Engines:
         if name not in models:
             raise NoSuchModel("no such model", field="model", got=repr(name), expected=" or ".join(models))
         defaults = models[name]["defaults"]
-        fields = body.fields(None, 1, own_extras=False)
+        fields = body.fields(int, 1, own_extras=False)
         if FIELD in fields and FIELD not in models[name]["takes"]:
             raise InputError(
                 "the engine takes no adapters by name",

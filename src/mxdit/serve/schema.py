@@ -11,7 +11,7 @@ import io
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -107,11 +107,11 @@ class VideoBody(BaseModel):
                 raise ValueError("no JSON") from None
         return value
 
-    def fields(self, temporal: int | None, fps: int, *, own_extras: bool = True) -> dict[str, Any]:
+    def fields(self, nearest: Callable[[int], int], fps: int, *, own_extras: bool = True) -> dict[str, Any]:
         """The fields of `make_request` that are given. Raises InputError.
 
         Args:
-            temporal: frames come in these, and one.
+            nearest: the number of frames that the model takes, given the one that is asked for.
             fps: where none is asked for.
             own_extras: whether `extra_params` are ours, or an engine's, which are handed on as they are.
         """
@@ -125,7 +125,7 @@ class VideoBody(BaseModel):
             frames = round(self.seconds * (self.fps or fps))
         if frames is not None:
             # As vLLM-Omni does it, whose documents ask for 80 frames; the answer says how many there are.
-            frames = frames if temporal is None else max(0, round((frames - 1) / temporal)) * temporal + 1
+            frames = nearest(frames)
         adapters = self.lora if isinstance(self.lora, list) else ()
         given = {
             "prompt": self.prompt,

@@ -123,7 +123,7 @@ class Catalog:
         """What a request with this first frame asks for. Raises InputError and ConfigError."""
         served = self._find(body.model, data is not None)
         session = self._sessions[served.id]
-        fields = body.fields(session.model.geometry.temporal, session.model.preset(served.task).fps)
+        fields = body.fields(session.model.geometry.nearest_frames, session.model.preset(served.task).fps)
         fields.setdefault("seed", secrets.randbelow(1 << 31))
         named = fields.pop(FIELD, [])
         try:
