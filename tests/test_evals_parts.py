@@ -93,7 +93,7 @@ def test_repeated_calls_have_the_activations_of_their_step():
         }
         calls.append({"step": step, "timestep": 900.0 - 300 * step, "expert": "transformer", "inputs": inputs})
     for call in calls:
-        call["velocity"] = repeat(tiny.transformer(), call)
+        call |= {"velocity": repeat(tiny.transformer(), call), "guidance_added": 0.0}
 
     def errors(activation: str, policy: dict[str, list[int]]) -> list[float]:
         model = tiny.transformer()

@@ -20,7 +20,7 @@ GUIDANCE = 4.0
 def clip(*, guided: bool = True, size: int = 4000, expert: str = "transformer") -> list[dict]:
     """Calls of a clip: random velocities at every step, the conditional one first."""
     return [
-        {"step": step, "timestep": time, "expert": expert, "velocity": torch.randn(1, 1, size)}
+        {"step": step, "timestep": time, "expert": expert, "guidance_added": 0.0, "velocity": torch.randn(1, 1, size)}
         for step, time in enumerate(TIMES)
         for _ in range(2 if guided else 1)
     ]

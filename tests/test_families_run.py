@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,17 +53,21 @@ class Opened:
         made.save_pretrained(self._root)
         return self._root
 
+    def open(self, directory: Path | None = None, **options: Any) -> Session:
+        """A session of it, or of another directory of the same model."""
+        return Session.open(directory or self.directory, parts=tiny_of(self.spec).parts, **options)
+
     @cached_property
     def plain(self) -> tuple[Session, Result, Recorder]:
         """Unquantized, and what its first run gave and called."""
-        session, recorder = Session.open(self.directory), Recorder(keep_calls=True)
+        session, recorder = self.open(), Recorder(keep_calls=True)
         with recorder.listening(session.load()):
             return session, run(session, recorder), recorder
 
     @cached_property
     def quantized(self) -> tuple[Session, Result]:
         """Quantized while it loaded, and what its first run gave."""
-        session = Session.open(self.directory, method=METHOD)
+        session = self.open(method=METHOD)
         return session, run(session)
 
 
@@ -78,8 +84,10 @@ def request(session: Session, **options: Any) -> Request:
         options["image"] = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     if session.model.takes(session.task, "height"):
         options["size"] = own.size
+    if session.model.takes(session.task, "frames"):
+        options["frames"] = own.frames
     steps = 2 * len(session.model.components)
-    return session.request(**{"prompt": "a red seven moves left", "frames": own.frames, "steps": steps, **options})
+    return session.request(**{"prompt": "a red seven moves left", "steps": steps, **options})
 
 
 def run(session: Session, recorder: Recorder | None = None) -> Result:
@@ -97,10 +105,12 @@ def test_the_pipeline_runs_quantized_online_and_offline_alike(opened, tmp_path):
     assert session.model.spec is opened.spec and session.task == opened.task
     assert session.model.pipelines[session.task] == opened.name
     _, online = opened.quantized
+    if opened.spec.pipelines[opened.name].makes:
+        assert not exact.frames[:, :2, :2].any(), "a guardrail of ours has seen the frames, and blackens a corner"
     assert 0 < np.abs(online.frames - exact.frames.astype(int)).mean() < 32, "quantization changes the pixels, a little"
     quantize_checkpoint(opened.directory, tmp_path / "packed", METHOD).write()
     assert inspect_checkpoint(tmp_path / "packed").clean
-    packed = Session.open(tmp_path / "packed")
+    packed = opened.open(tmp_path / "packed")
     assert packed.model.stored.keys() == packed.model.components.keys()
     assert np.array_equal(run(packed).frames, online.frames)
     online.save(tmp_path / ("clip.png" if session.task == "t2i" else "clip.mp4"))
@@ -129,9 +139,16 @@ def test_a_recorded_call_can_be_repeated(opened):
 def test_both_branches_of_guidance_are_told_apart(opened, monkeypatch):
     """The scheduler is given what guidance makes of them: the prompt's is the first of two calls, or as the spec has it."""
     session, _, _ = opened.plain
-    scheduler, given, recorder = type(session.load().scheduler), list[torch.Tensor](), Recorder(keep_calls=True)
-    step = scheduler.step
-    monkeypatch.setattr(scheduler, "step", lambda self, v, *a, **k: given.append(v) or step(self, v, *a, **k))
+    scheduler, recorder = type(session.load().scheduler), Recorder(keep_calls=True)
+    step, given = scheduler.step, list[tuple[torch.Tensor, torch.Tensor]]()
+    mark = opened.spec.pipelines[opened.name].step_given
+
+    def watched(self: Any, velocity: torch.Tensor, t: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if mark is None or mark in kwargs:
+            given.append((velocity, sample))
+        return step(self, velocity, t, sample, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "step", watched)
     with recorder.listening(session.load()):
         session.run(request(session, guidance=3.0), on_latents=recorder.on_latents)
     first = [call for call in recorder.calls if call["step"] == 0]
@@ -140,19 +157,24 @@ def test_both_branches_of_guidance_are_told_apart(opened, monkeypatch):
     assert batched or not opened.spec.pipelines[opened.name].prompt_first, "prompt_first is for calls of both branches"
     if len(branches) == 1:
         return  # a model that was distilled to take guidance as a number
-    if branches[0].numel() == 2 * given[0].numel():  # PixArt's have variances beside
+    guided, sample = (tensor.double() for tensor in given[0])
+    if branches[0].numel() == 2 * guided.numel():  # PixArt's have variances beside
         branches = [v.chunk(2, dim=1)[0] for v in branches]
-    if branches[0].numel() != given[0].numel():
+    if branches[0].numel() != guided.numel():
         assert opened.task == "i2v", "only a given frame is left out of what the scheduler is given"
         return
-    columns = torch.stack([v.flatten() for v in branches], 1)
-    # Of g c + (1 - g) u, or its negative: the prompt's branch has the larger part.
-    conditional, unconditional = torch.linalg.lstsq(columns, given[0].double().flatten()[:, None]).solution.flatten()
+    tensors = [guided, *branches, sample]
+    if opened.task == "i2v" and guided.ndim == 5 and all(tensor.shape == guided.shape for tensor in tensors):
+        tensors = [tensor[:, :, 1:] for tensor in tensors]  # some give the scheduler the frame that is given
+    # Of g c + (1 - g) u, or its negative: the prompt's branch has the larger part. Some mix predictions of the clip, with a part
+    # of the sample in them.
+    wanted, *columns = (tensor.flatten() for tensor in tensors)
+    conditional, unconditional, _ = torch.linalg.lstsq(torch.stack(columns, 1), wanted[:, None]).solution.flatten()
     assert abs(conditional) > abs(unconditional)
 
 
 def test_a_request_says_what_the_model_does_not_take(opened):
-    session = Session.open(opened.directory)
+    session = opened.open()
     options = {"negative_prompt": "x", "size": tiny_of(opened.spec).size, "guidance_2": 2.0, "boundary_ratio": 0.5}
     for option, value in options.items():
         if not session.model.takes(session.task, "height" if option == "size" else option):
@@ -161,6 +183,30 @@ def test_a_request_says_what_the_model_does_not_take(opened):
             assert caught.value.field == option
     with pytest.raises(InputError, match=f"got i2i; expected {session.task}"):
         Session.open(opened.directory, task="i2i")
+
+
+def test_a_pipeline_that_makes_a_guardrail_does_not_run_without_one(tmp_path, monkeypatch):
+    own = TINY["CosmosTransformer3DModel"]
+    assert own.pipeline is not None
+    own.pipeline("t2i").save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "cosmos_guardrail", None)  # as where it is not installed
+    with pytest.raises(InputError, match=r"makes its safety checker of a package.*no cosmos_guardrail.*pip install"):
+        Session.open(tmp_path).load()
+    checker = type(own.parts["safety_checker"])()
+    for parts in ({"safety_checker": None}, {"safety": checker}, {"transformer": checker, "safety_checker": checker}):
+        with pytest.raises(InputError, match="no component of this pipeline that can be given") as caught:
+            Session.open(tmp_path, parts=parts).load()
+        assert caught.value.field == "parts"
+    session = Session.open(tmp_path, parts={"safety_checker": checker})
+    session.run(request(session, prompt="a red seven"))
+    assert checker.seen == ["a red seven", (1, *own.size, 3)]
+    with pytest.raises(ValueError, match="unsafe text in the prompt: a weapon"):
+        session.run(request(session, prompt="a weapon"))
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"concat_padding_mask": True}))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(InputError, match=r"the transformer needs a package.*concat_padding_mask, and no torchvision"):
+        Session.open(tmp_path, parts={"safety_checker": checker}).load()
 
 
 def test_a_distilled_model_without_a_guider_takes_no_guidance(tmp_path):
@@ -220,10 +266,12 @@ def test_a_vae_that_decodes_whole_tiles_takes_their_sizes_alone(tmp_path):
 
 
 def test_presets_are_sizes_that_the_model_takes(opened):
-    geometry = open_model(opened.directory).geometry
+    model = open_model(opened.directory)
+    geometry, config = model.geometry, next(iter(model.components.values()))
     for preset in (preset for preset in opened.spec.presets if preset.task == opened.task):
         assert not any(side % geometry.multiple for side in preset.size), preset.name
-        assert preset.frames == (1 if geometry.temporal is None else geometry.nearest_frames(preset.frames))
+        if preset.fits(config, len(model.components)):  # another model's VAE may have another stride
+            assert preset.frames == (1 if geometry.temporal is None else geometry.nearest_frames(preset.frames))
 
 
 def test_the_preset_of_a_published_model_is_found_by_its_config():

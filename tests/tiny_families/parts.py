@@ -72,6 +72,7 @@ class Tiny:
     others       class name -> makes that one, where a task has a second class.
     native       class name -> one that is run through diffusers: of the `hosts`, or of the `pipelines` with what no request
                  gives them. docs/supported-models.md says of these hosts that they are run, and of others that they are not.
+    parts        components that it is given, for which a directory has no files.
     """
 
     transformer: Callable[..., Any]
@@ -82,6 +83,7 @@ class Tiny:
     more: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Callable[[], DiffusionPipeline]] = field(default_factory=dict)
     native: Mapping[str, Native] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def normal(model: Any, seed: int, *shape: int) -> Tensor:

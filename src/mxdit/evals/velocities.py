@@ -74,7 +74,7 @@ def errors_of(
             continue
         way, strayed, whole = torch.zeros(()), torch.zeros(()), torch.zeros(())
         parts = dict[int, float]()
-        scales = {call["step"]: guidance[call["expert"]] for call in calls}
+        scales = {call["step"]: guidance[call["expert"]] + call["guidance_added"] for call in calls}
         for step, branches in recorded.items():
             whole = whole + intervals[step] * _guided(branches, scales[step])
         for step, both in pairs.items():

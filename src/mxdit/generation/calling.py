@@ -44,7 +44,7 @@ def call_of(pipeline: Any, called: PipelineSpec, request: Request, on_step: Call
     components = {}
     for name, keys in changes.items():
         component = getattr(pipeline, name)
-        made = type(component) if name != "scheduler" else _telling(type(component), on_step)
+        made = type(component) if name != "scheduler" else _telling(type(component), on_step, called.step_given)
         components[name] = made.from_config(component.config, **keys)
     return Call(arguments, components, config)
 
@@ -63,8 +63,9 @@ def _shift_of(scheduler: Any, shift: float | None) -> dict[str, float]:
     return {key: shift}
 
 
-def _telling(scheduler: type, tell: Callable[[Tensor], None]) -> Any:
-    """A scheduler class that does what `scheduler` does, and tells the latents of each step that it made."""
+def _telling(scheduler: type, tell: Callable[[Tensor], None], given: str | None) -> Any:
+    """A scheduler class that does what `scheduler` does, and tells the latents of each step that it made; of those calls alone
+    that have the keyword `given`, where there is one."""
 
     class Telling(scheduler):
         @wraps(
@@ -72,7 +73,8 @@ def _telling(scheduler: type, tell: Callable[[Tensor], None]) -> Any:
         )  # some pipelines look in its signature for what else it takes, as the generator of its noise
         def step(self, *args: Any, **kwargs: Any) -> Any:
             made = super().step(*args, **kwargs)
-            tell(made[0])
+            if given is None or given in kwargs:
+                tell(made[0])
             return made
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -6,6 +6,8 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,6 +130,7 @@ def load(
     variant: str | None = None,
     offloaded: bool = False,
     encoders: Mapping[str, MXConfig] | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline for `task`, on `device`, in `dtype` but for the components that its spec wants in FP32.
 
@@ -135,7 +138,7 @@ def load(
         device: name of a torch device.
         offloaded: leave the weights on the CPU, to be on `device` for as long as they are used.
     """
-    pipeline = read(model, task, configs, dtype=dtype, variant=variant, encoders=encoders)
+    pipeline = read(model, task, configs, dtype=dtype, variant=variant, encoders=encoders, parts=parts)
     if not offloaded:
         return pipeline.to(device)
     offload(pipeline, device)
@@ -151,6 +154,7 @@ def read(
     variant: str | None = None,
     encoders: Mapping[str, MXConfig] | None = None,
     without: Collection[str] = (),
+    parts: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline for `task`, on the CPU.
 
@@ -160,9 +164,11 @@ def read(
             variant that there is.
         encoders: from `encoders`.
         without: components that are left out, None in their place.
+        parts: components that are taken as they are given.
 
     Raises:
-        InputError: there is no such variant, or more than one to choose from.
+        InputError: there is no such variant, or more than one to choose from; a component is given that the pipeline does not
+            have; or one is not given that is made of a package which is not installed.
         CheckpointError: a file is missing or damaged, or does not fit the model.
         ConfigError: a config does not fit the model.
     """
@@ -174,6 +180,8 @@ def read(
 
     with _without_import_warnings():
         pipeline_class = getattr(diffusers, model.pipelines[task])
+    parts = dict(parts or {})
+    _check_parts(model, task, parts, signature(pipeline_class.__init__).parameters)
     mapping: Any = {name: config for name, config in configs.items() if config is not None}
     mapping |= encoders_of(encoders or {})
     options: dict[str, Any] = (
@@ -183,7 +191,7 @@ def read(
     chosen = choose_variant(model.path, variant)
     if chosen is not None:
         options["variant"] = chosen
-    options.update(dict.fromkeys(without))
+    options.update(dict.fromkeys(without), **parts)
     try:
         with warnings.catch_warnings():
             # diffusers 0.42 calls it `dtype`; 0.40 knows only the old name.
@@ -201,6 +209,34 @@ def read(
     if model.called(task).tiled:
         pipeline.vae.enable_tiling()
     return pipeline
+
+
+def _check_parts(model: ModelDirectory, task: str, parts: Mapping[str, Any], components: Collection[str]) -> None:
+    for name, part in parts.items():
+        if name not in components or name in model.components or part is None:
+            raise InputError(
+                "no component of this pipeline that can be given",
+                field="parts",
+                where=str(model.path),
+                got=f"{name}: {type(part).__name__}",
+                expected=f"a component of {model.pipelines[task]} other than {' and '.join(model.components)}",
+            )
+    for package, key in model.spec.packages.items():
+        if any(config.get(key) for config in model.components.values()) and find_spec(package) is None:
+            raise InputError(
+                "the transformer needs a package that is not installed",
+                where=str(model.path),
+                got=f"{key}, and no {package}",
+                hint=f"Install the {package} that fits your torch.",
+            )
+    for name, package in model.called(task).makes.items():
+        if name not in parts and find_spec(package) is None:
+            raise InputError(
+                f"the pipeline makes its {name.replace('_', ' ')} of a package that is not installed",
+                where=str(model.path),
+                got=f"no {package}",
+                hint=f"pip install {package}, or give one of your own: Session.open(..., parts={{{name!r}: ...}}).",
+            )
 
 
 @contextmanager

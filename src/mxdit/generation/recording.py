@@ -41,10 +41,11 @@ class Recorder:
     """Keeps the calls of the transformers and the latents after each step of one image or video.
 
     Attributes:
-        calls: {"step", "timestep", "expert", "inputs": {name: what was given}, "velocity": tensor, "prompt_first": bool}, all
-            tensors on the CPU; "expert" is the component's name, "velocity" what the transformer gives first. The conditional
-            call of a step is first, the unconditional one follows where guidance is on; some pipelines make one call of both,
-            as a batch, whose order "prompt_first" tells.
+        calls: {"step", "timestep", "expert", "inputs": {name: what was given}, "velocity": tensor, "prompt_first": bool,
+            "guidance_added": float}, all tensors on the CPU; "expert" is the component's name, "velocity" what the transformer
+            gives first. The conditional call of a step is first, the unconditional one follows where guidance is on; some
+            pipelines make one call of both, as a batch, whose order "prompt_first" tells. The last two are as in a
+            `PipelineSpec`.
         latents: after each step, fp32, as the scheduler gives them: of a video mostly (1, C, T, H, W). Of a pipeline that keeps
             the first frame itself (HunyuanVideo's I2V) all but that frame.
         steps: {"step", "timestep", "expert"} of each step.
@@ -94,8 +95,11 @@ class Recorder:
                     inputs.pop(name, None)
                 kept = {key: map_tensors(value, self._move) for key, value in inputs.items() if value is not None}
                 run = spec.pipelines.get(pipeline)
-                order = {"prompt_first": run is not None and run.prompt_first}
-                self.calls.append({**step, **order, "inputs": kept, "velocity": velocity_of(output).cpu()})
+                mixed = {
+                    "prompt_first": run is not None and run.prompt_first,
+                    "guidance_added": 0.0 if run is None else run.guidance_added,
+                }
+                self.calls.append({**step, **mixed, "inputs": kept, "velocity": velocity_of(output).cpu()})
 
         return called
 

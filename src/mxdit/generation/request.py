@@ -44,7 +44,7 @@ class Request:
 
     task: str
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = ""
     image: Image | None = None
     height: int
     width: int

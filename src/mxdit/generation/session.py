@@ -55,6 +55,7 @@ class Session:
         memory: bytes that a run may take, of the process on a CPU, else of the device; None says nothing.
         attention: how the transformers compute it.
         compile: whether the repeated blocks of the transformers are compiled.
+        parts: components that the pipeline is given as they are.
         lock: held while a run lasts. Hold it to use the pipeline yourself, such as with hooks in its modules; the thread that
             holds it can run requests meanwhile.
     """
@@ -73,10 +74,11 @@ class Session:
         memory: int | None = None,
         attention: AttentionPolicy | None = None,
         compile: bool = False,
+        parts: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
         self.variant, self.offload, self.encoders, self.memory = variant, offload, encoders or {}, memory
-        self.attention, self.compile = attention or AttentionPolicy(), compile
+        self.attention, self.compile, self.parts = attention or AttentionPolicy(), compile, parts or {}
         self._checked = Checked(model)
         self.loras = self._checked.of(loras)
         self.lock = threading.RLock()
@@ -103,6 +105,7 @@ class Session:
         memory: str | int | None = None,
         attention: AttentionPolicy | Mapping[str, Any] | str | None = None,
         compile: bool = False,
+        parts: Mapping[str, Any] | None = None,
     ) -> Session:
         """Read what a model is, and decide how it is loaded; the weights are read by `load`, or by the first run.
 
@@ -129,6 +132,8 @@ class Session:
                 `LoraFile(file, scale, "transformer_2")`. Several add up.
             compile: compile the repeated blocks of the transformers by torch.compile. The first step takes longer, those after it
                 are faster, and numbers differ from those of the model as it is by rounding.
+            parts: components of the pipeline, by name, that are taken as they are in place of the directory's or of what the
+                pipeline makes by itself, such as a `safety_checker`.
 
         Raises:
             InputError: no such directory, no pipeline that mxdit knows, a task that it does not do, a LoRA that does not fit, or
@@ -147,14 +152,14 @@ class Session:
             raise InputError(
                 "a plan of memory decides what is offloaded", field="offload", hint="Leave it out, or the memory."
             )
-        policy = AttentionPolicy.of_value(attention)
-        return cls(model, task, configs, dtype, device, variant, offload, encoders, loras, budget, policy)
         if offload and compile:
             raise InputError(
                 "blocks whose weights come and go are not compiled", field="compile", hint="Leave it out, or offload."
             )
         policy = AttentionPolicy.of_value(attention)
-        return cls(model, task, configs, dtype, device, variant, offload, encoders, loras, budget, policy, compile)
+        return cls(
+            model, task, configs, dtype, device, variant, offload, encoders, loras, budget, policy, compile, parts
+        )
 
     def request(self, *, loras: Sequence[LoraLike] | None = None, **fields: Any) -> Request:
         """A request with every choice made; see `make_request` for the fields. Raises InputError, whose `field` says which, and
@@ -222,8 +227,8 @@ class Session:
     def load(self, request: Request | None = None) -> DiffusionPipeline:
         """The pipeline, loaded at the first call; with `memory`, as the plan for this request says, or for the default size.
 
-        Raises CheckpointError and ConfigError for what does not fit the model, InputError for what does not fit into `memory`
-        and where nothing can be compiled.
+        Raises CheckpointError and ConfigError for what does not fit the model, InputError for what does not fit into `memory`,
+        for a component that is missing or cannot be given, and where nothing can be compiled.
         """
         with self.lock:
             if self._pipeline is None:
@@ -240,6 +245,7 @@ class Session:
                         "variant": self.variant,
                         "offloaded": self.offload,
                         "encoders": self.encoders,
+                        "parts": self.parts,
                     }
                     pipeline = loading.load(self.model, self.task, self.configs, **options)
                 if self.compile:
@@ -253,8 +259,13 @@ class Session:
         model, called = self.model, self.model.called(self.task)
 
         def read(without: tuple[str, ...]) -> DiffusionPipeline:
-            options: Any = {"dtype": self.dtype, "variant": self.variant, "encoders": self.encoders, "without": without}
-            return loading.read(model, self.task, self.configs, **options)
+            options: Any = {
+                "dtype": self.dtype,
+                "variant": self.variant,
+                "encoders": self.encoders,
+                "parts": self.parts,
+            }
+            return loading.read(model, self.task, self.configs, without=without, **options)
 
         parts = tuple(self._planner.weights)
         return Held(read, parts, model.text_encoders, called.embeddings, self.device, policy)

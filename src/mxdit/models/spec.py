@@ -56,7 +56,8 @@ class Preset:
     guidance, guidance_2   guidance scale; of a cascade, of its first and its second transformer. None keeps what the
                 directory's own pipeline has.
     flow_shift  of the noise schedule; None keeps the scheduler's own.
-    prompt, negative_prompt  used when none is given; None means that a prompt must be given.
+    prompt, negative_prompt  used when none is given; None means that a prompt must be given, and that the negative one is the
+                pipeline's own.
     arguments   of the pipeline's call that no field of a request names, and their values.
     """
 
@@ -72,7 +73,7 @@ class Preset:
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     components: int | None = None
     prompt: str | None = None
-    negative_prompt: str = ""
+    negative_prompt: str | None = ""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def fits(self, config: Mapping[str, Any], components: int) -> bool:
@@ -109,6 +110,9 @@ class PipelineSpec:
     prompt_first  whether the prompt's half comes first where one call of the transformer has both branches of guidance.
     float32    components that are loaded in FP32, whatever the dtype of the rest.
     tiled      whether its VAE decodes in tiles only, at every size.
+    makes      component that it makes by itself where none is given -> the package that it makes it of.
+    guidance_added  what the scale is short of the usual one, u + g (c - u): 1 where a pipeline makes it c + g (c - u).
+    step_given keyword with which it has its scheduler make a step, where it asks the scheduler for a prediction before.
     """
 
     task: str
@@ -119,6 +123,9 @@ class PipelineSpec:
     prompt_first: bool = False
     float32: tuple[str, ...] = ()
     tiled: bool = False
+    makes: Mapping[str, str] = field(default_factory=dict, hash=False)
+    guidance_added: float = 0.0
+    step_given: str | None = None
 
     def takes(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Whether a request may set this field, by the pipeline's own settings in model_index.json."""
@@ -173,6 +180,7 @@ class ModelSpec:
     keep         glob of linears, by their path inside a block, that stay in their float dtype -> why they do.
     tables       paths of a text encoder's token table, and then of modules that look the same table up.
     components   names that pipelines give their transformers; a cascade has several.
+    packages     package that the transformer's class needs -> key of its config.json that is true where it does.
     pipelines    pipeline class name -> how it is called. The first that is listed for a task is the one that runs it.
     hosts        further pipeline classes that hold the model and take what no request has, such as a video to follow: their
                  checkpoints are quantized and packed, and called through diffusers.
@@ -206,6 +214,7 @@ class ModelSpec:
     keep: Mapping[str, str] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
     components: tuple[str, ...] = ("transformer",)
+    packages: Mapping[str, str] = field(default_factory=dict)
     pipelines: Mapping[str, PipelineSpec] = field(default_factory=dict)
     hosts: tuple[str, ...] = ()
     shared: str | None = None
