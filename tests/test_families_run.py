@@ -171,6 +171,10 @@ def test_both_branches_of_guidance_are_told_apart(opened, monkeypatch):
     wanted, *columns = (tensor.flatten() for tensor in tensors)
     conditional, unconditional, _ = torch.linalg.lstsq(torch.stack(columns, 1), wanted[:, None]).solution.flatten()
     assert abs(conditional) > abs(unconditional)
+    if opened.task != "i2v":
+        # Some scale it afterwards, which leaves their proportion about the same.
+        scale = 3.0 + opened.spec.pipelines[opened.name].guidance_added
+        assert float(conditional / unconditional) == pytest.approx(-scale / (scale - 1), rel=0.08)
 
 
 def test_a_request_says_what_the_model_does_not_take(opened):

@@ -30,6 +30,7 @@ KREA2 = ModelSpec(
             "t2i",
             IMAGE_CALL,
             output="images",
+            guidance_added=1.0,
         )
     },
     needed=("num_layers",),

@@ -42,7 +42,8 @@ Z_IMAGE = ModelSpec(
             "t2i",
             IMAGE_CALL,
             output="images",
-            prompt_first=True,  # c + g (c - u), where others have u + g (c - u)
+            prompt_first=True,
+            guidance_added=1.0,
         )
     },
     hosts=(
