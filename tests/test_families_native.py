@@ -31,11 +31,12 @@ def eager() -> Iterator[None]:
         yield
 
 
-def opened(of: Any, directory: Path, config: Any = None) -> Any:
-    """The pipeline in a directory, of another's class; a modular one of its blocks, too, which no directory holds."""
+def opened(of: Any, directory: Path, config: Any = None, **parts: Any) -> Any:
+    """The pipeline in a directory, of another's class; a modular one of its blocks, too, which no directory holds. `parts` are
+    components that no directory holds."""
     options = {"torch_dtype": torch.bfloat16, "local_files_only": True}
     if not isinstance(of, diffusers.ModularPipeline):
-        return type(of).from_pretrained(directory, **options, quantization_config=config)
+        return type(of).from_pretrained(directory, **options, **parts, quantization_config=config)
     pipeline = type(of)(of.blocks, directory)
     pipeline.load_components(**options, **({"quantization_config": config.quant_mapping} if config else {}))
     return pipeline
@@ -61,20 +62,20 @@ def methods(spec: ModelSpec, pipeline: Any) -> dict[str, set[str]]:
 @pytest.mark.parametrize("spec, name", NATIVE)
 def test_a_pipeline_of_diffusers_runs_quantized_online_and_offline_alike(spec, name, tmp_path):
     """Distances are in units of the pictures' own contrast: a flat grey one is 1 away, an unrelated one about 1.4."""
-    native = tiny_of(spec).native[name]
+    native, parts = tiny_of(spec).native[name], tiny_of(spec).parts
     made, plain, packed = native.pipeline(), tmp_path / "plain", tmp_path / "packed"
     assert name == type(made).__name__ and name in {*spec.hosts, *spec.pipelines}, f"name {name} in `hosts`"
     made.save_pretrained(str(plain))  # of a modular pipeline, it takes no Path
     quantize_checkpoint(plain, packed, METHOD).write()
     assert inspect_checkpoint(packed).clean
-    exact = opened(made, plain)
+    exact = opened(made, plain, **parts)
     expected = pictures(exact, native)
     assert np.isfinite(expected).all() and expected.std() > 0 and not any(methods(spec, exact).values())
-    online = opened(made, plain, mxdit.pipeline_config(METHOD))
+    online = opened(made, plain, mxdit.pipeline_config(METHOD), **parts)
     assert (found := methods(spec, online)) and all(used == {METHOD} for used in found.values())
     quantized = pictures(online, native)
     distance = np.linalg.norm(quantized - expected) / np.linalg.norm(expected - expected.mean())
     assert np.isfinite(quantized).all() and 0 < distance < 0.5, "quantization changes the pictures, a little"
     shutil.rmtree(plain)  # to which the packed one must not refer
-    offline = opened(made, packed)
+    offline = opened(made, packed, **parts)
     assert methods(spec, offline) == found and np.array_equal(pictures(offline, native), quantized)

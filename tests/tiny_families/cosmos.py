@@ -23,7 +23,18 @@ from diffusers import (
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import CosmosSafetyChecker
 from numpy.typing import NDArray
 
-from tiny_families.parts import TEXT, Tiny, normal, qwen2_5_vl, qwen_tokenizer, seeded, t5, t5_tokenizer
+from tiny_families.parts import (
+    TEXT,
+    Native,
+    Tiny,
+    normal,
+    qwen2_5_vl,
+    qwen_tokenizer,
+    seeded,
+    t5,
+    t5_tokenizer,
+    video,
+)
 
 LOOKED_AT = 48  # width of the image encoder's tokens
 
@@ -139,6 +150,14 @@ def predict25() -> DiffusionPipeline:
     )
 
 
+def follow() -> dict[str, Any]:
+    """A video of 5 frames to go on from, to 9."""
+    return {
+        "video": video(1, 5, 32, 48), "prompt": "a red seven", "height": 32, "width": 48, "num_frames": 9,
+        "num_inference_steps": 2, "output_type": "np",
+    }  # fmt: skip
+
+
 OTHERS = {
     "Cosmos2VideoToWorldPipeline": lambda: predict2(Cosmos2VideoToWorldPipeline, 5),
     "Cosmos2_5_PredictBasePipeline": predict25,
@@ -146,6 +165,7 @@ OTHERS = {
 TRANSFER25 = {"img_context_dim_in": LOOKED_AT, "img_context_dim_out": 160, "extra_pos_embed_type": None}
 TINY = {
     "CosmosTransformer3DModel": Tiny(
-        cosmos, cosmos_inputs, pipeline, (32, 48), 9, TRANSFER25, OTHERS, {"safety_checker": Checker()}
+        cosmos, cosmos_inputs, pipeline, (32, 48), 9, TRANSFER25, OTHERS, {"safety_checker": Checker()},
+        native={name: Native(made, follow) for name, made in OTHERS.items()},
     )
-}
+}  # fmt: skip

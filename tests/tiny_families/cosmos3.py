@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import Cosmos3OmniTransformer
+from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer, DiffusionPipeline, UniPCMultistepScheduler
+from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import CosmosSafetyChecker
 
-from tiny_families.parts import Tiny, normal, seeded
+from tiny_families.cosmos import Checker, follow, wan_vae
+from tiny_families.parts import Native, Tiny, normal, qwen_tokenizer, seeded
 
 
 def cosmos3(**overrides: Any) -> Cosmos3OmniTransformer:
@@ -48,4 +50,26 @@ def cosmos3_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-TINY = {"Cosmos3OmniTransformer": Tiny(cosmos3, cosmos3_inputs)}
+class OmniChecker(Checker, CosmosSafetyChecker):
+    """Of the class that this pipeline knows."""
+
+
+def cosmos3_pipeline() -> DiffusionPipeline:
+    """Its transformer reads the prompt's tokens itself."""
+    return Cosmos3OmniPipeline(
+        transformer=cosmos3(vocab_size=272).bfloat16(),
+        text_tokenizer=qwen_tokenizer(),
+        vae=wan_vae(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        safety_checker=OmniChecker(),
+    )
+
+
+TINY = {
+    "Cosmos3OmniTransformer": Tiny(
+        cosmos3,
+        cosmos3_inputs,
+        parts={"safety_checker": OmniChecker()},
+        native={"Cosmos3OmniPipeline": Native(cosmos3_pipeline, follow, "video")},
+    )
+}

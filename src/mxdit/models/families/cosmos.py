@@ -89,6 +89,7 @@ COSMOS = ModelSpec(
     ),
     packages={"torchvision": "concat_padding_mask"},
     pipelines=_PIPELINES,
+    # It takes videos to follow, and beside this model a control network that always scales its masks with torchvision.
     hosts=("Cosmos2_5_TransferPipeline",),
     needed=("max_size", "patch_size"),
     geometry=_geometry,
