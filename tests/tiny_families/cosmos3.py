@@ -54,7 +54,7 @@ class OmniChecker(Checker, CosmosSafetyChecker):
     """Of the class that this pipeline knows."""
 
 
-def cosmos3_pipeline() -> DiffusionPipeline:
+def cosmos3_pipeline(_: str) -> DiffusionPipeline:
     """Its transformer reads the prompt's tokens itself."""
     return Cosmos3OmniPipeline(
         transformer=cosmos3(vocab_size=272).bfloat16(),
@@ -69,7 +69,10 @@ TINY = {
     "Cosmos3OmniTransformer": Tiny(
         cosmos3,
         cosmos3_inputs,
+        cosmos3_pipeline,
+        (32, 48),
+        9,
         parts={"safety_checker": OmniChecker()},
-        native={"Cosmos3OmniPipeline": Native(cosmos3_pipeline, follow, "video")},
+        native={"Cosmos3OmniPipeline": Native(lambda: cosmos3_pipeline("t2v"), follow, "video")},
     )
 }

@@ -132,7 +132,8 @@ def run(
         finally:
             view.maybe_free_model_hooks()  # a call that ends early leaves caches and offloaded modules as they are
     finished = time.perf_counter()
-    frames = getattr(made, called.output)[0]
+    frames = getattr(made, called.output)
+    frames = frames if called.single else frames[0]
     frames = frames if frames.ndim == 4 else frames[None]
     if not np.isfinite(frames).all():
         raise ModelError(

@@ -107,6 +107,7 @@ class PipelineSpec:
     embeddings arguments of its call that take what its `encode_prompt` gives for a prompt and a negative one, in that order;
                empty where the text cannot be encoded beforehand.
     output     attribute of what the call returns, a batch of (frames, height, width, 3) or (height, width, 3) arrays.
+    single     whether that is one such array, and no batch of them.
     prompt_first  whether the prompt's half comes first where one call of the transformer has both branches of guidance.
     float32    components that are loaded in FP32, whatever the dtype of the rest.
     tiled      whether its VAE decodes in tiles only, at every size.
@@ -120,6 +121,7 @@ class PipelineSpec:
     only_with: Mapping[str, str] = field(default_factory=dict, hash=False)
     embeddings: tuple[str, ...] = ()
     output: str = "frames"
+    single: bool = False
     prompt_first: bool = False
     float32: tuple[str, ...] = ()
     tiled: bool = False

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from mxdit.models.spec import ModelSpec, Published
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any
+
+from mxdit.models.spec import VIDEO_CALL, Geometry, ModelSpec, PipelineSpec, Preset, Published
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """The strides are in the VAE's config; latents that fill no patch are filled up."""
+    return Geometry(multiple=int(vae["scale_factor_spatial"]), temporal=int(vae["scale_factor_temporal"]))
+
 
 COSMOS3 = ModelSpec(
     title="Cosmos 3",
@@ -14,8 +24,19 @@ COSMOS3 = ModelSpec(
         ("mlp.gate_proj", "mlp.up_proj"),  # the text's side; a model of relu2 has no gates
         ("mlp_moe_gen.gate_proj", "mlp_moe_gen.up_proj"),
     ),
-    # Its `video` is one clip and no batch of them, and its transformer is handed lists and no `timestep`.
-    hosts=("Cosmos3OmniPipeline",),
+    timestep=itemgetter("vision_timesteps"),
+    pipelines={
+        "Cosmos3OmniPipeline": PipelineSpec(
+            "t2v",
+            {**VIDEO_CALL, "fps": "fps"},
+            output="video",
+            single=True,
+            makes={"safety_checker": "cosmos_guardrail"},
+        )
+    },
+    geometry=_geometry,
+    # Source: the defaults of diffusers' pipeline.
+    presets=(Preset("Cosmos 3", "t2v", (720, 1280), 189, 24, 35, 6.0),),
     # Source: diffusers' class, whose defaults are the release's.
     published=(Published("nvidia/Cosmos3-Nano"),),
     # Source: diffusers' pipelines/cosmos/mixed_precision.py.
