@@ -165,7 +165,7 @@ OTHERS = {
 TRANSFER25 = {"img_context_dim_in": LOOKED_AT, "img_context_dim_out": 160, "extra_pos_embed_type": None}
 TINY = {
     "CosmosTransformer3DModel": Tiny(
-        cosmos, cosmos_inputs, pipeline, (32, 48), 9, TRANSFER25, OTHERS, {"safety_checker": Checker()},
+        cosmos, cosmos_inputs, pipeline, (32, 48), 9, TRANSFER25, OTHERS, parts={"safety_checker": Checker()},
         native={name: Native(made, follow) for name, made in OTHERS.items()},
     )
 }  # fmt: skip
