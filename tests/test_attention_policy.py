@@ -216,3 +216,16 @@ def test_an_evaluation(tmp_path):
     assert [step["velocity_error"] for step in same["steps"]] == [0.0] * STEPS
     errors = [step["velocity_error"] for step in near["steps"]]
     assert errors[0] == 0.0 and all(0 < error < 1e-5 for error in errors[1:])
+
+
+def test_compiled_blocks_have_it_in_their_graph(inputs):
+    pipe = tiny_single()
+    pipe.transformer.float()
+    for block in pipe.transformer.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        want = pipe.transformer(**inputs)[0]
+        with mxdit.attention_policy(pipe, "exact"):
+            got = pipe.transformer(**inputs)[0]
+    assert not torch.equal(got, want)  # another method, in a graph of its own
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
