@@ -24,7 +24,8 @@ struct WindowBytes {
 
 struct Vnni {
   static constexpr int kLanes = 16, kVectors = 2, kRows = 6, kFloatRows = 12, kOffset = 12, kFewRows = 4;
-  static constexpr bool kWindows = true;
+  static constexpr Windows kWindows = Windows::both;
+  static constexpr int kWindowOffsets = 8, kWindowRows = 16;  // fewer rows do not pay for moving the weights into windows
   typedef float F __attribute__((vector_size(64)));
   typedef __m512i Sum;
 
@@ -40,7 +41,8 @@ struct Vnni {
   static Sum dot(Sum sum, const uint8_t* weights, int32_t four) {
     return _mm512_dpbusd_epi32(sum, _mm512_load_si512(weights), _mm512_set1_epi32(four));
   }
-  static __m512i finish(Sum sum, int32_t) { return sum; }
+  static __m512i finish(Sum sum, const float*) { return sum; }
+  static constexpr auto at = by_eights;
 
   // As int_prepare_group, with four blocks to a register, one a lane.
   static bool prepare_group(const uint8_t* codes, int64_t bytes, const uint8_t* scale, int blocks, IntGroup& group,
@@ -179,12 +181,16 @@ struct Vnni {
 
   // As int_group without windows, for a few rows: unpacked weights go from register to register.
   template <class Prefetch>
-  static void few_rows(const WeightPanel& panel, int64_t group, const IntGroup* a, int rows, const float* a_outer,
-                       const IntWeights& w, float* sums, Prefetch prefetch) {
-    if (rows == 1) return some_rows<1>(panel, group, a, a_outer, w, sums, prefetch);
-    if (rows == 2) return some_rows<2>(panel, group, a, a_outer, w, sums, prefetch);
-    if (rows == 3) return some_rows<3>(panel, group, a, a_outer, w, sums, prefetch);
-    some_rows<4>(panel, group, a, a_outer, w, sums, prefetch);
+  static bool few_rows(const WeightPanel& panel, int64_t group, const IntGroup* a, const IntWindow*, int rows,
+                       const float* a_outer, float* scales, const float* w_outer, int blocks, float* sums, Prefetch prefetch) {
+    if (!unpack_scales(panel, group, blocks, scales)) return false;
+    const IntWeights w = {nullptr, scales, w_outer, blocks};
+    const auto multiply = rows == 1   ? some_rows<1, Prefetch>
+                          : rows == 2 ? some_rows<2, Prefetch>
+                          : rows == 3 ? some_rows<3, Prefetch>
+                                      : some_rows<4, Prefetch>;
+    multiply(panel, group, a, a_outer, w, sums, prefetch);
+    return true;
   }
 
   template <int R, class Prefetch>

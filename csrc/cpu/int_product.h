@@ -20,13 +20,14 @@ namespace {
 
 constexpr uint8_t kTopByte = 234;     // above it a group's sum times its scale could overflow before the other scale is in
 constexpr int kWindow = 3;            // binades
-constexpr int64_t kWindowRows = 16;   // fewer rows do not pay for moving the weights into their windows
 
-// One (row, group of K) of the activations. Within every eight elements the even ones come first, as nibbles unpack.
+enum class Windows { none, weights, both };
+
+// One (row, group of K) of the activations.
 struct alignas(64) IntGroup {
   int8_t q[kGroup];             // twice the values, in a window shifted by what the block's scale is above its base
   float scale[kGroupBlocks];    // 2^(byte-127) / 4: undoes the doubling of both operands
-  int32_t start[kGroupBlocks];  // -offset * sum of the block's q: undoes the weights' offset
+  int32_t start[kGroupBlocks];  // as V::begin takes it, -offset * sum of the block's q: undoes the weights' offset
 };
 
 // The window of one (row, group), if it has one.
@@ -46,6 +47,9 @@ struct IntRows {  // prepared activations: groups, windows, outer scales, each a
     outer = reinterpret_cast<float*>(windows + groups_of(job.k) * held);
   }
 };
+
+// Within every eight elements the even ones come first, as nibbles unpack.
+constexpr int by_eights(int block, int t) { return block * kBlock + t * 4; }
 
 alignas(16) constexpr int8_t kDoubled[kWindow + 1][16] = {
     {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
@@ -76,7 +80,7 @@ bool int_prepare_group(const uint8_t* codes, int64_t bytes, const uint8_t* scale
     low = any[b] && scale[b] < low ? scale[b] : low;
     high = any[b] && scale[b] > high ? scale[b] : high;
   }
-  const bool fits = V::kWindows && !nan && high - low <= kWindow;
+  const bool fits = V::kWindows == Windows::both && !nan && high - low <= kWindow;
   const int base = low < high ? low : high;  // all zeros: 0
   window = {fits ? power_of_two(base - 129) : 0.0f, 0};
   for (int b = 0; b < blocks; b++) {
@@ -111,12 +115,10 @@ bool int_prepare(const MxLinear& job, int64_t base, int64_t held, int64_t first,
 // The weights of one panel and group of K.
 struct IntWeights {
   const uint8_t* q;
-  const float* scale;  // (blocks, columns), or in a window (columns)
+  const float* scale;  // (blocks, columns), or in a window (columns), in room for (2, kGroupBlocks, columns)
   const float* outer;  // (columns)
   int blocks;
 };
-
-enum class Windows { none, weights, both };
 
 // Sums over one group of K, R rows by the panel's columns, added to `sums`.
 template <class V, int R, Windows kWindows, bool kOuter>
@@ -133,7 +135,7 @@ void int_group(const IntGroup* a, const IntWindow* windows, const float* a_outer
 #pragma GCC unroll 4
         for (int v = 0; v < V::kVectors; v++)
           sum[m][v] = V::begin(kWindows == Windows::both      ? windows[m].start
-                               : kWindows == Windows::weights ? a[m].start[block] * 8
+                               : kWindows == Windows::weights ? a[m].start[block] * V::kWindowOffsets
                                                               : a[m].start[block]);
     }
 #pragma GCC unroll 8
@@ -141,7 +143,7 @@ void int_group(const IntGroup* a, const IntWindow* windows, const float* a_outer
 #pragma GCC unroll 8
       for (int m = 0; m < R; m++) {
         int32_t four;
-        memcpy(&four, a[m].q + block * kBlock + t * 4, 4);
+        memcpy(&four, a[m].q + V::at(block, 0) + V::at(0, t), 4);
 #pragma GCC unroll 4
         for (int v = 0; v < V::kVectors; v++)
           sum[m][v] = V::dot(sum[m][v], q + (t * V::kVectors + v) * V::kLanes * 4, four);
@@ -151,7 +153,7 @@ void int_group(const IntGroup* a, const IntWindow* windows, const float* a_outer
     for (int m = 0; m < R; m++)
 #pragma GCC unroll 4
       for (int v = 0; v < V::kVectors; v++) {
-        const F whole = V::to_float(V::finish(sum[m][v], a[m].start[block]));
+        const F whole = V::to_float(V::finish(sum[m][v], w.scale + block * width + v * V::kLanes));
         if (kWindows == Windows::weights)
           p[m][v] = V::fma(whole, V::all(a[m].scale[block]), p[m][v]);
         else
@@ -162,7 +164,7 @@ void int_group(const IntGroup* a, const IntWindow* windows, const float* a_outer
   for (int m = 0; m < R; m++)
 #pragma GCC unroll 4
     for (int v = 0; v < V::kVectors; v++) {
-      if (kWindows == Windows::both) p[m][v] = V::to_float(V::finish(sum[m][v], windows[m].start)) * V::all(windows[m].scale);
+      if (kWindows == Windows::both) p[m][v] = V::to_float(V::finish(sum[m][v], w.scale)) * V::all(windows[m].scale);
       if (kWindows != Windows::none) p[m][v] = p[m][v] * V::load(w.scale + v * V::kLanes);
       float* at = sums + m * width + v * V::kLanes;
       if (kOuter)
@@ -174,9 +176,9 @@ void int_group(const IntGroup* a, const IntWindow* windows, const float* a_outer
 
 template <class V, int R, bool kOuter>
 void int_rows(const IntGroup* a, const IntWindow* windows, const float* a_outer, const IntWeights& w, bool window, float* sums) {
-  if constexpr (V::kWindows) {
+  if constexpr (V::kWindows != Windows::none) {
     if (window) {
-      bool all = true;
+      bool all = V::kWindows == Windows::both;
       for (int m = 0; m < R; m++) all &= windows[m].scale != 0.0f;
       if (all) return int_group<V, R, Windows::both, kOuter>(a, windows, a_outer, w, sums);
       return int_group<V, R, Windows::weights, kOuter>(a, windows, a_outer, w, sums);
@@ -203,7 +205,7 @@ bool int_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_t
   constexpr int width = V::kLanes * V::kVectors;
   uint8_t* q = scratch;
   float* scales = reinterpret_cast<float*>(q + kGroup * width);
-  float* w_outer = scales + kGroupBlocks * width;
+  float* w_outer = scales + 2 * kGroupBlocks * width;
   float* sums = w_outer + width;
   const IntRows rows(job, held, const_cast<uint8_t*>(a));
   const WeightPanel panel(job, n0, width);
@@ -215,15 +217,14 @@ bool int_multiply(const MxLinear& job, int64_t base, int64_t held, const uint8_t
     const int64_t first = g * held + m0;
     if (job.w_outer) outer_column(job, g, n0, width, w_outer);
     if constexpr (V::kFewRows > 0) {
-      if (m1 - m0 <= V::kFewRows) {
-        if (!V::unpack_scales(panel, g, blocks, scales)) return false;
-        V::few_rows(panel, g, rows.groups + first, static_cast<int>(m1 - m0), job.w_outer ? rows.outer + first : nullptr,
-                    {nullptr, scales, w_outer, blocks}, sums, prefetch);
+      if (m1 - m0 <= V::kFewRows &&
+          V::few_rows(panel, g, rows.groups + first, rows.windows + first, static_cast<int>(m1 - m0),
+                      job.w_outer ? rows.outer + first : nullptr, scales, w_outer, blocks, sums, prefetch))
         continue;
-      }
     }
     bool window = false;
-    if constexpr (V::kWindows) window = m1 - m0 >= kWindowRows && V::unpack_window(panel, g, blocks, q, scales, prefetch);
+    if constexpr (V::kWindows != Windows::none)
+      window = m1 - m0 >= V::kWindowRows && V::unpack_window(panel, g, blocks, q, scales, prefetch);
     if (!window) {
       if (!V::unpack_scales(panel, g, blocks, scales)) return false;
       for (int block = 0; block < blocks; block++) {
@@ -251,7 +252,7 @@ Product int_product(const MxLinear& job) {
           width,
           rows,
           packed_row_bytes(job),
-          kGroup * width + (kGroupBlocks + 1 + rows) * width * 4,
+          kGroup * width + (2 * kGroupBlocks + 1 + rows) * width * 4,
           int_prepare<V>,
           int_multiply<V>};
 }

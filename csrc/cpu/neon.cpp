@@ -34,7 +34,8 @@ inline uint32x4_t byte_of(const uint32x4_t* dwords, int b) {
 
 struct Neon {
   static constexpr int kLanes = 4, kVectors = 4, kRows = 3, kFloatRows = 6, kOffset = 0, kFewRows = 0;
-  static constexpr bool kWindows = true;
+  static constexpr Windows kWindows = Windows::both;
+  static constexpr int kWindowOffsets = 8, kWindowRows = 16;  // fewer rows do not pay for moving the weights into windows
   static constexpr int kWidth = kLanes * kVectors;
   typedef float32x4_t F;
   typedef int32x4_t Sum;
@@ -51,7 +52,8 @@ struct Neon {
   static Sum dot(Sum sum, const uint8_t* weights, int32_t four) {
     return vdotq_s32(sum, vreinterpretq_s8_u8(vld1q_u8(weights)), vreinterpretq_s8_s32(vdupq_n_s32(four)));
   }
-  static int32x4_t finish(Sum sum, int32_t) { return sum; }
+  static int32x4_t finish(Sum sum, const float*) { return sum; }
+  static constexpr auto at = by_eights;
 
   // Twice the values, times 2^shift, of the codes in the low and in the high nibbles.
   static void unpack_nibbles(uint8x16_t two, int shift, int8x16_t* even, int8x16_t* odd) {
