@@ -185,11 +185,12 @@ struct Avx2 {
     bool fit = blocks == kGroupBlocks && panel.block_codes(group * kGroupBlocks + blocks - 1) == 16;
     for (int m = 0; m < rows; m++) fit &= windows[m].scale != 0.0f;
     if (!fit) return false;
-    for (int b = 0; b < blocks; b++) prefetch(b);
     const auto multiply = rows == 1 ? some_rows<1> : rows == 2 ? some_rows<2> : rows == 3 ? some_rows<3> : some_rows<4>;
     alignas(32) float p[4 * kWidth];
-    for (int first = 0; first < kWidth; first += kLanes)
+    for (int first = 0; first < kWidth; first += kLanes) {
+      for (int b = 0; b < kGroupBlocks / kVectors; b++) prefetch(first + b);
       if (!multiply(panel, group, a, windows, first, p)) return false;
+    }
     for (int m = 0; m < rows; m++)
       for (int first = 0; first < kWidth; first += kLanes) {
         float* to = sums + m * kWidth + first;
@@ -235,7 +236,7 @@ struct Avx2 {
     __m256i sum[R][kLanes];
     __m128i most = _mm_setzero_si128(), top = most, bottom = _mm_set1_epi8(-1);
     alignas(32) uint32_t scale[kLanes];
-#pragma GCC unroll 8
+#pragma GCC unroll 1
     for (int n = 0; n < kLanes; n++) {
       const uint8_t* codes = panel.codes[first + n] + group * kGroup / 2;
       const __m128i bytes =
@@ -244,13 +245,13 @@ struct Avx2 {
       scale[n] = static_cast<uint32_t>(_mm_cvtsi128_si32(least)) << 23;
       const __m128i over = _mm_sub_epi8(bytes, _mm_shuffle_epi8(least, _mm_setzero_si128()));
       most = _mm_max_epu8(most, over), top = _mm_max_epu8(top, bytes), bottom = _mm_min_epu8(bottom, bytes);
-      __m256i factors[R];
+      __m256i factors[R], total[R];
 #pragma GCC unroll 4
       for (int m = 0; m < R; m++) {
         const __m128i power = _mm_add_epi8(_mm_shuffle_epi8(over, evens_first), shift[m]);
         const __m128i l = _mm_shuffle_epi8(power_low, power), h = _mm_shuffle_epi8(power_high, power);
         factors[m] = _mm256_set_m128i(_mm_unpackhi_epi8(l, h), _mm_unpacklo_epi8(l, h));
-        sum[m][n] = _mm256_madd_epi16(start[m], factors[m]);
+        total[m] = _mm256_madd_epi16(start[m], factors[m]);
       }
 #pragma GCC unroll 8
       for (int pair = 0; pair < kGroupBlocks / 2; pair++) {
@@ -263,9 +264,11 @@ struct Avx2 {
           const __m256i s = _mm256_add_epi16(_mm256_maddubs_epi16(even, _mm256_load_si256(q)),
                                              _mm256_maddubs_epi16(odd, _mm256_load_si256(q + 1)));
           const __m256i factor = _mm256_shuffle_epi8(factors[m], _mm256_set1_epi16(static_cast<int16_t>(pair * 0x202 + 0x100)));
-          sum[m][n] = in_order(_mm256_add_epi32(sum[m][n], _mm256_madd_epi16(s, factor)));
+          total[m] = in_order(_mm256_add_epi32(total[m], _mm256_madd_epi16(s, factor)));
         }
       }
+#pragma GCC unroll 4
+      for (int m = 0; m < R; m++) sum[m][n] = total[m];
     }
     most = _mm_or_si128(_mm_subs_epu8(most, _mm_set1_epi8(kWeightWindow)),
                         _mm_subs_epu8(top, _mm_set1_epi8(static_cast<char>(kTopByte))));
