@@ -11,6 +11,7 @@ Results are checked in the same run: four-bit products on 32 rows, bit for bit, 
 reference; the others against the exact product, to the rounding of the result.
 
     python benchmarks/cpu_linear.py [--case large small ...] [--quick] [--threads 2] [--json FILE]
+    export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2  # before the case avx2
 
     large     M=2048 in the layer shapes of Wan2.2-A14B
     small     M=1, 4, 16, 32, where the weight's bytes are what counts
@@ -18,6 +19,8 @@ reference; the others against the exact product, to the rounding of the result.
     encoder   weights alone quantized, in the layer shapes of UMT5-XXL: M=512, all that Wan gives it, and M=1; beside bf16 and
               fp32
     vnni      the AVX512-VNNI path on one thread, beside fp32
+    avx2      the AVX2 path on one thread: M=256 to 2048 beside fp32, M=1 beside ggml's MXFP4 where the package ggml-python is
+              (ggml_product.py); seconds of the thread, not of the clock
     block     a whole Wan2.2-A14B block over 1024 tokens in every mode, and what its weights take
     mini      the layer shapes of the bundled mini model, as modules, and one of its blocks
     overhead  of one call, as modules
@@ -42,6 +45,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import ggml_product
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,12 +55,12 @@ from mxdit.backends import cpu
 from mxdit.bench.modes import MODES
 from mxdit.bench.shapes import A14B, MINI, TEXT_ENCODER, TEXT_TOKENS, Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
-from mxdit.bench.timing import alternate, caches, rotated
+from mxdit.bench.timing import Call, alternate, caches, rotated
 from mxdit.layers import MXLinear
 
 W4A4 = ("mxfp4", "mxfp4_dualscale")
 GAUSSIAN, OUTLIERS = KINDS = ("gaussian", "outliers")
-VNNI = "avx512vnni"
+VNNI, AVX2 = "avx512vnni", "avx2"
 SAMPLE = 32  # rows that are checked
 COLUMNS = (
     "case", "mode", "x", "path, threads", "mxdit (min)", "against", "that (min)", "ratio", "of minima", "required", "",
@@ -64,6 +68,7 @@ COLUMNS = (
 
 Rounds = Callable[[int], int]  # from the full measure's rounds to this run's
 Calls = list[Callable[[], object]]  # the same over different copies
+Clock = Callable[[], float]
 Measure = Callable[[str, Calls, list[tuple["Row", Calls]], int], list["Row"]]
 
 
@@ -92,9 +97,17 @@ class Row:
 # -- measuring -----------------------------------------------------------------------------------------------------------
 
 
-def measure(against: str, baseline: Calls, ours: list[tuple[Row, Calls]], rounds: int) -> list[Row]:
+def measure(
+    against: str, baseline: Calls, ours: list[tuple[Row, Calls]], rounds: int, clock: Clock = time.perf_counter
+) -> list[Row]:
     """Fill in the rows from rounds of one call of the baseline and one for each row."""
-    theirs, *times = alternate([baseline, *(calls for _, calls in ours)], rounds)
+
+    def timed(call: Call) -> float:
+        started = clock()
+        call()
+        return clock() - started
+
+    theirs, *times = alternate([baseline, *(calls for _, calls in ours)], rounds, timed)
     for (row, _), mine in zip(ours, times, strict=True):
         row.against, row.path, row.threads, row.rounds = against, cpu.selected(), torch.get_num_threads(), rounds
         row.ours, row.ours_min = statistics.median(mine), min(mine)
@@ -104,9 +117,11 @@ def measure(against: str, baseline: Calls, ours: list[tuple[Row, Calls]], rounds
     return [row for row, _ in ours]
 
 
-def measure_pairs(against: str, baseline: Calls, ours: list[tuple[Row, Calls]], rounds: int) -> list[Row]:
+def measure_pairs(
+    against: str, baseline: Calls, ours: list[tuple[Row, Calls]], rounds: int, clock: Clock = time.perf_counter
+) -> list[Row]:
     """The same with rounds of its own for each row: a short call is the faster, the more its predecessor was like it."""
-    return [row for one in ours for row in measure(against, baseline, [one], rounds)]
+    return [row for one in ours for row in measure(against, baseline, [one], rounds, clock)]
 
 
 def everywhere(call: Callable[[], object]) -> list:
@@ -278,6 +293,36 @@ def vnni(rounds: Rounds) -> list[Row]:
     return rows
 
 
+def avx2(rounds: Rounds) -> list[Row]:
+    if AVX2 not in cpu.paths():
+        return []
+    threads, linears = torch.get_num_threads(), Linears(A14B.dim, A14B.dim, torch.float32)
+    how = partial(measure_pairs, clock=time.thread_time)
+    torch.set_num_threads(1)
+    with cpu.using(AVX2):
+        wanted = [("mxfp4", kind, 2.0) for kind in KINDS]
+        rows = [row for m in (256, 512, 2048) for row in linears.compare("linear", m, wanted, rounds(10), how=how)]
+        rows += beside_ggml(linears, rounds(200), how)
+    torch.set_num_threads(threads)
+    return rows
+
+
+def beside_ggml(linears: Linears, rounds: int, how: Measure) -> list[Row]:
+    """One row of activations, the same codes on both sides; nothing where there is no ggml."""
+    if not ggml_product.found():
+        print("ggml-python is not installed: M=1 is not compared with ggml", file=sys.stderr)
+        return []
+    x = activations(GAUSSIAN, 1, linears.k)
+    layers = linears.mode("mxfp4")
+    products = [ggml_product.Product(layer.weight, layer.weight_scale, x) for layer in layers]
+    exact = x.double() @ mxdit.decode(mxdit.Packed(layers[0].weight, layers[0].weight_scale, None, "mxfp4")).double().T
+    error = (products[0]() - exact).norm() / exact.norm()  # of activations in eight bits
+    row = Row(
+        f"linear, M=1, ({linears.k}, {linears.n})", "mxfp4", GAUSSIAN, 1.0, is_right(layers[0], x) and error < 0.01
+    )
+    return how(ggml_product.name(), list(products), [(row, [operator(layer, x) for layer in layers])], rounds)
+
+
 def block(rounds: Rounds) -> list[Row]:
     return compare_blocks(A14B, 1024, None, rounds(7), measure)
 
@@ -296,7 +341,7 @@ def overhead(rounds: Rounds) -> list[Row]:
     return Linears(64, 64, count=1).compare("overhead", 1, wanted, rounds(2000), modules=True)
 
 
-CASES = {case.__name__: case for case in (large, small, encoder, quantize, vnni, block, mini, overhead)}
+CASES = {case.__name__: case for case in (large, small, encoder, quantize, vnni, avx2, block, mini, overhead)}
 
 
 # -- what is printed -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ struct Avx2 {
   static constexpr int kLanes = 8, kVectors = 2, kRows = 3, kFloatRows = 6, kOffset = 12, kFewRows = 4;
   static constexpr Windows kWindows = Windows::weights;
   static constexpr int kWindowOffsets = 1, kWindowRows = 1;
+  static constexpr int64_t kHeldBytes = 512 << 10;  // of second level cache: from the third they come too late
   // Binades. The weights': a group's sum, at most 16 * 32 * 144 * 2^6, times an activation's scale stays finite, as
   // kTopByte has it. The activations', where few_rows() adds a group up in integers: 16 * 32 * 144 * 2^(6 + 8) < 2^31.
   static constexpr int kWeightWindow = 6, kRowWindow = 8;

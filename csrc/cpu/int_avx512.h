@@ -25,6 +25,7 @@ struct WindowBytes {
 struct Vnni {
   static constexpr int kLanes = 16, kVectors = 2, kRows = 6, kFloatRows = 12, kOffset = 12, kFewRows = 4;
   static constexpr Windows kWindows = Windows::both;
+  static constexpr int64_t kHeldBytes = 8 << 20;
   static constexpr int kWindowOffsets = 8, kWindowRows = 16;  // fewer rows do not pay for moving the weights into windows
   typedef float F __attribute__((vector_size(64)));
   typedef __m512i Sum;

@@ -247,7 +247,7 @@ template <class V>
 Product int_product(const MxLinear& job) {
   constexpr int width = V::kLanes * V::kVectors;
   const int64_t rows = 2048, outer = job.w_outer ? 4 : 0;
-  return {8 << 20,
+  return {V::kHeldBytes,
           static_cast<int64_t>(sizeof(IntGroup) + sizeof(IntWindow)) + outer,
           width,
           rows,

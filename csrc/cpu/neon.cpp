@@ -35,6 +35,7 @@ inline uint32x4_t byte_of(const uint32x4_t* dwords, int b) {
 struct Neon {
   static constexpr int kLanes = 4, kVectors = 4, kRows = 3, kFloatRows = 6, kOffset = 0, kFewRows = 0;
   static constexpr Windows kWindows = Windows::both;
+  static constexpr int64_t kHeldBytes = 8 << 20;
   static constexpr int kWindowOffsets = 8, kWindowRows = 16;  // fewer rows do not pay for moving the weights into windows
   static constexpr int kWidth = kLanes * kVectors;
   typedef float32x4_t F;
