@@ -265,6 +265,26 @@ def test_four_bit_results_depend_on_no_order(fmt):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("m", range(1, 6), ids="M={}".format)
+@pytest.mark.parametrize("binades", [(8, 6), (8, 7), (9, 6)], ids=str)
+def test_scales_of_one_group_far_apart(m, binades):
+    """Up to what a path shifts within a window, and one binade further. All numbers of a block are alike, powers of two, so
+    that each sum is exact in any order."""
+
+    def blocks(rows: int, apart: int) -> torch.Tensor:
+        exponent = torch.randint(0, apart + 1, (rows, 18))
+        exponent[:, 2], exponent[:, 7] = 0, apart
+        return torch.exp2(exponent.float()) * (torch.randint(0, 2, (rows, 18)) * 2 - 1) * 4
+
+    x, w = blocks(m, binades[0]), blocks(33, binades[1])
+    x[0, 3] = w[20, 4] = 0
+    exact = (x.double() @ w.double().T * 32).float()
+    packed = mxdit.encode(w.repeat_interleave(32, 1), "mxfp4")
+    for path in every_path():
+        got = linear(x.repeat_interleave(32, 1), packed, "w4a4", smooth=False)
+        assert torch.equal(got, exact), path
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()

@@ -186,12 +186,12 @@ struct Avx2 {
     bool fit = blocks == kGroupBlocks && panel.block_codes(group * kGroupBlocks + blocks - 1) == 16;
     for (int m = 0; m < rows; m++) fit &= windows[m].scale != 0.0f;
     if (!fit) return false;
-    const auto multiply = rows == 1 ? some_rows<1> : rows == 2 ? some_rows<2> : rows == 3 ? some_rows<3> : some_rows<4>;
+    const auto multiply = rows == 1   ? some_rows<1, Prefetch>
+                          : rows == 2 ? some_rows<2, Prefetch>
+                          : rows == 3 ? some_rows<3, Prefetch>
+                                      : some_rows<4, Prefetch>;
     alignas(32) float p[4 * kWidth];
-    for (int first = 0; first < kWidth; first += kLanes) {
-      for (int b = 0; b < kGroupBlocks / kVectors; b++) prefetch(first + b);
-      if (!multiply(panel, group, a, windows, first, p)) return false;
-    }
+    if (!multiply(panel, group, a, windows, p, prefetch)) return false;
     for (int m = 0; m < rows; m++)
       for (int first = 0; first < kWidth; first += kLanes) {
         float* to = sums + m * kWidth + first;
@@ -212,10 +212,10 @@ struct Avx2 {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xD8);
   }
 
-  // R rows by eight columns from `first` on, to p (R, kWidth); false where the columns have no window.
-  template <int R>
-  static bool some_rows(const WeightPanel& panel, int64_t group, const IntGroup* a, const IntWindow* windows, int first,
-                        float* p) {
+  // R rows by the panel's columns, to p (R, kWidth); false where the columns have no window.
+  template <int R, class Prefetch>
+  static bool some_rows(const WeightPanel& panel, int64_t group, const IntGroup* a, const IntWindow* windows, float* p,
+                        Prefetch prefetch) {
     const __m256i low = _mm256_set1_epi8(15), shifted = shifted_values();
     const __m128i evens_first = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     const __m128i power_low = _mm_setr_epi8(1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -234,14 +234,15 @@ struct Avx2 {
       const __m256i over = _mm256_subs_epu16(exponents, _mm256_set1_epi16(static_cast<int16_t>(bits_of(windows[m].scale) >> 23)));
       shift[m] = _mm_packus_epi16(_mm256_castsi256_si128(over), _mm256_extracti128_si256(over, 1));
     }
-    __m256i sum[R][kLanes];
+    static_assert(kWidth == kGroupBlocks);
+    __m256i sum[R][kWidth];
     __m128i most = _mm_setzero_si128(), top = most, bottom = _mm_set1_epi8(-1);
-    alignas(32) uint32_t scale[kLanes];
+    alignas(32) uint32_t scale[kWidth];
 #pragma GCC unroll 1
-    for (int n = 0; n < kLanes; n++) {
-      const uint8_t* codes = panel.codes[first + n] + group * kGroup / 2;
-      const __m128i bytes =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel.scale[first + n] + group * kGroupBlocks));
+    for (int n = 0; n < kWidth; n++) {
+      prefetch(n);  // there are as many columns as blocks
+      const uint8_t* codes = panel.codes[n] + group * kGroup / 2;
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel.scale[n] + group * kGroupBlocks));
       const __m128i least = _mm_minpos_epu16(_mm_min_epu8(bytes, _mm_srli_epi16(bytes, 8)));
       scale[n] = static_cast<uint32_t>(_mm_cvtsi128_si32(least)) << 23;
       const __m128i over = _mm_sub_epi8(bytes, _mm_shuffle_epi8(least, _mm_setzero_si128()));
@@ -275,10 +276,11 @@ struct Avx2 {
                         _mm_subs_epu8(top, _mm_set1_epi8(static_cast<char>(kTopByte))));
     most = _mm_or_si128(most, _mm_cmpeq_epi8(bottom, _mm_setzero_si128()));
     if (!_mm_testz_si128(most, most)) return false;
-    for (int m = 0; m < R; m++) {
-      const F whole = to_float(by_column(sum[m])) * all(windows[m].scale);
-      store(p + m * kWidth + first, whole * load(reinterpret_cast<const float*>(scale)));
-    }
+    for (int m = 0; m < R; m++)
+      for (int n = 0; n < kWidth; n += kLanes) {
+        const F whole = to_float(by_column(sum[m] + n)) * all(windows[m].scale);
+        store(p + m * kWidth + n, whole * load(reinterpret_cast<const float*>(scale + n)));
+      }
     return true;
   }
 

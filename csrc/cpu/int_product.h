@@ -4,10 +4,15 @@
 // or nothing, to scale block by block. A template over a path's dot product, `V`:
 //   kLanes, kVectors  columns in one register, registers across a panel; kRows: rows of activations at once
 //   F                 fp32 registers, with all, load, store, fma; to_float from int32 registers
-//   Sum               what accumulates a block; begin(start), dot(sum, weights, activations), finish(sum, start) to int32
-//   kOffset           what is added to plain weights, for instructions that want one operand unsigned
-//   kWindows          whether Sum has room for windows, and unpack_window exists; weights then have 8 * kOffset added
-//   kFewRows          for how many rows few_rows() multiplies with weights on their way from memory, without a panel
+//   Sum               what accumulates a block; begin(start), dot(sum, weights, activations), finish(sum, scale) to int32,
+//                     `scale` pointing into IntWeights::scale, behind which a path may have factors for it
+//   kOffset           what is added to plain weights, for instructions that want one operand unsigned; in a window it is
+//                     kWindowOffsets times as much
+//   kWindows          which windows there are; where any, unpack_window exists and pays from kWindowRows rows on
+//   kFewRows          for how many rows few_rows() multiplies with weights on their way from memory, without a panel, where
+//                     it can
+//   kHeldBytes        of prepared activations, as Product has them
+//   at(block, t)      where the t-th four elements of a block are in IntGroup::q; at(block, 0) + at(0, t)
 //   encode            of this path
 //   prepare_group     a row's group of activations as operands; int_prepare_group where the path has an unpack_row only
 //   unpack_scales, unpack_weights   of a panel, likewise
@@ -18,8 +23,8 @@
 namespace mxdit {
 namespace {
 
-constexpr uint8_t kTopByte = 234;     // above it a group's sum times its scale could overflow before the other scale is in
-constexpr int kWindow = 3;            // binades
+constexpr uint8_t kTopByte = 234;  // above it a group's sum times its scale could overflow before the other scale is in
+constexpr int kWindow = 3;         // binades
 
 enum class Windows { none, weights, both };
 
