@@ -316,7 +316,7 @@ def beside_ggml(linears: Linears, rounds: int, how: Measure) -> list[Row]:
     layers = linears.mode("mxfp4")
     products = [ggml_product.Product(layer.weight, layer.weight_scale, x) for layer in layers]
     exact = x.double() @ mxdit.decode(mxdit.Packed(layers[0].weight, layers[0].weight_scale, None, "mxfp4")).double().T
-    error = (products[0]() - exact).norm() / exact.norm()  # of activations in eight bits
+    error = float((products[0]() - exact).norm() / exact.norm())  # of activations in eight bits
     row = Row(
         f"linear, M=1, ({linears.k}, {linears.n})", "mxfp4", GAUSSIAN, 1.0, is_right(layers[0], x) and error < 0.01
     )

@@ -22,6 +22,7 @@ struct Avx2 {
   typedef float F __attribute__((vector_size(32)));
   typedef __m256i Sum;  // int16; with its start, at most 16 * 144 in the end, and nothing in between exceeds 16 bits
 
+  static constexpr auto encode = encode_any;
   static F all(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
@@ -294,8 +295,6 @@ struct Avx2 {
       four[i] = add(_mm256_unpacklo_epi64(two[2 * i], two[2 * i + 1]), _mm256_unpackhi_epi64(two[2 * i], two[2 * i + 1]));
     return add(_mm256_permute2x128_si256(four[0], four[1], 0x20), _mm256_permute2x128_si256(four[0], four[1], 0x31));
   }
-
-  static constexpr auto encode = encode_any;
 };
 
 }  // namespace
