@@ -11,6 +11,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx2_path() { return {"avx2", encode_any, decode_any, fast, float_product<Avx2>, float_attention}; }
+Path avx2_path() { return {"avx2", encode_any, decode_any, fast, float_product<Avx2>, float_attention<Avx2>}; }
 
 }  // namespace mxdit

@@ -1,6 +1,6 @@
 // AVX-512 with bf16 dot products and VBMI: Sapphire Rapids and newer, Zen 4 and newer. Four-bit products stay with byte dot
 // products, which do twice as many a cycle.
-#include "float_attention.h"
+#include "bf16_attention.h"
 #include "bf16_product.h"
 #include "few_rows.h"
 #include "int_avx512.h"
@@ -62,6 +62,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx512bf16_path() { return {"avx512bf16", encode_avx512, decode_any, fast, float_product<Vnni>, float_attention}; }
+Path avx512bf16_path() { return {"avx512bf16", encode_avx512, decode_any, fast, float_product<Vnni>, bf16_attention}; }
 
 }  // namespace mxdit

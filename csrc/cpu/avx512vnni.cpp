@@ -11,6 +11,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx512vnni_path() { return {"avx512vnni", encode_avx512, decode_any, fast, float_product<Vnni>, float_attention}; }
+Path avx512vnni_path() { return {"avx512vnni", encode_avx512, decode_any, fast, float_product<Vnni>, float_attention<Vnni>}; }
 
 }  // namespace mxdit

@@ -1,78 +1,62 @@
-// Attention in IEEE fp32: keys and values as floats, a query at a time against all of them. What each path has until it has
-// a better one. In an unnamed namespace on purpose, see kernels.h.
+// Attention in IEEE fp32, for every dtype, over the registers of float_product.h. In an unnamed namespace on purpose, see
+// kernels.h.
 #pragma once
-#include <math.h>
-
-#include "numerics.h"
+#include "attention.h"
 
 namespace mxdit {
 namespace {
 
-inline float number_at(const void* from, int64_t at, int dtype) {
-  float value = 0.0f;
-  with_dtype(dtype, [&](auto* type) { value = widen(static_cast<decltype(type)>(from)[at]); });
-  return value;
-}
+template <class V>
+struct FloatUnit : V {
+  using Number = float;
+  using typename V::F;
+  static constexpr int kStep = 1, kBits = 24, kTileRows = V::kFloatRows, kKeys = 256;
+  static constexpr int kColumns = V::kLanes * V::kVectors;
 
-// What the mask adds to a logit: 0 or -inf where it is of bools, or not there.
-inline float mask_at(const MxAttention& job, int64_t batch, int64_t head, int64_t query, int64_t key) {
-  if (job.causal && key > query) return -HUGE_VALF;
-  if (job.mask_dtype == MX_NO_MASK) return 0.0f;
-  const int64_t at = batch * job.mask_strides[0] + head * job.mask_strides[1] + query * job.mask_strides[2] + key * job.mask_strides[3];
-  if (job.mask_dtype == MX_BOOL_MASK) return static_cast<const uint8_t*>(job.mask)[at] ? 0.0f : -HUGE_VALF;
-  return number_at(job.mask, at, job.mask_dtype);
-}
-
-inline void float_keys(const MxAttention& job, int64_t batch, int64_t kv_head, int64_t first, int64_t last, uint8_t* prepared, uint8_t*) {
-  float* k = reinterpret_cast<float*>(prepared);
-  float* v = k + job.keys * job.width;
-  for (int64_t key = first; key < last; key++) {
-    const int64_t from_k = batch * job.k_strides[0] + key * job.k_strides[1] + kv_head * job.k_strides[2];
-    const int64_t from_v = batch * job.v_strides[0] + key * job.v_strides[1] + kv_head * job.v_strides[2];
-    for (int64_t d = 0; d < job.width; d++) k[key * job.width + d] = number_at(job.k, from_k + d, job.dtype);
-    for (int64_t d = 0; d < job.v_width; d++) v[key * job.v_width + d] = number_at(job.v, from_v + d, job.dtype);
+  template <int R, int C, int kStride>
+  [[gnu::always_inline]] static void multiply(const float* a, const float* w, int64_t steps, F (&sums)[R][C]) {
+    for (int64_t i = 0; i < steps; i++, w += kColumns) {
+#pragma GCC unroll 16
+      for (int m = 0; m < R; m++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++)
+          sums[m][c] = V::multiply_add(V::all(a[m * kStride + i]), V::load(w + c * V::kLanes), sums[m][c]);
+    }
   }
-}
 
-inline void float_queries(const MxAttention& job, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared,
-                          uint8_t* scratch) {
-  const float* k = reinterpret_cast<const float*>(prepared);
-  const float* v = k + job.keys * job.width;
-  float* const q = reinterpret_cast<float*>(scratch);
-  float* const sums = q + job.width;
-  float* const logits = sums + job.v_width;
-  for (int64_t query = first; query < last; query++) {
-    const int64_t from = batch * job.q_strides[0] + query * job.q_strides[1] + head * job.q_strides[2];
-    for (int64_t d = 0; d < job.width; d++) q[d] = number_at(job.q, from + d, job.dtype);
-    float highest = -HUGE_VALF, total = 0.0f;
-    for (int64_t key = 0; key < job.keys; key++) {
-      float product = 0.0f;
-      for (int64_t d = 0; d < job.width; d++) product += q[d] * k[key * job.width + d];
-      logits[key] = product * job.scale + mask_at(job, batch, head, query, key);
-      if (logits[key] > highest) highest = logits[key];
-    }
-    for (int64_t d = 0; d < job.v_width; d++) sums[d] = 0.0f;
-    for (int64_t key = 0; key < job.keys && highest > -HUGE_VALF; key++) {
-      const float weight = expf(logits[key] - highest);
-      total += weight;
-      for (int64_t d = 0; d < job.v_width; d++) sums[d] += weight * v[key * job.v_width + d];
-    }
-    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-    const int64_t to = ((batch * job.queries + query) * job.heads + head) * job.v_width;
-    for (int64_t d = 0; d < job.v_width; d++) {
-      const float value = sums[d] * inverse;
-      switch (job.dtype) {
-        case MX_BF16: narrow(value, static_cast<Bf16*>(job.out) + to + d); break;
-        case MX_FP16: narrow(value, static_cast<Fp16*>(job.out) + to + d); break;
-        default: narrow(value, static_cast<float*>(job.out) + to + d);
+  [[gnu::always_inline]] static void keep(const F (&weights)[1], F& total, float* out) {
+    V::store(out, weights[0]);
+    total += weights[0];
+  }
+
+  static void numbers(const uint8_t* from, int dtype, int64_t count, float* out) {
+    with_dtype(dtype, [&]<class T>(const T*) {
+      const T* x = reinterpret_cast<const T*>(from);
+      for (int64_t i = 0; i < count; i++) out[i] = widen(x[i]);
+    });
+  }
+
+  static void keys(const uint8_t* const* k, int dtype, int64_t width, float* out) {
+    with_dtype(dtype, [&]<class T>(const T*) {
+      for (int n = 0; n < kColumns; n++) {
+        const T* x = reinterpret_cast<const T*>(k[n]);
+        for (int64_t d = 0; d < width; d++) out[d * kColumns + n] = widen(x[d]);
       }
-    }
+    });
   }
-}
 
-inline Attention float_attention(const MxAttention& job) {
-  const int64_t bytes = (job.keys * (job.width + job.v_width) * 4 + 64) / 64 * 64;  // some, also without keys
-  return {bytes, 64, 16, (job.width + job.v_width + job.keys) * 4, float_keys, float_queries};
+  static void values(const uint8_t* const* v, int count, int dtype, int64_t column, int columns, float* out) {
+    memset(out, 0, kColumns * kColumns * sizeof(float));
+    with_dtype(dtype, [&]<class T>(const T*) {
+      for (int i = 0; i < count; i++)
+        numbers(v[i] + column * static_cast<int64_t>(sizeof(T)), dtype, columns, out + i * kColumns);
+    });
+  }
+};
+
+template <class V>
+Attention float_attention(const MxAttention& job) {
+  return tiled_attention<FloatUnit<V>>(job);
 }
 
 }  // namespace

@@ -137,6 +137,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path neon_path() { return {"neon", encode_any, decode_any, fast, float_product<Neon>, float_attention}; }
+Path neon_path() { return {"neon", encode_any, decode_any, fast, float_product<Neon>, float_attention<Neon>}; }
 
 }  // namespace mxdit

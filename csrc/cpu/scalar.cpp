@@ -26,6 +26,6 @@ struct Plain {
 
 }  // namespace
 
-Path scalar_path() { return {"scalar", encode_any, decode_any, float_product<Plain>, float_product<Plain>, float_attention}; }
+Path scalar_path() { return {"scalar", encode_any, decode_any, float_product<Plain>, float_product<Plain>, float_attention<Plain>}; }
 
 }  // namespace mxdit
