@@ -4,6 +4,7 @@
 //   kLanes, kVectors       of its registers: columns of a panel are their product
 //   kTileRows              rows of a tile
 //   kKeys                  keys at a time
+//   kChain                 Numbers of a query or a row of weights that are summed at once: of a query, they lie side by side
 //   multiply<R, C, stride> adds products of R rows and C registers of columns to their sums
 //   keep                   rounds some weights to Numbers, and adds them to their sum
 //   keys, values           lay out a panel
@@ -16,16 +17,15 @@ namespace mxdit {
 namespace {
 
 constexpr int kTaskQueries = 96;  // a multiple of every unit's rows
-constexpr int kChunk = 128;       // of a query's numbers, side by side; a wider query has several
 constexpr float kLowest = -0x1.FFFFFEp127f, kNever = -__builtin_inff(), kLog2e = 0x1.715476p0f;
 
-// A column of panels times rows: where each thing is, in Numbers.
+// Where each thing is, in Numbers.
 template <class U>
 struct AttentionLayout {
   using Number = typename U::Number;
   static constexpr int kColumns = U::kLanes * U::kVectors;
   // Rows are padded, so that they do not fall on the same cache sets.
-  static constexpr int kPad = 64 / static_cast<int>(sizeof(Number)), kChunkStride = kChunk + kPad;
+  static constexpr int kChainStride = U::kChain + 64 / static_cast<int>(sizeof(Number));
   static constexpr int kLogitStride = U::kKeys + 16, kWeightStride = kLogitStride * U::kStep;
 
   int64_t keys, width, v_width;  // padded
@@ -95,37 +95,50 @@ void attention_keys(const MxAttention& job, int64_t batch, int64_t kv_head, int6
   }
 }
 
+// Products of R rows and C registers of columns, or these and what is in `sums`. A function of its own, so that compilers keep
+// its registers apart from others'.
+template <class U, int R, int C, int kStride>
+[[gnu::noinline]] void tile_products(const typename U::Number* a, const typename U::Number* w, int64_t steps, bool add, float* sums,
+                                     int64_t stride) {
+  typename U::F products[R][C] = {};
+  U::template multiply<R, C, kStride>(a, w, steps, products);
+#pragma GCC unroll 16
+  for (int m = 0; m < R; m++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+      float* at = sums + m * stride + c * U::kLanes;
+      U::store(at, add ? products[m][c] + U::load(at) : products[m][c]);
+    }
+}
+
 // Logits of R queries and some panels of keys, not scaled.
 template <class U, int R>
 void tile_logits(const typename U::Number* q, const AttentionLayout<U>& layout, const typename U::Number* k, int64_t keys, float* logits) {
   using Layout = AttentionLayout<U>;
-  for (int64_t key = 0; key < keys; key += Layout::kColumns) {
-    typename U::F sums[R][U::kVectors] = {};
-    const typename U::Number* chunk = q;
-    for (int64_t d = 0; d < layout.width; d += kChunk, chunk += kTaskQueries * Layout::kChunkStride) {
-      const int64_t steps = min_of<int64_t>(kChunk, layout.width - d) / U::kStep;
-      U::template multiply<R, U::kVectors, Layout::kChunkStride>(chunk, k, steps, sums);
-      k += steps * U::kStep * Layout::kColumns;
+  for (int64_t key = 0; key < keys; key += Layout::kColumns)
+    for (int64_t d = 0; d < layout.width; d += U::kChain) {
+      const typename U::Number* chain = q + d / U::kChain * kTaskQueries * Layout::kChainStride;
+      const int64_t numbers = min_of<int64_t>(U::kChain, layout.width - d);
+      tile_products<U, R, U::kVectors, Layout::kChainStride>(chain, k, numbers / U::kStep, d > 0, logits + key, Layout::kLogitStride);
+      k += numbers * Layout::kColumns;
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < R; m++)
-#pragma GCC unroll 4
-      for (int v = 0; v < U::kVectors; v++) U::store(logits + m * Layout::kLogitStride + key + v * U::kLanes, sums[m][v]);
-  }
 }
 
 // sums = correction sums + weights v, for R queries and C registers of columns.
 template <class U, int R, int C>
 void tile_values(const typename U::Number* weights, const typename U::Number* v, int64_t keys, const float* correction, int64_t stride,
                  float* sums) {
-  typename U::F products[R][C] = {};
-  U::template multiply<R, C, AttentionLayout<U>::kWeightStride>(weights, v, keys / U::kStep, products);
-#pragma GCC unroll 16
+  constexpr int columns = C * U::kLanes;
+  alignas(64) float some[R * columns];  // what is summed at once is not much, or small numbers would be lost beside the sum
+  for (int64_t key = 0; key < keys; key += U::kChain) {
+    const int64_t steps = min_of<int64_t>(U::kChain, keys - key) / U::kStep;
+    tile_products<U, R, C, AttentionLayout<U>::kWeightStride>(weights + key, v + key * AttentionLayout<U>::kColumns, steps, key > 0, some,
+                                                              columns);
+  }
   for (int m = 0; m < R; m++)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) {
-      float* at = sums + m * stride + c * U::kLanes;
-      U::store(at, U::multiply_add(U::all(correction[m]), U::load(at), products[m][c]));
+    for (int c = 0; c < columns; c += U::kLanes) {
+      float* at = sums + m * stride + c;
+      U::store(at, U::multiply_add(U::all(correction[m]), U::load(at), U::load(some + m * columns + c)));
     }
 }
 
@@ -164,10 +177,10 @@ void softmax_row(float* row, int64_t keys, float scale, const float* bias, Softm
     U::keep(weights, total, out);
   }
   U::store(lanes, total);
-  float sum = 0.0f;
-  for (int i = 0; i < U::kLanes; i++) sum += lanes[i];
+  for (int count = U::kLanes / 2; count > 0; count /= 2)
+    for (int i = 0; i < count; i++) lanes[i] += lanes[i + count];
   state.correction = exp2_of<U>(U::all((before - state.highest) * scale))[0];
-  state.total = state.total * state.correction + sum;
+  state.total = state.total * state.correction + lanes[0];
 }
 
 // A task: some queries of a head, all of its keys.
@@ -179,14 +192,14 @@ class AttentionTask {
  public:
   static int64_t scratch_bytes(const MxAttention& job) {
     const Layout layout(job);
-    return chunks(layout) * kTaskQueries * Layout::kChunkStride * static_cast<int64_t>(sizeof(Number)) +
+    return chains(layout) * kTaskQueries * Layout::kChainStride * static_cast<int64_t>(sizeof(Number)) +
            (kTaskQueries * layout.v_width + (U::kTileRows + 1) * Layout::kLogitStride) * 4;
   }
 
   AttentionTask(const MxAttention& job, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared, uint8_t* scratch)
       : job_(job), layout_(job), batch_(batch), head_(head), first_(first), count_(static_cast<int>(last - first)), prepared_(prepared) {
     q_ = reinterpret_cast<Number*>(scratch);
-    sums_ = reinterpret_cast<float*>(q_ + chunks(layout_) * kTaskQueries * Layout::kChunkStride);
+    sums_ = reinterpret_cast<float*>(q_ + chains(layout_) * kTaskQueries * Layout::kChainStride);
     logits_ = sums_ + kTaskQueries * layout_.v_width;
     bias_ = logits_ + U::kTileRows * Layout::kLogitStride;
     scale_ = job.scale * kLog2e;
@@ -216,17 +229,17 @@ class AttentionTask {
   }
 
  private:
-  static int64_t chunks(const Layout& layout) { return (layout.width + kChunk - 1) / kChunk; }
+  static int64_t chains(const Layout& layout) { return (layout.width + U::kChain - 1) / U::kChain; }
 
   void load_queries() {
     const int64_t element = job_.dtype == MX_FP32 ? 4 : 2;
-    for (int64_t d = 0; d < layout_.width; d += kChunk) {
-      Number* to = q_ + d * kTaskQueries / kChunk * Layout::kChunkStride;
-      memset(to, 0, sizeof(Number) * kTaskQueries * Layout::kChunkStride);
-      const int64_t numbers = min_of<int64_t>(kChunk, job_.width - d);
+    for (int64_t d = 0; d < layout_.width; d += U::kChain) {
+      Number* to = q_ + d * kTaskQueries / U::kChain * Layout::kChainStride;
+      memset(to, 0, sizeof(Number) * kTaskQueries * Layout::kChainStride);
+      const int64_t numbers = min_of<int64_t>(U::kChain, job_.width - d);
       for (int i = 0; i < count_; i++) {
         const int64_t at = batch_ * job_.q_strides[0] + (first_ + i) * job_.q_strides[1] + head_ * job_.q_strides[2] + d;
-        U::numbers(static_cast<const uint8_t*>(job_.q) + at * element, job_.dtype, numbers, to + i * Layout::kChunkStride);
+        U::numbers(static_cast<const uint8_t*>(job_.q) + at * element, job_.dtype, numbers, to + i * Layout::kChainStride);
       }
     }
   }
@@ -237,7 +250,7 @@ class AttentionTask {
     const int64_t first = first_ + row;
     if (job_.causal && (here = min_of(here, first + rows - key)) <= 0) return;
     const int64_t padded = (here + Layout::kColumns - 1) / Layout::kColumns * Layout::kColumns;
-    tile_logits<U, R>(q_ + row * Layout::kChunkStride, layout_, layout_.keys_at(prepared_, key), padded, logits_);
+    tile_logits<U, R>(q_ + row * Layout::kChainStride, layout_, layout_.keys_at(prepared_, key), padded, logits_);
     float correction[R] = {};
     for (int m = 0; m < R; m++) {
       float* logits = logits_ + m * Layout::kLogitStride;

@@ -9,7 +9,7 @@ namespace {
 
 struct Bf16Unit : Vnni {
   using Number = uint16_t;
-  static constexpr int kStep = 2, kBits = 8, kTileRows = 12, kKeys = 512;
+  static constexpr int kStep = 2, kBits = 8, kTileRows = 12, kKeys = 512, kChain = 256;
   static constexpr int kColumns = kLanes * kVectors;
 
   template <int R, int C, int kStride>

@@ -161,14 +161,15 @@ Outcome multiply_by(Product (*way)(const MxLinear&), const MxLinear& job, int th
   return apart ? multiply_rows_apart(job, product, threads) : multiply(job, product, threads);
 }
 
-// As many heads' keys and values are laid out at once as the caches are good for, or one for each thread; then their queries
-// go by, a head's one after the other, so that threads read the same keys.
+// As many heads' keys and values are laid out at once as the caches are good for, or as give each thread a task; then their
+// queries go by, a head's one after the other, so that threads read the same keys.
 Outcome attend(const MxAttention& job, const Attention& way, int threads) {
   const int64_t sources = job.batch * job.kv_heads, group = job.heads / job.kv_heads;
-  const int64_t held = std::clamp<int64_t>(kAttentionBytes / way.prepared_bytes, std::min<int64_t>(threads, sources), sources);
+  const int64_t key_tasks = (job.keys + way.keys - 1) / way.keys, query_tasks = (job.queries + way.queries - 1) / way.queries;
+  const int64_t least = std::min((threads - 1) / (group * query_tasks) + 1, sources);
+  const int64_t held = std::clamp(kAttentionBytes / way.prepared_bytes, least, sources);
   uint8_t* const kept = prepared.get(held * way.prepared_bytes);
   if (!kept || !scratch.get(way.scratch_bytes)) return Outcome::no_memory;
-  const int64_t key_tasks = (job.keys + way.keys - 1) / way.keys, query_tasks = (job.queries + way.queries - 1) / way.queries;
   for (int64_t base = 0; base < sources; base += held) {
     const int64_t here = std::min(held, sources - base);
     std::atomic<int64_t> next{0};

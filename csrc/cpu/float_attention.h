@@ -10,7 +10,8 @@ template <class V>
 struct FloatUnit : V {
   using Number = float;
   using typename V::F;
-  static constexpr int kStep = 1, kBits = 24, kTileRows = V::kFloatRows, kKeys = 256;
+  static constexpr int kStep = 1, kBits = 24, kTileRows = V::kFloatRows;
+  static constexpr int kKeys = V::kLanes < 16 ? 256 : 512, kChain = 64;  // 256 KB of second level cache, or 512, at width 128
   static constexpr int kColumns = V::kLanes * V::kVectors;
 
   template <int R, int C, int kStride>
