@@ -130,6 +130,7 @@ def op_samples() -> list[tuple[str, tuple[object, ...]]]:
     bias = torch.randn(8).bfloat16()
     p4, p8, w4 = mxdit.encode(x, "mxfp4"), mxdit.encode(x, "mxfp8"), mxdit.encode(w, "mxfp4")
     (x2, l0, l1), (w2, w0, w1) = dual(x), dual(w)
+    attended = (torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 6), torch.rand(5, 7) > 0.3)
     samples: list[tuple[str, tuple[object, ...]]] = [
         ("quantize", (x, "mxfp4", "uos", "rint")),
         ("quantize", (x.float(), "mxfp8", "cublas", "rint")),
@@ -140,6 +141,8 @@ def op_samples() -> list[tuple[str, tuple[object, ...]]]:
         ("matmul", (p4.codes, p4.scale, w4.codes, w4.scale, bias, "mxfp4", "mxfp4", torch.float32)),
         ("matmul", (p8.codes, p8.scale, w4.codes, w4.scale, None, "mxfp8", "mxfp4", torch.float16)),
         ("matmul_dual", (x2, w2, l0, w0, l1, w1, bias, torch.bfloat16)),
+        ("attention", (*attended[:3], None, 0.2, True, "exact")),
+        ("attention", (*attended, 0.2, False, "exact")),
     ]
     return samples + [("linear", linear_args(scheme, method, x)) for scheme, method in LINEARS]
 
