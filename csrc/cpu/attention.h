@@ -50,8 +50,8 @@ struct AttentionLayout {
   static const Number* with_number(const uint8_t* p) { return reinterpret_cast<const Number*>(p); }
 };
 
-// A row of the mask over some keys, as what it adds to logits of base 2. False where none of them takes part.
-inline bool mask_row(const MxAttention& job, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t count, float* out) {
+// A row of the mask over some keys, as what it adds to logits of base 2.
+inline void mask_row(const MxAttention& job, int64_t batch, int64_t head, int64_t query, int64_t key, int64_t count, float* out) {
   const int64_t step = job.mask_strides[3];
   const int64_t at = batch * job.mask_strides[0] + head * job.mask_strides[1] + query * job.mask_strides[2] + key * step;
   const auto each = [&](auto* mask, auto value) {
@@ -66,9 +66,6 @@ inline bool mask_row(const MxAttention& job, int64_t batch, int64_t head, int64_
     with_dtype(job.mask_dtype, [&]<class T>(const T*) {
       each(static_cast<const T*>(job.mask) + at, [](T x) { return widen(x) * kLog2e; });
     });
-  uint32_t some = 0;
-  for (int64_t i = 0; i < count; i++) some |= bits_of(out[i]) ^ bits_of(kNever);
-  return some != 0;
 }
 
 // The keys and values [first, last) of a head; `first` begins a panel.
@@ -111,17 +108,19 @@ template <class U, int R, int C, int kStride>
     }
 }
 
-// Logits of R queries and some panels of keys, not scaled.
+// Logits of R queries and some keys, not scaled; behind the last key, of half a panel or a whole one.
 template <class U, int R>
 void tile_logits(const typename U::Number* q, const AttentionLayout<U>& layout, const typename U::Number* k, int64_t keys, float* logits) {
   using Layout = AttentionLayout<U>;
-  for (int64_t key = 0; key < keys; key += Layout::kColumns)
+  for (int64_t key = 0; key < keys; key += Layout::kColumns) {
+    const auto products = keys - key > Layout::kColumns / 2 ? tile_products<U, R, U::kVectors, Layout::kChainStride>
+                                                            : tile_products<U, R, U::kVectors / 2, Layout::kChainStride>;
     for (int64_t d = 0; d < layout.width; d += U::kChain) {
-      const typename U::Number* chain = q + d / U::kChain * kTaskQueries * Layout::kChainStride;
       const int64_t numbers = min_of<int64_t>(U::kChain, layout.width - d);
-      tile_products<U, R, U::kVectors, Layout::kChainStride>(chain, k, numbers / U::kStep, d > 0, logits + key, Layout::kLogitStride);
+      products(q + d / U::kChain * kTaskQueries * Layout::kChainStride, k, numbers / U::kStep, d > 0, logits + key, Layout::kLogitStride);
       k += numbers * Layout::kColumns;
     }
+  }
 }
 
 // sums = correction sums + weights v, for R queries and C registers of columns.
@@ -202,6 +201,7 @@ class AttentionTask {
     sums_ = reinterpret_cast<float*>(q_ + chains(layout_) * kTaskQueries * Layout::kChainStride);
     logits_ = sums_ + kTaskQueries * layout_.v_width;
     bias_ = logits_ + U::kTileRows * Layout::kLogitStride;
+    rows_ = (count_ + U::kTileRows - 1) / U::kTileRows * U::kTileRows;
     scale_ = job.scale * kLog2e;
     masked_ = job.mask_dtype != MX_NO_MASK;
     shared_ = masked_ && job.mask_strides[2] == 0;
@@ -210,15 +210,17 @@ class AttentionTask {
 
   void run() {
     load_queries();
-    memset(sums_, 0, static_cast<size_t>(kTaskQueries * layout_.v_width) * 4);
+    memset(sums_, 0, static_cast<size_t>(rows_ * layout_.v_width) * 4);
     const int64_t keys = job_.causal ? min_of(job_.keys, first_ + count_) : job_.keys;
     for (int64_t key = 0; key < keys; key += U::kKeys) {
-      const int64_t here = min_of<int64_t>(U::kKeys, keys - key);
-      if (shared_ && !mask_row(job_, batch_, head_, 0, key, here, bias_)) continue;
+      int64_t here = min_of<int64_t>(U::kKeys, keys - key);
+      if (shared_) mask_row(job_, batch_, head_, 0, key, here, bias_);
+      while (shared_ && here > 0 && bias_[here - 1] == kNever) here--;  // padding
+      if (here == 0) continue;
       for (int row = 0; row < count_; row += U::kTileRows) {
         const int rows = min_of(U::kTileRows, count_ - row);
         if (rows <= U::kTileRows / 3)
-          tile<(U::kTileRows + 2) / 3>(row, rows, key, here);
+          tile<U::kTileRows / 3>(row, rows, key, here);
         else if (rows <= U::kTileRows / 3 * 2)
           tile<U::kTileRows / 3 * 2>(row, rows, key, here);
         else
@@ -234,12 +236,13 @@ class AttentionTask {
   void load_queries() {
     const int64_t element = job_.dtype == MX_FP32 ? 4 : 2;
     for (int64_t d = 0; d < layout_.width; d += U::kChain) {
-      Number* to = q_ + d * kTaskQueries / U::kChain * Layout::kChainStride;
-      memset(to, 0, sizeof(Number) * kTaskQueries * Layout::kChainStride);
-      const int64_t numbers = min_of<int64_t>(U::kChain, job_.width - d);
-      for (int i = 0; i < count_; i++) {
+      Number* to = q_ + d / U::kChain * kTaskQueries * Layout::kChainStride;
+      const int64_t numbers = min_of<int64_t>(U::kChain, job_.width - d), padded = min_of<int64_t>(U::kChain, layout_.width - d);
+      for (int i = 0; i < rows_; i++, to += Layout::kChainStride) {
+        memset(to + (i < count_ ? numbers : 0), 0, sizeof(Number) * static_cast<size_t>(padded - (i < count_ ? numbers : 0)));
+        if (i >= count_) continue;
         const int64_t at = batch_ * job_.q_strides[0] + (first_ + i) * job_.q_strides[1] + head_ * job_.q_strides[2] + d;
-        U::numbers(static_cast<const uint8_t*>(job_.q) + at * element, job_.dtype, numbers, to + i * Layout::kChainStride);
+        U::numbers(static_cast<const uint8_t*>(job_.q) + at * element, job_.dtype, numbers, to);
       }
     }
   }
@@ -250,7 +253,7 @@ class AttentionTask {
     const int64_t first = first_ + row;
     if (job_.causal && (here = min_of(here, first + rows - key)) <= 0) return;
     const int64_t padded = (here + Layout::kColumns - 1) / Layout::kColumns * Layout::kColumns;
-    tile_logits<U, R>(q_ + row * Layout::kChainStride, layout_, layout_.keys_at(prepared_, key), padded, logits_);
+    tile_logits<U, R>(q_ + row * Layout::kChainStride, layout_, layout_.keys_at(prepared_, key), here, logits_);
     float correction[R] = {};
     for (int m = 0; m < R; m++) {
       float* logits = logits_ + m * Layout::kLogitStride;
@@ -270,13 +273,14 @@ class AttentionTask {
       correction[m] = state_[row + m].correction;
     }
     const Number* weights = reinterpret_cast<const Number*>(logits_);
+    const int64_t whole = (here + U::kStep - 1) / U::kStep * U::kStep;
     for (int64_t column = 0; column < job_.v_width; column += Layout::kColumns) {
       const Number* v = layout_.values_at(prepared_, column, key);
       float* sums = sums_ + row * layout_.v_width + column;
       if (job_.v_width - column <= Layout::kColumns / 2)
-        tile_values<U, R, U::kVectors / 2>(weights, v, padded, correction, layout_.v_width, sums);
+        tile_values<U, R, U::kVectors / 2>(weights, v, whole, correction, layout_.v_width, sums);
       else
-        tile_values<U, R, U::kVectors>(weights, v, padded, correction, layout_.v_width, sums);
+        tile_values<U, R, U::kVectors>(weights, v, whole, correction, layout_.v_width, sums);
     }
   }
 
@@ -299,6 +303,7 @@ class AttentionTask {
   const int count_;
   const uint8_t* const prepared_;
   Number* q_;
+  int rows_;  // of whole tiles
   float *sums_, *logits_, *bias_, scale_;
   bool masked_, shared_, biased_;
   Softmax state_[kTaskQueries];
