@@ -5,7 +5,7 @@
 
 #include <limits>
 
-#include "support.h"
+#include "random.h"
 
 namespace conformance {
 namespace {
@@ -13,34 +13,6 @@ namespace {
 using namespace mxdit;
 
 const Setting kPlain = {"scalar", 1};
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15u) {}
-
-  uint64_t bits() {  // SplitMix64
-    uint64_t z = state_ += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-  }
-  int64_t below(int64_t n) { return static_cast<int64_t>(bits() % static_cast<uint64_t>(n)); }
-  int64_t between(int64_t low, int64_t high) { return low + below(high - low + 1); }  // both included
-  bool one_in(int64_t n) { return below(n) == 0; }
-  template <class T, size_t N>
-  T of(const T (&choices)[N]) {
-    return choices[below(N)];
-  }
-  float uniform() { return static_cast<float>(static_cast<double>(bits() >> 11) * 0x1p-53); }
-  float bell() { return uniform() + uniform() + uniform() + uniform() - uniform() - uniform() - uniform() - uniform(); }
-
- private:
-  uint64_t state_;
-};
-
-void fill_random(Random& random, Memory& memory) {
-  for (size_t i = 0; i < memory.size(); i++) memory.as()[i] = static_cast<uint8_t>(random.bits() >> 56);
-}
 
 int64_t some_k(Random& random, bool even) {
   int64_t k;
@@ -547,23 +519,25 @@ void check_product(Linear& plain, const std::vector<Setting>& all, Group& group,
 
 bool fuzz(int64_t count, uint64_t seed, const std::string& only_path) {
   const std::vector<Setting> all = settings(only_path);
-  Group encodes("fuzz encode"), decodes("fuzz decode"), products("fuzz products");
+  Group encodes("fuzz encode"), decodes("fuzz decode"), products("fuzz products"), attentions("fuzz attention");
   for (int64_t i = 0; i < count; i++) {
     Random random(seed + static_cast<uint64_t>(i));
     const std::string label = "--fuzz 1 --seed " + std::to_string(seed + static_cast<uint64_t>(i));
     Memory::on_heap = random.one_in(2);
-    const int64_t kind = random.below(8);
+    const int64_t kind = random.below(9);
     if (kind < 3) {
       fuzz_encode(random, all, encodes, label);
     } else if (kind == 3) {
       fuzz_decode(random, all, decodes, label);
+    } else if (kind == 4) {
+      fuzz_attention(random, all, attentions, label);
     } else {
       Linear product = some_product(random);
       check_product(product, all, products, label);
     }
   }
-  encodes.print(), decodes.print(), products.print();
-  return encodes.failures() + decodes.failures() + products.failures() == 0;
+  encodes.print(), decodes.print(), products.print(), attentions.print();
+  return encodes.failures() + decodes.failures() + products.failures() + attentions.failures() == 0;
 }
 
 // Products that are cut into pieces. Tall ones: activations that are more than the driver holds at once, and rows that are

@@ -104,6 +104,16 @@ void prepare(Linear& linear, int fill) {
   job.out = linear.out.as();
 }
 
+void prepare(Attend& attend, int fill) {
+  MxAttention& job = attend.job;
+  attend.out = Memory(static_cast<size_t>(job.batch * job.queries * job.heads * job.v_width) * element_size(job.dtype), fill);
+  job.q = attend.q.as();
+  job.k = attend.k.as();
+  job.v = attend.v.as();
+  job.mask = attend.mask.as();
+  job.out = attend.out.as();
+}
+
 size_t element_size(int dtype) { return dtype == MX_FP32 ? 4 : 2; }
 
 float element(const void* p, int dtype, int64_t i) {
@@ -218,6 +228,13 @@ void run(const MxDecode& job, const Setting& setting) {
 void run(const MxLinear& job, const Setting& setting) {
   run_any(setting, [&](int threads) {
     if (mx_linear(&job, threads) == 0) return;
+    printf("FAILED: no memory while running: %s\n", running);
+    exit(1);
+  });
+}
+void run(const MxAttention& job, const Setting& setting) {
+  run_any(setting, [&](int threads) {
+    if (mx_attention(&job, threads) == 0) return;
     printf("FAILED: no memory while running: %s\n", running);
     exit(1);
   });

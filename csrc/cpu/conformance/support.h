@@ -50,11 +50,16 @@ struct Linear {
   MxLinear job = {};
   Memory x, mul_scale, a_codes, a_scale, a_outer, w_codes, w_scale, w_outer, bias, out;
 };
+struct Attend {
+  MxAttention job = {};
+  Memory q, k, v, mask, out;
+};
 
 // Point the job at its inputs, and at new memory for its results, filled with `fill`.
 void prepare(Encode& encode, bool dual, int fill);
 void prepare(Decode& decode, int fill);
 void prepare(Linear& linear, int fill);
+void prepare(Attend& attend, int fill);
 
 size_t element_size(int dtype);
 float element(const void* p, int dtype, int64_t i);  // widened
@@ -77,6 +82,7 @@ std::vector<Setting> settings(const std::string& only_path);
 void run(const MxEncode& job, const Setting& setting);
 void run(const MxDecode& job, const Setting& setting);
 void run(const MxLinear& job, const Setting& setting);
+void run(const MxAttention& job, const Setting& setting);
 
 // Counts for one line of the report.
 class Group {
