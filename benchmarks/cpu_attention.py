@@ -1,9 +1,9 @@
 """How fast exact attention is on a CPU beside torch's scaled_dot_product_attention, and how far both are from float64.
 
-Calls of torch, of mxdit, and of a torch linear of the same dtype alternate; the linear (2048 x 2048 x 2048) says how fast this
-machine multiplies, which is what attention cannot exceed by much. Ratios are torch over mxdit, of the medians and of the
-minima of all rounds. Errors are the root mean square over sampled queries of the first head. Inputs are Gaussian, in the order
-of axes that diffusers has: (batch, tokens, heads, width).
+Calls of torch, of mxdit, and of a torch linear of the same dtype alternate. The linear (as many rows and columns as there are
+queries, at most 2048) says how fast this machine multiplies, which attention cannot exceed by much. Ratios are torch over
+mxdit, of the medians and of the minima of all rounds. Errors are the root mean square over sampled queries of the first head.
+Inputs are Gaussian, in the order of axes that diffusers has: (batch, tokens, heads, width).
 
     python benchmarks/cpu_attention.py [--path avx2] [--dtype bf16 fp32] [--heads 4] [--threads 2] [--rounds 9] [--json FILE]
 
@@ -40,7 +40,7 @@ HELD = {  # by path: what torch's own kernels and oneDNN's may use
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
-SAMPLE, SIDE = 128, 2048  # queries whose error is taken; of the linear
+SAMPLE = 128  # queries whose error is taken
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def measure(case: Case, dtype: str, heads: int, rounds: int) -> Row:
     mask = None if case.seen is None else (torch.arange(case.keys) < case.seen)[None, None, None]
     scale = case.width**-0.5
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    a, b = (torch.randn(SIDE, SIDE).to(DTYPES[dtype]) for _ in range(2))
+    side = min(2048, case.queries)
+    a, b = (torch.randn(side, side).to(DTYPES[dtype]) for _ in range(2))
 
     def ours() -> Tensor:
         return torch.ops.mxdit.attention(q, k, v, mask, scale, case.causal, "exact")
@@ -110,7 +111,7 @@ def measure(case: Case, dtype: str, heads: int, rounds: int) -> Row:
     return Row(
         case.name, dtype, cpu.selected(), torch.get_num_threads(), heads, rounds, statistics.median(mine), min(mine),
         statistics.median(others), min(others), ratio, ratio_min, 4 * pairs * case.width * heads / min(mine),
-        2 * SIDE**3 / min(products), error, of_torch,
+        2 * side**3 / min(products), error, of_torch,
     )  # fmt: skip
 
 
