@@ -268,7 +268,7 @@ def linear(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str) -> Tensor:
     """`mxdit.ops.attention`."""
-    if _reference:
+    if _reference or method not in _METHODS:
         return _refer(attention_ops.attention, q, k, v, mask, scale, causal, method)
     result = attention_ops.prepare_attention(q, k, v, mask, scale, causal, method)
     if result.numel():
