@@ -3,6 +3,7 @@
 #include "bf16_attention.h"
 #include "bf16_product.h"
 #include "few_rows.h"
+#include "int8_attention_avx512.h"
 #include "int_avx512.h"
 
 namespace mxdit {
@@ -54,6 +55,10 @@ struct Dot {
   }
 };
 
+Attention attention(const MxAttention& job) {
+  return job.method == MX_INT8 ? int8_attention<VnniInt8>(job) : bf16_attention(job);
+}
+
 Product fast(const MxLinear& job) {
   if (four_bit(job)) return int_product<Vnni>(job);
   if (!bf16_activations(job)) return float_product<Vnni>(job);
@@ -62,6 +67,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx512bf16_path() { return {"avx512bf16", encode_avx512, decode_any, fast, float_product<Vnni>, bf16_attention}; }
+Path avx512bf16_path() { return {"avx512bf16", encode_avx512, decode_any, fast, float_product<Vnni>, attention}; }
 
 }  // namespace mxdit

@@ -173,15 +173,19 @@ Outcome attend(const MxAttention& job, const Attention& way, int threads) {
   for (int64_t base = 0; base < sources; base += held) {
     const int64_t here = std::min(held, sources - base);
     std::atomic<int64_t> next{0};
-    parallel(threads, [&] {
-      uint8_t* const own = scratch.get(way.scratch_bytes);
-      if (!own) return;  // what this one leaves, the others do: the calling thread has its scratch
-      for (int64_t task = next++; task < here * key_tasks; task = next++) {
-        const int64_t source = base + task / key_tasks, first = task % key_tasks * way.keys;
-        way.prepare(job, source / job.kv_heads, source % job.kv_heads, first, std::min(first + way.keys, job.keys),
-                    kept + task / key_tasks * way.prepared_bytes, own);
-      }
-    });
+    for (const auto prepare : {way.survey, way.prepare}) {
+      if (!prepare) continue;
+      next = 0;
+      parallel(threads, [&] {
+        uint8_t* const own = scratch.get(way.scratch_bytes);
+        if (!own) return;  // what this one leaves, the others do: the calling thread has its scratch
+        for (int64_t task = next++; task < here * key_tasks; task = next++) {
+          const int64_t source = base + task / key_tasks, first = task % key_tasks * way.keys;
+          prepare(job, source / job.kv_heads, source % job.kv_heads, first, std::min(first + way.keys, job.keys),
+                  kept + task / key_tasks * way.prepared_bytes, own);
+        }
+      });
+    }
     next = 0;
     parallel(threads, [&] {
       uint8_t* const own = scratch.get(way.scratch_bytes);

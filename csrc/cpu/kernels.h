@@ -36,6 +36,7 @@ struct Attention {
                   uint8_t* scratch);
   void (*attend)(const MxAttention&, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared,
                  uint8_t* scratch);
+  decltype(prepare) survey = nullptr;  // what `prepare` has to know of all keys, if anything: called before, likewise
 };
 
 struct Path {

@@ -18,7 +18,7 @@ enum MxFormat { MX_FP4, MX_FP8, MX_FLOAT };  // MX_FLOAT: activations that are n
 enum MxRule { MX_OCP, MX_UOS, MX_EVEN6, MX_EVEN7, MX_CUBLAS };
 enum MxRound { MX_RINT, MX_ROUND, MX_FLOOR };
 enum MxMask { MX_NO_MASK = -1, MX_BOOL_MASK = 3 };  // or an MxDtype: added to the logits
-enum MxAttend { MX_EXACT };
+enum MxAttend { MX_EXACT, MX_INT8 };
 
 // How x (rows, k) becomes codes and scales.
 typedef struct {

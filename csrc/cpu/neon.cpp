@@ -3,6 +3,7 @@
 
 #include "float_attention.h"
 #include "float_product.h"
+#include "int8_attention.h"
 #include "int_product.h"
 
 namespace mxdit {
@@ -131,12 +132,39 @@ struct Neon {
   }
 };
 
+struct Int8 {
+  static constexpr int kLanes = 4, kVectors = 4, kRows = 4, kSide = 4, kQueryOffset = 0, kValueOffset = 128;
+  typedef float32x4_t F;
+  typedef int32x4_t I;
+  typedef int8_t Code;
+
+  static F load(const float* p) { return vld1q_f32(p); }
+  static void store(float* p, F x) { vst1q_f32(p, x); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static int8x16_t broadcast(const Code* codes) {
+    int32_t four;
+    memcpy(&four, codes, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+  }
+  static I dot_keys(I sum, I x, const Code* codes) { return vdotq_s32(sum, vreinterpretq_s8_s32(x), broadcast(codes)); }
+  static I dot_unsigned(I sum, I x, uint8x16_t y) {
+    return vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(sum), vreinterpretq_u8_s32(x), y));
+  }
+  static I dot_values(I sum, I x, const Code* codes) { return dot_unsigned(sum, x, vreinterpretq_u8_s8(broadcast(codes))); }
+  static I add_codes(I sum, I x) { return dot_unsigned(sum, x, vdupq_n_u8(1)); }
+};
+
+Attention attention(const MxAttention& job) {
+  return job.method == MX_INT8 ? int8_attention<Int8>(job) : float_attention<Neon>(job);
+}
+
 Product fast(const MxLinear& job) {
   return four_bit(job) ? int_product<Neon>(job) : float_product<Neon>(job);
 }
 
 }  // namespace
 
-Path neon_path() { return {"neon", encode_any, decode_any, fast, float_product<Neon>, float_attention<Neon>}; }
+Path neon_path() { return {"neon", encode_any, decode_any, fast, float_product<Neon>, attention}; }
 
 }  // namespace mxdit

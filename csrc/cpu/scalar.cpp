@@ -1,6 +1,7 @@
 // Plain C++ for any CPU: GCC and Clang lower the four-lane registers to what there is.
 #include "float_attention.h"
 #include "float_product.h"
+#include "int8_attention.h"
 
 namespace mxdit {
 namespace {
@@ -24,8 +25,23 @@ struct Plain {
   }
 };
 
+struct PlainInt8 : Plain {
+  static constexpr int kRows = 4, kSide = 2, kQueryOffset = 0, kValueOffset = 0;
+  typedef int16_t Code;
+  typedef int32_t I __attribute__((vector_size(16)));
+
+  static F max(F a, F b) { return a > b ? a : b; }
+  static I dot_keys(I sum, I x, const Code* two) { return sum + (x << 16 >> 16) * two[0] + (x >> 16) * two[1]; }
+  static I dot_values(I sum, I x, const Code* two) { return dot_keys(sum, x, two); }
+  static I add_codes(I sum, I x) { return sum + (x & 0xFFFF) + (x >> 16); }
+};
+
+Attention attention(const MxAttention& job) {
+  return job.method == MX_INT8 ? int8_attention<PlainInt8>(job) : float_attention<Plain>(job);
+}
+
 }  // namespace
 
-Path scalar_path() { return {"scalar", encode_any, decode_any, float_product<Plain>, float_product<Plain>, float_attention<Plain>}; }
+Path scalar_path() { return {"scalar", encode_any, decode_any, float_product<Plain>, float_product<Plain>, attention}; }
 
 }  // namespace mxdit

@@ -41,7 +41,7 @@ _NO_LIBRARY = (
 _FP4, _FP8, _FLOAT = range(3)
 _FORMATS = {"mxfp4": _FP4, "mxfp4_dualscale": _FP4, "mxfp8": _FP8, None: _FLOAT}
 
-_METHODS = {"exact": 0}
+_METHODS = {"exact": 0, "int8": 1}
 _NO_MASK, _BOOL_MASK = -1, 3
 
 # The structs of csrc/cpu/mxdit_cpu.h. Packed by `struct`, in a quarter of the time of ctypes' own.
@@ -268,7 +268,7 @@ def linear(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str) -> Tensor:
     """`mxdit.ops.attention`."""
-    if _reference or method not in _METHODS:
+    if _reference:
         return _refer(attention_ops.attention, q, k, v, mask, scale, causal, method)
     result = attention_ops.prepare_attention(q, k, v, mask, scale, causal, method)
     if result.numel():
