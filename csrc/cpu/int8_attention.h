@@ -33,11 +33,12 @@ struct Int8Tile {
   // Scratch, each (.., kQueries):
   float *logits, *bias, *acc, *q_scale, *highest, *total, *old_factor, *new_factor, *local;
   int32_t *q, *p, *sums;  // q: (k_width / kSide), p: (kKeys / kSide), of kSide codes side by side
+  float* row;  // of numbers, with room for codes behind those of q
   bool undefined[kQueries];
 
   static int64_t floats(const MxAttention& job) {
     const int64_t channels = up_to(job.v_width, V::kRows), q_groups = up_to(job.width, kSide) / kSide;
-    return (2 * kKeys + channels + 8 + q_groups + kKeys / kSide) * kQueries + 2 * up_to(job.width, 16);
+    return (2 * kKeys + channels + 8 + q_groups + kKeys / kSide) * kQueries + 2 * up_to(job.width, 16) + job.v_width;
   }
 
   Int8Tile(const MxAttention& job, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared, uint8_t* scratch)
@@ -52,12 +53,13 @@ struct Int8Tile {
     old_factor = take(1), new_factor = take(1), local = take(1);
     sums = reinterpret_cast<int32_t*>(take(1));
     q = reinterpret_cast<int32_t*>(take(keys.k_width / kSide)), p = reinterpret_cast<int32_t*>(take(kKeys / kSide));
-    load_queries(at);
+    row = at;
+    load_queries();
     for (int64_t i = 0; i < keys.channels * kQueries; i++) acc[i] = 0.0f;
     for (int i = 0; i < kQueries; i++) highest[i] = -HUGE_VALF, total[i] = 0.0f;
   }
 
-  void load_queries(float* row) {
+  void load_queries() {
     Code* const codes = reinterpret_cast<Code*>(row + up_to(job.width, 16));
     for (int64_t d = 0; d < keys.k_width; d++) codes[d] = 0;
     for (int i = 0; i < kQueries; i++) {
@@ -80,29 +82,32 @@ struct Int8Tile {
     }
   }
 
+  // What is added to a logit in base 2.
+  float bias_at(int64_t query, int64_t key) const {
+    if (key >= job.keys || (job.causal && key > query)) return -HUGE_VALF;
+    if (job.mask_dtype == MX_NO_MASK || query >= last) return 0.0f;
+    const int64_t at =
+        batch * job.mask_strides[0] + head * job.mask_strides[1] + query * job.mask_strides[2] + key * job.mask_strides[3];
+    if (job.mask_dtype == MX_BOOL_MASK) return static_cast<const uint8_t*>(job.mask)[at] ? 0.0f : -HUGE_VALF;
+    float x = 0.0f;
+    with_dtype(job.mask_dtype, [&](auto* type) { x = widen(static_cast<decltype(type)>(job.mask)[at]) * kLog2E; });
+    return x;
+  }
+
   // Biases of a block's keys; false where no query sees any of them.
-  bool load_bias(int64_t key0) {
+  bool load_bias(int64_t key0, int64_t here) {
+    const bool shared = !job.causal && (job.mask_dtype == MX_NO_MASK || job.mask_strides[2] == 0);
     bool seen = false;
-    for (int64_t j = 0; j < kKeys; j++)
-      for (int i = 0; i < kQueries; i++) {
-        const int64_t key = key0 + j, query = first + i;
-        float x = 0.0f;
-        if (key >= job.keys || query >= last) {
-          x = key >= job.keys ? -HUGE_VALF : 0.0f;
-        } else if (job.causal) {
-          x = key > query ? -HUGE_VALF : 0.0f;
-        } else if (job.mask_dtype != MX_NO_MASK) {
-          const int64_t at =
-              batch * job.mask_strides[0] + head * job.mask_strides[1] + query * job.mask_strides[2] + key * job.mask_strides[3];
-          if (job.mask_dtype == MX_BOOL_MASK) {
-            x = static_cast<const uint8_t*>(job.mask)[at] ? 0.0f : -HUGE_VALF;
-          } else {
-            with_dtype(job.mask_dtype, [&](auto* type) { x = widen(static_cast<decltype(type)>(job.mask)[at]) * kLog2E; });
-            if (!(x < HUGE_VALF)) undefined[i] = true, x = 0.0f;
-          }
+    for (int64_t j = 0; j < here; j++)
+      for (int i = 0; i < kQueries; i += shared ? kQueries : 1) {
+        float x = bias_at(first + i, key0 + j);
+        const bool nan = !(x < HUGE_VALF);
+        x = nan ? 0.0f : x;
+        seen |= x > -HUGE_VALF && first + i < last;
+        for (int each = i; each < (shared ? kQueries : i + 1); each++) {
+          undefined[each] |= nan;
+          bias[j * kQueries + each] = x;
         }
-        bias[j * kQueries + i] = x;
-        seen |= query < last && x > -HUGE_VALF;
       }
     return seen;
   }
@@ -124,13 +129,13 @@ struct Int8Tile {
   static F factor(F x) { return x >= kLowest ? exp2(V::max(x, all(kLowest))) : F{}; }
 
   template <bool kBias>
-  void block_logits(int64_t block) {
+  void block_logits(int64_t block, int64_t here) {
     const int64_t groups = keys.k_width / kSide;
     F most[kVectors];
     for (int v = 0; v < kVectors; v++) most[v] = all(-HUGE_VALF);
     F scale[kVectors];
     for (int v = 0; v < kVectors; v++) scale[v] = V::load(q_scale + v * kLanes);
-    for (int64_t j = 0; j < kKeys; j += V::kRows) {
+    for (int64_t j = 0; j < here; j += V::kRows) {
       const int64_t key = block * kKeys + j;
       const Code* const k = keys.k + key * keys.k_width;
       I sum[V::kRows][kVectors];
@@ -170,11 +175,11 @@ struct Int8Tile {
 
   // P, and its sums.
   template <bool kBias>
-  void block_weights() {
+  void block_weights(int64_t here) {
     for (int v = 0; v < kVectors; v++) {
       const F most = V::load(local + v * kLanes), finite = V::max(most, all(kNoKey));
       I sum = {};
-      for (int64_t j = 0; j < kKeys; j += kSide) {
+      for (int64_t j = 0; j < here; j += kSide) {
         I side = {};
 #pragma GCC unroll 4
         for (int s = 0; s < kSide; s++) {
@@ -193,7 +198,7 @@ struct Int8Tile {
   }
 
   template <bool kBias>
-  void block_values(int64_t block) {
+  void block_values(int64_t block, int64_t here) {
     I offset[kVectors];
     F old[kVectors], now[kVectors];
     for (int v = 0; v < kVectors; v++) {
@@ -207,7 +212,7 @@ struct Int8Tile {
       for (int r = 0; r < V::kRows; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; v++) sum[r][v] = I{};
-      for (int64_t g = 0; g < kKeys / kSide; g++) {
+      for (int64_t g = 0; g < here / kSide; g++) {
         I x[kVectors];
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; v++) x[v] = load_int(p + g * kQueries + v * kLanes);
@@ -230,10 +235,10 @@ struct Int8Tile {
   }
 
   template <bool kBias>
-  void add_block(int64_t block) {
-    block_logits<kBias>(block);
-    block_weights<kBias>();
-    block_values<kBias>(block);
+  void add_block(int64_t block, int64_t here) {
+    block_logits<kBias>(block, here);
+    block_weights<kBias>(here);
+    block_values<kBias>(block, here);
   }
 
   void store_results() {
@@ -244,7 +249,8 @@ struct Int8Tile {
         T* const out = static_cast<T*>(job.out) + ((batch * job.queries + first + i) * job.heads + head) * job.v_width;
         const bool sees = total[i] > 0.0f, nan = none || undefined[i];
         const float inverse = sees ? nan ? float_of(0x7FC00000u) : 1.0f / total[i] : 0.0f;
-        for (int64_t e = 0; e < job.v_width; e++) narrow(sees ? acc[e * kQueries + i] * inverse : 0.0f, out + e);
+        for (int64_t e = 0; e < job.v_width; e++) row[e] = sees ? acc[e * kQueries + i] * inverse : 0.0f;
+        for (int64_t e = 0; e < job.v_width; e++) narrow(row[e], out + e);
       }
     });
   }
@@ -266,10 +272,11 @@ void int8_attend(const MxAttention& job, int64_t batch, int64_t head, int64_t fi
     const int64_t key = block * kKeys;
     if (job.causal && key >= last) break;
     const bool biased = job.mask_dtype != MX_NO_MASK || key + kKeys > job.keys || (job.causal && key + kKeys - 1 > first);
+    const int64_t here = min_of(kKeys, up_to(job.keys - key, V::kRows));
     if (!biased)
-      tile.template add_block<false>(block);
-    else if (tile.load_bias(key))
-      tile.template add_block<true>(block);
+      tile.template add_block<false>(block, kKeys);
+    else if (tile.load_bias(key, here))
+      tile.template add_block<true>(block, here);
   }
   tile.store_results();
 }

@@ -132,6 +132,7 @@ void int8_values(const MxAttention& job, const Int8Head<V>& head, int64_t batch,
   float* const numbers = scratch;  // (kKeys, v_width)
   float* const inverse = numbers + kKeys * job.v_width;
   uint32_t* const highest = reinterpret_cast<uint32_t*>(inverse + job.v_width);
+  uint32_t* const sides = highest + job.v_width;  // codes of some keys, as they lie side by side
   for (int64_t key = first; key < last; key += kKeys) {
     const int64_t here = min_of(kKeys, last - key), block = key / kKeys;
     with_dtype(job.dtype, [&](auto* type) {
@@ -151,12 +152,18 @@ void int8_values(const MxAttention& job, const Int8Head<V>& head, int64_t batch,
       const Symmetric to(e < job.v_width ? highest[e] : 0);
       scale[e] = to.scale;
       if (e < job.v_width) inverse[e] = to.inverse;
-      for (int64_t i = 0; i < kKeys; i++) codes[e * kKeys + i] = static_cast<typename V::Code>(V::kValueOffset);
     }
-    for (int64_t i = 0; i < here; i++)
-      for (int64_t e = 0; e < job.v_width; e++)
-        if (inverse[e] != 0.0f)
-          codes[e * kKeys + i] = static_cast<typename V::Code>(code_of(numbers[i * job.v_width + e], inverse[e]) + V::kValueOffset);
+    for (int64_t i = here * job.v_width; i < up_to(here, V::kRows) * job.v_width; i++) numbers[i] = 0.0f;
+    for (int64_t i = 0; i < up_to(here, V::kRows); i += V::kSide) {
+      for (int64_t e = 0; e < head.channels; e++) sides[e] = 0;
+      for (int s = 0; s < V::kSide; s++)
+        for (int64_t e = 0; e < job.v_width; e++) {
+          const int32_t code = inverse[e] == 0.0f ? 0 : code_of(numbers[(i + s) * job.v_width + e], inverse[e]);
+          constexpr int bits = 32 / V::kSide;
+          sides[e] |= static_cast<uint32_t>(code + V::kValueOffset) << (32 - bits) >> (32 - bits - s * bits);
+        }
+      for (int64_t e = 0; e < head.channels; e++) memcpy(codes + e * kKeys + i, sides + e, 4);
+    }
   }
 }
 
@@ -169,7 +176,7 @@ void int8_prepare(const MxAttention& job, int64_t batch, int64_t kv_head, int64_
   int8_values(job, head, batch, kv_head, first, last, own);
 }
 
-inline int64_t int8_prepare_bytes(const MxAttention& job) { return (2 * job.width + (kKeys + 2) * job.v_width) * 4; }
+inline int64_t int8_prepare_bytes(const MxAttention& job) { return (2 * job.width + (kKeys + 3) * job.v_width + 16) * 4; }
 
 }  // namespace
 }  // namespace mxdit
