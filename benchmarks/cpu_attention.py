@@ -2,8 +2,8 @@
 
 Calls of torch, of mxdit, and of a torch linear of the same dtype alternate. The linear (as many rows and columns as there are
 queries, at most 2048) says how fast this machine multiplies, which attention cannot exceed by much. Ratios are torch over
-mxdit, of the medians and of the minima of all rounds. Errors are the root mean square over sampled queries of the first head.
-Inputs are Gaussian, in the order of axes that diffusers has: (batch, tokens, heads, width).
+mxdit, of the medians and of the minima of all rounds; with one thread, of its CPU time. Errors are the root mean square over
+sampled queries of the first head. Inputs are Gaussian, in the order of axes that diffusers has: (batch, tokens, heads, width).
 
     python benchmarks/cpu_attention.py [--path avx2] [--dtype bf16 fp32] [--heads 4] [--threads 2] [--rounds 9] [--json FILE]
 
@@ -14,7 +14,7 @@ Inputs are Gaussian, in the order of axes that diffusers has: (batch, tokens, he
     mini     the bundled model's 80 tokens, 4 heads of 64: on themselves and on 512 of text
 
 With a --path that has less than this CPU, torch is held to the same: the script starts itself again with
-ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA. Prints Markdown.
+ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,11 +34,11 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from mxdit.backends import cpu
-from mxdit.bench.timing import alternate
+from mxdit.bench.timing import Call, alternate, timer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HELD = {  # by path: what torch's own kernels and oneDNN's may use
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
 SAMPLE = 128  # queries whose error is taken
@@ -101,7 +102,8 @@ def measure(case: Case, dtype: str, heads: int, rounds: int) -> Row:
     def theirs() -> Tensor:
         return scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=case.causal)
 
-    mine, others, products = alternate([[ours], [theirs], [lambda: linear(a, b)]], rounds)
+    timed = thread_seconds if torch.get_num_threads() == 1 else timer(torch.device("cpu"))
+    mine, others, products = alternate([[ours], [theirs], [lambda: linear(a, b)]], rounds, timed)
     pairs = case.queries * (case.queries + 1) // 2 if case.causal else case.queries * (case.seen or case.keys)
     want, at = exactly(*(x[0, 0].double() for x in heads_first), mask, case.causal)
     error, of_torch = (
@@ -113,6 +115,13 @@ def measure(case: Case, dtype: str, heads: int, rounds: int) -> Row:
         statistics.median(others), min(others), ratio, ratio_min, 4 * pairs * case.width * heads / min(mine),
         2 * side**3 / min(products), error, of_torch,
     )  # fmt: skip
+
+
+def thread_seconds(call: Call) -> float:
+    """What one thread took of a core, whatever other programs took."""
+    started = time.thread_time()
+    call()
+    return time.thread_time() - started
 
 
 def exactly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:

@@ -342,7 +342,7 @@ def _call(function: str, job: bytes) -> None:
             got=f"batch {first}, {second} queries, {third} keys on {usable_threads()} threads"
             if attends
             else f"M={first}, N={second}, K={third} on {usable_threads()} threads",
-            expected="the keys and values of a head for each thread"
+            expected="8 MB, or a head's keys and values where they are more, and 0.3 MB for each thread"
             if attends
             else "about 10 MB, with AMX 35, and 2 MB for each thread",
             hint="Free memory, or lower torch.set_num_threads.",
