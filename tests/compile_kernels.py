@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxdit.backends import triton_codec, triton_matmul
+from mxdit.backends import triton_attention_int8, triton_codec, triton_matmul
 
 OUTER = {"a_outer_ptr": "*fp32", "w_outer_ptr": "*fp32"}
 BASES = {"a_base_ptr": "*u8", "w_base_ptr": "*u8"}
@@ -74,7 +74,35 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             if not own:
                 floating(f"w8a16 product {dtype}", types, a_element=None, w_element="e4m3", precision=precision, **wide)
                 del found[f"w8a16 product {dtype}"][1]["a_scale_ptr"]
-    return found
+    return found | attention(arch)
+
+
+def attention(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Heads of 128 in bf16. A mask, of floats as the dearest kind, uses no unit of its own: one architecture shows that."""
+    module, width = triton_attention_int8, {"width": 128}
+    strides = {"stride_batch": "i32", "stride_row": "i32", "stride_head": "i32"}
+    tokens = {"keys": "i32", "heads": "i32", "size": "i32", **strides}
+    coded = {"codes_ptr": "*i8", "scale_ptr": "*fp32", **tokens}
+    attend = {f"{name}_ptr": "*fp32" for name in ("k_scale", "v_scale")} | {
+        "v_sums_ptr": "*i32",
+        "undefined_ptr": "*i8",
+    }
+    attend |= {"q_ptr": "*bf16", "k_ptr": "*i8", "v_ptr": "*i8", "out_ptr": "*bf16", "factor": "fp32"}
+    integers = ("queries", "keys", "heads", "group", "blocks", "size", "v_size", "q_batch", "q_row", "q_head")
+    attend |= dict.fromkeys((*integers, *(f"mask_{axis}" for axis in ("batch", "head", "row", "key"))), "i32")
+    sizes = {**width, "v_width": 128, "causal": False, "added": True, **module.ATTEND}
+    return {
+        "int8 attention: sums": (module._sums, {"k_ptr": "*bf16", "sums_ptr": "*fp32", **tokens}, width),
+        "int8 attention: mean": (
+            module._mean,
+            {"sums_ptr": "*fp32", "mean_ptr": "*fp32", "blocks": "i32", "share": "fp32"},
+            width,
+        ),
+        "int8 attention: keys": (module._keys, {"k_ptr": "*bf16", "mean_ptr": "*fp32", **coded}, width),
+        "int8 attention: values": (module._values, {"v_ptr": "*bf16", "sums_ptr": "*i32", **coded}, width),
+        "int8 attention": (module._attend, attend, sizes),
+        **({"int8 attention, mask": (module._attend, attend | {"mask_ptr": "*bf16"}, sizes)} if arch == 80 else {}),
+    }
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> dict[str, Any]:

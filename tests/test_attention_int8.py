@@ -163,8 +163,8 @@ def test_every_path_gives_the_bits_of_the_reference(place, dtype):
                 assert torch.equal(OPS.attention(*args), want), (path, name)
 
 
-def test_special_numbers():
-    """What is NaN is so where the definition says, and nowhere else; what is tiny counts as zero."""
+def special():
+    """By name: q, k, v and a mask of which something is not finite, or too small."""
     place = (1, 40, 200, 1, 1, 24, 24)
     plain = inputs(place, torch.float32)
     mask = torch.zeros(40, 200)
@@ -181,11 +181,16 @@ def test_special_numbers():
         cases[f"{name} {value}"] = (*changed, mask[:5].repeat(8, 1).clone())
     tiny = [x * 1e-33 for x in plain]
     cases["tiny"] = (*tiny, None)
-    for name, args in cases.items():
+    return cases
+
+
+def test_special_numbers():
+    """What is NaN is so where the definition says, and nowhere else; what is tiny counts as zero."""
+    unseen = list(range(3, 40, 5))  # queries
+    for name, args in special().items():
         want = by_reference(*args, 0.2, False, "int8")
         nan = want[0, :, 0].isnan()
         rows, channels = nan.all(1).nonzero().flatten().tolist(), nan.any(0).nonzero().flatten().tolist()
-        unseen = list(range(3, 40, 5))
         if name == "mask":
             assert rows == [5, 6]
         elif name == "tiny":
@@ -198,6 +203,27 @@ def test_special_numbers():
             with cpu.using(path):
                 got = OPS.attention(*args, 0.2, False, "int8")
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, where a device says nothing
+def test_triton_gives_the_bits_of_the_reference():
+    pytest.importorskip("triton", minversion="3.9")  # whose interpreter has FMA
+    from interpreted import interpreted  # after triton is known to be there
+
+    cases = [(*args, 0.2, False, "int8") for args in special().values()]
+    for i, (place, dtype) in enumerate(zip(PLACES, DTYPES * 2, strict=True)):
+        two = list(masks(place).items())[i % 4 * 2 :][:2]  # the interpreter is slow
+        cases += [(*inputs(place, dtype), mask, 0.2, name == "causal", "int8") for name, mask in two]
+    q, k, v = inputs(PLACES[1], torch.bfloat16)
+    cases.append((q, k[:, :0], v[:, :0], None, 0.2, False, "int8"))
+    strided = q.transpose(1, 3).contiguous().transpose(1, 3)
+    cases.append((strided, k[:, 1:], v[:, :-1], None, 0.2, False, "int8"))
+    for args in cases:
+        want = by_reference(*args)
+        with interpreted():
+            got = OPS.attention(*args)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_neither_threads_nor_neighbours_change_a_bit():

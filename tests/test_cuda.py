@@ -337,15 +337,22 @@ def test_kernels_compile_for_gpus(arch, tmp_path):
     assert len(kernels) >= 14
     for name, kernel in kernels.items():
         assert kernel["flushing"] == kernel["approximate"] == 0, name
-        # The FMA of the dual-level sum, and the only products that no tensor core makes.
-        assert bool(kernel["fused"]) == ("product, dual" in name or name.endswith("a16 product fp32")), name
-        assert (kernel["divisions"] > 0) == (name == "encode mxfp4_dualscale"), name
-        assert not kernel["spilled"] or "product" in name, name
+        attends, quantizes = (
+            name in ("int8 attention", "int8 attention, mask"),
+            name in ("int8 attention: keys", "int8 attention: values"),
+        )
+        # The FMA of the dual-level sum, the only products that no tensor core makes, and softmax.
+        fused = "product, dual" in name or name.endswith("a16 product fp32") or attends
+        assert bool(kernel["fused"]) == fused, name
+        assert (kernel["divisions"] > 0) == (name == "encode mxfp4_dualscale" or attends or quantizes), name
+        assert not kernel["spilled"] or "product" in name or attends, name
         assert kernel["shared"] <= {80: 99, 90: 227, 100: 227}[arch] << 10, (
             name
         )  # sm_86 and sm_89 have 99 KB and run sm_80's
     unit = {80: "s32.s8.s8.s32", 90: "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", 100: "kind::i8"}[arch]
     assert unit in kernels["int8 product"]["units"] and unit in kernels["int8 product, dual"]["units"]
+    unit = unit.replace("n128k32", "n64k32")  # a block of keys
+    assert unit in kernels["int8 attention"]["units"] and kernels["int8 attention"]["spilled"] <= 64
     assert "bf16" in kernels["bf16 product"]["units"] or "kind::f16" in kernels["bf16 product"]["units"]
     if arch >= 100:
         assert "kind::mxf4.block_scale.block32" in kernels["fp4 product"]["units"]

@@ -25,6 +25,7 @@ from mxdit.backends.record import Backend
 from mxdit.errors import BackendError
 from mxdit.numerics.codec import Packed
 from mxdit.numerics.formats import FORMATS
+from mxdit.ops import attention as attention_ops
 from mxdit.ops import implement, products
 from mxdit.ops import quantize as quantize_ops
 
@@ -209,6 +210,18 @@ def linear(
         _encode(x, mul_scale, codes, scale, outer, activation, row.default_rule if row.outer else rule, "rint")
         a = Packed(codes, scale, outer, activation)
     _multiply(a, Packed(w, w_scale, w_dual, weight.name), bias, result)
+    return result
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str) -> Tensor:
+    """`mxdit.ops.attention`; by the reference but for ``int8``."""
+    if method != "int8" or _referred(q):
+        return attention_ops.attention(q, k, v, mask, scale, causal, method)
+    result = attention_ops.prepare_attention(q, k, v, mask, scale, causal, method)
+    if result.numel():
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        with _on(q):
+            _kernels("attention_int8").attend(q, k, v, mask, scale, causal, result)
     return result
 
 

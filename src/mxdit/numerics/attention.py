@@ -45,11 +45,11 @@ def masked(logits: Tensor, mask: Tensor | None, first: int | None) -> Tensor:
 # -- int8: docs/numerics.md section 10 -----------------------------------------------------------------------------------
 
 KEYS = 64  # of a block: one maximum for each query, one scale for each channel of v
-_LOG2_E = float.fromhex("0x1.715476p+0")
-_INVERSE_127 = float.fromhex("0x1.020408p-7")
+LOG2_E = float.fromhex("0x1.715476p+0")
+INVERSE_127 = float.fromhex("0x1.020408p-7")
 _SMALLEST = 2.0**-100  # what is below counts as zero, so that no scale and no inverse leaves fp32's range
 _LOWEST = -32.0  # exp2 of less is 0
-_EXP2 = tuple(map(float.fromhex, ("0x1.3a0184p-7", "0x1.c9fd38p-5", "0x1.ec037ep-3", "0x1.62e12ap-1", "0x1p+0")))
+EXP2 = tuple(map(float.fromhex, ("0x1.3a0184p-7", "0x1.c9fd38p-5", "0x1.ec037ep-3", "0x1.62e12ap-1", "0x1p+0")))
 
 
 def int8(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
@@ -62,7 +62,7 @@ def int8(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cau
     (q, q_scale), (k, k_scale) = _symmetric(q.float(), 1), _symmetric(k, 1)
     undefined = q_scale.isnan() | k_scale.isnan().any()
     k_scale = k_scale.nan_to_num(0.0)
-    q_scale = q_scale.nan_to_num(0.0) * (torch.tensor(scale, dtype=torch.float32) * _LOG2_E).item()
+    q_scale = q_scale.nan_to_num(0.0) * (torch.tensor(scale, dtype=torch.float32) * LOG2_E).item()
     for first in range(0, len(k), KEYS):
         block = slice(first, min(first + KEYS, len(k)))
         sums = (q.double() @ k[block].double().T).float()
@@ -75,7 +75,7 @@ def int8(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cau
         elif mask is not None and mask.dtype is torch.bool:
             bias.masked_fill_(~mask[:, block], -math.inf)
         elif mask is not None:
-            bias = mask[:, block].float() * _LOG2_E
+            bias = mask[:, block].float() * LOG2_E
             undefined |= ~(bias < math.inf).all(1, keepdim=True)
             bias = bias.where(bias < math.inf, 0)
         logits = fma(sums * k_scale[block, 0], q_scale.expand_as(sums), bias)
@@ -99,8 +99,8 @@ def exp2(x: Tensor) -> Tensor:
     x = x.masked_fill(low, 0)
     n = x.round()
     f = x - n
-    p = torch.full_like(f, _EXP2[0])
-    for coefficient in _EXP2[1:]:
+    p = torch.full_like(f, EXP2[0])
+    for coefficient in EXP2[1:]:
         p = fma(p, f, torch.full_like(f, coefficient))
     return (p * (n.int() + 127).bitwise_left_shift(23).view(torch.float32)).masked_fill(low, 0)
 
@@ -127,7 +127,7 @@ def _symmetric(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     plain = (highest >= _SMALLEST) & (highest < math.inf)
     inverse = torch.full_like(highest, 127) / highest  # 127 / highest would round twice
     codes = torch.where(plain, (x * inverse).round(), 0)
-    return codes, torch.where(highest < _SMALLEST, 0, torch.where(plain, highest * _INVERSE_127, math.nan))
+    return codes, torch.where(highest < _SMALLEST, 0, torch.where(plain, highest * INVERSE_127, math.nan))
 
 
 METHODS = {"exact": exact, "int8": int8}
