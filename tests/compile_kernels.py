@@ -14,13 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.backends.nvidia
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxdit.backends import triton_attention_int8, triton_codec, triton_matmul
+from mxdit.backends import triton_attention, triton_attention_int8, triton_codec, triton_matmul
 
 OUTER = {"a_outer_ptr": "*fp32", "w_outer_ptr": "*fp32"}
 BASES = {"a_base_ptr": "*u8", "w_base_ptr": "*u8"}
@@ -28,6 +29,21 @@ RESULT = {"bias_ptr": "*bf16", "out_ptr": "*bf16", "m": "i32", "n": "i32", "grou
 PACKED = {"a_ptr": "*u8", "a_scale_ptr": "*u8", "w_ptr": "*u8", "w_scale_ptr": "*u8"}
 CODES = {"codes_ptr": "*u8", "scale_ptr": "*u8", "m": "i32", "k": "i32"}
 E2M1 = {"a_element": "e2m1", "w_element": "e2m1", "operands": tl.bfloat16, "precision": "ieee"}
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ATTENTION = {  # by architecture, each once: the dtype, the width of heads, the mask, causal
+    80: (
+        ("bf16", 128, "u8", False),
+        ("bf16", 64, None, True),
+        ("bf16", 256, None, False),
+        ("fp32", 128, None, False),
+    ),
+    90: (("bf16", 128, None, False), ("fp16", 128, "fp16", False)),
+    100: (("bf16", 128, None, False),),
+}
+PLACES = [f"{x}_{axis}" for x in ("q", "k", "v") for axis in ("batch", "token", "head")]
+PLACES += ["mask_batch", "mask_head", "mask_query"]
+STRIDES = dict.fromkeys(["queries", "keys", "heads", *PLACES], "i32") | {"scale": "fp32"}
 
 
 def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -74,10 +90,10 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             if not own:
                 floating(f"w8a16 product {dtype}", types, a_element=None, w_element="e4m3", precision=precision, **wide)
                 del found[f"w8a16 product {dtype}"][1]["a_scale_ptr"]
-    return found | attention(arch)
+    return found | exact_attention(arch) | int8_attention(arch)
 
 
-def attention(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
+def int8_attention(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     """Heads of 128 in bf16. A mask, of floats as the dearest kind, uses no unit of its own: one architecture shows that."""
     module, width = triton_attention_int8, {"width": 128}
     strides = {"stride_batch": "i32", "stride_row": "i32", "stride_head": "i32"}
@@ -105,6 +121,22 @@ def attention(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]
     }
 
 
+def exact_attention(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
+    found: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {}
+    for dtype, width, mask, causal in ATTENTION[arch]:
+        types = {f"{x}_ptr": f"*{dtype}" for x in ("q", "k", "v", "out")} | STRIDES
+        types |= {} if mask is None else {"mask_ptr": f"*{mask}"}
+        unit, by_key = (1.0, True) if mask in (None, "u8") else (triton_attention.LOG2_E, False)
+        sizes = {"width": width, "v_width": width, "wide": width, "v_wide": width}
+        ones = {"shared": 1, "mask_key": 1}  # which makes them constants
+        ones |= dict.fromkeys(("queries", "keys", "heads"), 1) if causal else {}
+        constants = {"unit": unit, "causal": causal, "by_key": by_key, **sizes, **ones}
+        constants |= triton_attention.settings(width, DTYPES[dtype], by_key)
+        types = {argument: kind for argument, kind in types.items() if argument not in ones}
+        found[f"exact attention, {dtype}, {width}, {mask}, {causal}"] = (triton_attention._exact, types, constants)
+    return found
+
+
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> dict[str, Any]:
     """What the compiler made of it: counts of instructions, the tensor cores' ones by name, bytes of memory."""
     launch = triton_codec.LAUNCH | {name: value for name, value in constants.items() if name not in kernel.arg_names}
@@ -113,7 +145,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if types.get(name, "").startswith("*") or name in ("m", "n", "k", "width", "stride")
+        if types.get(name, "").startswith("*") or name in ("m", "n", "k", "width", "stride", *PLACES)
     }
     source = ASTSource(
         kernel,
@@ -126,6 +158,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
     return {
         "flushing": len(re.findall(r"\.ftz", ptx)),
         "approximate": len(re.findall(r"approx", ptx)),
+        "exponentials": len(re.findall(r"ex2\.approx", ptx)),
         "fused": len(re.findall(r"fma\.rn\.f32", ptx)),
         "divisions": len(re.findall(r"div\.rn", ptx)),
         "units": " ".join(sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*", ptx)))),

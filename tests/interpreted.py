@@ -36,6 +36,13 @@ def interpreted() -> Iterator[None]:
     from mxdit.backends import triton_codec
 
     before = InterpreterBuilder.create_dot, cuda._unfit, cuda.route, triton_codec.ROWS
+    cast = InterpreterBuilder.cast_impl
+
+    def nearest(self: Any, src: Any, dtype: Any) -> Any:
+        to_bf16 = (str(src.dtype.scalar), str(dtype.scalar)) == ("fp32", "bf16")
+        return _nearest(src, dtype) if to_bf16 else cast(self, src, dtype)
+
+    InterpreterBuilder.cast_impl = nearest
     InterpreterBuilder.create_dot, cuda._unfit, cuda.route = (
         _dot,
         lambda index: None,
@@ -55,6 +62,7 @@ def interpreted() -> Iterator[None]:
         for scope in reversed(patched):
             scope.restore()
         InterpreterBuilder.create_dot, cuda._unfit, cuda.route, triton_codec.ROWS = before
+        InterpreterBuilder.cast_impl = cast
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
@@ -71,3 +79,11 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     assert left.shape[-1] <= 512
     product = torch.matmul(torch.from_numpy(left), torch.from_numpy(right)).numpy()  # numpy's has threads of its own
     return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+
+def _nearest(src: Any, dtype: Any) -> Any:
+    """fp32 rounded to bf16, as a device does; the interpreter cuts."""
+    from triton.runtime.interpreter import TensorHandle
+
+    rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
+    return TensorHandle(rounded.numpy().view(np.uint16), dtype.scalar)

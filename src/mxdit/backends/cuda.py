@@ -1,4 +1,5 @@
-"""NVIDIA GPUs: the ops of mxdit as Triton kernels (triton_codec.py, triton_matmul.py), registered on torch's CUDA device.
+"""NVIDIA GPUs: the ops of mxdit as Triton kernels (triton_codec.py, triton_matmul.py, triton_attention.py,
+triton_attention_int8.py), registered on torch's CUDA device.
 
 docs/cuda.md says which way a product takes and why it is exact. The environment variable MXDIT_CUDA_ROUTE forces one. Nothing
 here waits for the device, so that CUDA graphs capture the ops.
@@ -40,7 +41,9 @@ ROUTES = {
 }
 OLDEST = (8, 0)  # compute capability: the first with bf16
 BLACKWELL = (10, 0)  # the first with FP4; Triton has int8 of sm_100 but not of sm_103
+WIDEST = 256  # channels of a head: what registers and shared memory hold of a tile
 _DUAL = "mxfp4_dualscale"
+_ATTENTION = {"exact": "attention", "int8": "attention_int8"}  # the kernels of each method
 
 
 # -- whether it can run, and how ---------------------------------------------------------------------------------------
@@ -214,14 +217,22 @@ def linear(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str) -> Tensor:
-    """`mxdit.ops.attention`; by the reference but for ``int8``."""
-    if method != "int8" or _referred(q):
+    """`mxdit.ops.attention`."""
+    if _referred(q):
         return attention_ops.attention(q, k, v, mask, scale, causal, method)
     result = attention_ops.prepare_attention(q, k, v, mask, scale, causal, method)
+    widest = max(q.shape[3], v.shape[3])
+    if widest > WIDEST:
+        _warn(f"heads of {widest} channels, where the kernels of attention take {WIDEST} at most")
+        return attention_ops.attention(q, k, v, mask, scale, causal, method)
     if result.numel():
+        _check_together(q, k, v, mask)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        if mask is not None:
+            mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
+            mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         with _on(q):
-            _kernels("attention_int8").attend(q, k, v, mask, scale, causal, result)
+            _kernels(_ATTENTION[method]).attend(q, k, v, mask, scale, causal, result)
     return result
 
 
@@ -250,15 +261,7 @@ def _multiply(a: Packed | Tensor, w: Packed, bias: Tensor | None, result: Tensor
     left = Packed(_flat(a.codes), _flat(a.scale), _flat(a.outer), a.fmt) if isinstance(a, Packed) else _flat(a)
     right = Packed(w.codes.contiguous(), w.scale.contiguous(), _flat(w.outer), w.fmt)
     bias = None if bias is None else bias.contiguous()
-    here = {
-        tensor.device
-        for tensor in (left.codes if isinstance(left, Packed) else left, right.codes, result, bias)
-        if tensor is not None
-    }
-    if len(here) > 1:  # a kernel would follow another GPU's pointers
-        raise BackendError(
-            "operands on several devices", where="mxdit on cuda", got=" and ".join(sorted(map(str, here)))
-        )
+    _check_together(left.codes if isinstance(left, Packed) else left, right.codes, result, bias)
     with _on(result):
         _kernels("matmul").multiply(left, right, bias, _flat(result), route(result.device.index or 0))
 
@@ -283,6 +286,14 @@ def _referred(x: Tensor) -> bool:
 @cache
 def _warn(reason: str) -> None:
     logger.warning("the reference computes mxdit's ops, in plain torch and slowly: %s", reason)
+
+
+def _check_together(*operands: Tensor | None) -> None:
+    here = {tensor.device for tensor in operands if tensor is not None}
+    if len(here) > 1:  # a kernel would follow another GPU's pointers
+        raise BackendError(
+            "operands on several devices", where="mxdit on cuda", got=" and ".join(sorted(map(str, here)))
+        )
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:

@@ -216,7 +216,11 @@ def _attend(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, out: Tensor) -> None:
-    """Fill out, as `mxdit.ops.attention` has it; the last axis of q, k and v is contiguous."""
+    """Fill out, as `mxdit.ops.attention` has it; the last axis of q, k and v is contiguous.
+
+    Args:
+        mask: expanded to (B, H, L, S), of bytes (not 0: the key takes part) or floats; or None.
+    """
     (batch, queries, heads, size), (keys, sources), v_size = q.shape, k.shape[1:3], v.shape[3]
     width, v_width = (max(_NARROWEST, triton.next_power_of_2(each)) for each in (size, v_size))
     blocks, all_sources = triton.cdiv(keys, KEYS), batch * sources
@@ -235,11 +239,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
         _keys[grid](k, mean, codes, k_scale, keys, sources, size, *k.stride()[:3], width, **LAUNCH)
         _values[grid](v, values, v_scale, v_sums, keys, sources, v_size, *v.stride()[:3], v_width, **LAUNCH)
     undefined = k_scale.isnan().any(1).to(torch.int8)
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
-    added = mask is not None and mask.dtype is not torch.bool
+    added = mask is not None and mask.dtype is not torch.uint8
     _attend[(triton.cdiv(queries, ATTEND["tile"]), batch * heads)](
-        q, codes, k_scale, undefined, values, v_scale, v_sums, mask if mask is None or added else mask.view(torch.uint8), out,
+        q, codes, k_scale, undefined, values, v_scale, v_sums, mask, out,
         queries, keys, heads, heads // sources, blocks, size, v_size,
         (torch.tensor(scale, dtype=torch.float32) * LOG2_E).item(), *q.stride()[:3],
         *((0,) * 4 if mask is None else mask.stride()), causal, added, width, v_width, **ATTEND,
