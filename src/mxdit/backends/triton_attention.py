@@ -1,6 +1,6 @@
-"""A Triton kernel that attends exactly: products on tensor cores with fp32 accumulators (of fp32 in fp32), softmax in fp32, a tile
-of keys at a time: what was summed so far is rescaled whenever a tile brings a higher logit. Weights are rounded to v's dtype before
-they multiply it. No order of sums is promised: numbers agree with the reference to a tolerance.
+"""A Triton kernel that attends exactly: products on tensor cores with fp32 accumulators (of fp32 in fp32), softmax in fp32, a
+tile of keys at a time: what was summed so far is rescaled whenever a tile brings a higher logit. Weights are rounded to v's
+dtype before they multiply it. No order of sums is promised: numbers agree with the reference to a tolerance.
 
 A program has ``tile_q`` queries of one head, and neighbours share the head, whose keys and values are then in cache.
 """

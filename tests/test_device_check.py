@@ -1,0 +1,78 @@
+"""tools/device_check.py: its parts, real ones on the CPU, and what becomes of parts that crash, hang and fail."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mxdit.ops.attention import METHODS
+from test_docs import parsed
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def tool(monkeypatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
+    return importlib.import_module("device_check")
+
+
+def test_the_parts_that_need_no_diffusers_pass_on_a_cpu(tool, tmp_path, capsys):
+    parts = [part for part in tool.parts_of("cpu", True) if not part.name.startswith(("block", "generate"))]
+    assert tool.check(parts, 600, tmp_path / "check.json", "cpu"), capsys.readouterr().out
+    report = json.loads((tmp_path / "check.json").read_text())
+    found = {part["part"].partition(":")[0]: part["result"] for part in report["parts"]}
+    assert list(found) == ["environment", "conformance", "attention", "gemm"]
+    assert found["environment"]["versions"]["torch"]
+    assert found["conformance"]["totals"]["pass"] > 1
+    assert {row["method"] for row in found["attention"]["rows"]} == {"torch", *METHODS}
+    assert {row["right"] for row in found["attention"]["rows"] if row["method"] != "torch"} == {True}
+    assert any(row["right"] and row["method"] == "mxfp4" for row in found["gemm"]["rows"])
+    assert "exact x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "quick"), [("cuda", False), ("cpu", True)])
+def test_every_command_has_these_options(tool, device, quick):
+    commands = 0
+    for part in tool.parts_of(device, quick):
+        if part.arguments[:2] == ("-m", "mxdit.cli"):
+            parsed([str(text) for text in part.arguments[2:]])
+            commands += 1
+        else:
+            assert Path(part.arguments[0]).is_file()
+    assert commands >= 5
+
+
+def test_a_crash_and_a_hang_cost_their_own_part_only(tool, tmp_path, capsys):
+    output = tmp_path / "check.json"
+    shares = {
+        "crashes": ("print('{\"so far\": 1}', flush=True); import os; os.abort()", 29),
+        "hangs": ("import sys, time; print('waiting', file=sys.stderr, flush=True); time.sleep(999)", 2),
+        "fails": ("raise SystemExit('wrong results')", 15),
+        "reads": (f"print(open({str(output)!r}).read())", 15),
+    }
+    parts = [tool.Part(name, ("-c", program), share) for name, (program, share) in shares.items()]
+    assert not tool.check(parts, 61, output, "cpu")
+    crashed, hung, failed, read = json.loads(output.read_text())["parts"]
+    assert (crashed["status"], crashed["exit_code"], crashed["result"]) == ("crashed", -6, {"so far": 1})
+    assert hung["status"] == "timed out" and hung["stderr"] == "waiting\n" and hung["seconds"] < 15
+    assert failed["status"] == "failed" and "wrong results" in failed["stderr"]
+    assert read["status"] == "passed"
+    assert [part["status"] for part in read["result"]["parts"]] == ["crashed", "timed out", "failed"]  # written at once
+    assert "wrong results" in capsys.readouterr().out
+
+
+def test_what_there_was_no_time_for_is_said(tool, tmp_path):
+    assert not tool.check([tool.Part("late", ("-c", "pass"), 1)], 0.5, tmp_path / "check.json", "cpu")
+    (late,) = json.loads((tmp_path / "check.json").read_text())["parts"]
+    assert late["status"] == "not run"
+
+
+def test_a_machine_without_a_device_is_refused(tool, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tool.torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert tool.main(["--output", str(tmp_path / "check.json")]) == 2
+    assert "--device" in capsys.readouterr().err
