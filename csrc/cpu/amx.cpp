@@ -1,6 +1,7 @@
 // AMX: Sapphire Rapids and newer. Tiles of bytes multiply four-bit numbers twice as fast as tiles of bf16, but need all blocks
 // of a row's group within one window. So strips of rows are prepared as one or the other, group by group of K.
 #include "int_avx512.h"
+#include "tile_attention.h"
 #include "tiles.h"
 
 namespace mxdit {
@@ -134,6 +135,7 @@ Path amx_path() {
   Path path = avx512bf16_path();
   path.name = "amx";
   path.fast = fast;
+  path.attention = tile_attention;
   return path;
 }
 

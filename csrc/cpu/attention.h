@@ -2,10 +2,12 @@
 // logit is the highest so far. Logits, weights and sums are fp32; a template over the unit that multiplies, `U`:
 //   Number, kStep          what it multiplies, and how many neighbours in the summed axis lie side by side in a register
 //   kLanes, kVectors       of its registers: columns of a panel are their product
-//   kTileRows              rows of a tile
+//   kTileRows, kParts      rows of a tile, and whether it can be cut in three
 //   kKeys                  keys at a time
 //   kChain                 Numbers of a query or a row of weights that are summed at once: of a query, they lie side by side
-//   multiply<R, C, stride> adds products of R rows and C registers of columns to their sums
+//   products<R, C, stride> of R rows and C registers of columns, see tile_products
+//   Session                lives as long as a task
+//   kWhole                 what it needs the summed axis to be a multiple of
 //   keep                   rounds some weights to Numbers, and adds them to their sum
 //   keys, values           lay out a panel
 // In an unnamed namespace on purpose, see kernels.h.
@@ -32,7 +34,7 @@ struct AttentionLayout {
 
   explicit AttentionLayout(const MxAttention& job) {
     const auto padded = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
-    keys = padded(job.keys, kColumns), width = padded(job.width, U::kStep), v_width = padded(job.v_width, kColumns);
+    keys = padded(job.keys, kColumns), width = padded(job.width, U::kWhole), v_width = padded(job.v_width, kColumns);
   }
   int64_t prepared_bytes() const { return (keys * (width + v_width) * static_cast<int64_t>(sizeof(Number)) + 64) / 64 * 64; }
 
@@ -92,7 +94,7 @@ void attention_keys(const MxAttention& job, int64_t batch, int64_t kv_head, int6
   }
 }
 
-// Products of R rows and C registers of columns, or these and what is in `sums`. A function of its own, so that compilers keep
+// Products of R rows and C registers of columns, or these and what is in `sums`, in registers by U::multiply. A function of its own, so that compilers keep
 // its registers apart from others'.
 template <class U, int R, int C, int kStride>
 [[gnu::noinline]] void tile_products(const typename U::Number* a, const typename U::Number* w, int64_t steps, bool add, float* sums,
@@ -113,8 +115,8 @@ template <class U, int R>
 void tile_logits(const typename U::Number* q, const AttentionLayout<U>& layout, const typename U::Number* k, int64_t keys, float* logits) {
   using Layout = AttentionLayout<U>;
   for (int64_t key = 0; key < keys; key += Layout::kColumns) {
-    const auto products = keys - key > Layout::kColumns / 2 ? tile_products<U, R, U::kVectors, Layout::kChainStride>
-                                                            : tile_products<U, R, U::kVectors / 2, Layout::kChainStride>;
+    const auto products = keys - key > Layout::kColumns / 2 ? U::template products<R, U::kVectors, Layout::kChainStride>
+                                                            : U::template products<R, U::kVectors / 2, Layout::kChainStride>;
     for (int64_t d = 0; d < layout.width; d += U::kChain) {
       const int64_t numbers = min_of<int64_t>(U::kChain, layout.width - d);
       products(q + d / U::kChain * kTaskQueries * Layout::kChainStride, k, numbers / U::kStep, d > 0, logits + key, Layout::kLogitStride);
@@ -131,7 +133,7 @@ void tile_values(const typename U::Number* weights, const typename U::Number* v,
   alignas(64) float some[R * columns];  // what is summed at once is not much, or small numbers would be lost beside the sum
   for (int64_t key = 0; key < keys; key += U::kChain) {
     const int64_t steps = min_of<int64_t>(U::kChain, keys - key) / U::kStep;
-    tile_products<U, R, C, AttentionLayout<U>::kWeightStride>(weights + key, v + key * AttentionLayout<U>::kColumns, steps, key > 0, some,
+    U::template products<R, C, AttentionLayout<U>::kWeightStride>(weights + key, v + key * AttentionLayout<U>::kColumns, steps, key > 0, some,
                                                               columns);
   }
   for (int m = 0; m < R; m++)
@@ -219,10 +221,10 @@ class AttentionTask {
       if (here == 0) continue;
       for (int row = 0; row < count_; row += U::kTileRows) {
         const int rows = min_of(U::kTileRows, count_ - row);
-        if (rows <= U::kTileRows / 3)
-          tile<U::kTileRows / 3>(row, rows, key, here);
-        else if (rows <= U::kTileRows / 3 * 2)
-          tile<U::kTileRows / 3 * 2>(row, rows, key, here);
+        if (rows <= U::kTileRows / U::kParts)
+          tile<U::kTileRows / U::kParts>(row, rows, key, here);
+        else if (rows <= U::kTileRows / U::kParts * 2)
+          tile<U::kTileRows / U::kParts * (U::kParts > 1 ? 2 : 1)>(row, rows, key, here);
         else
           tile<U::kTileRows>(row, rows, key, here);
       }
@@ -273,7 +275,7 @@ class AttentionTask {
       correction[m] = state_[row + m].correction;
     }
     const Number* weights = reinterpret_cast<const Number*>(logits_);
-    const int64_t whole = (here + U::kStep - 1) / U::kStep * U::kStep;
+    const int64_t whole = (here + U::kWhole - 1) / U::kWhole * U::kWhole;
     for (int64_t column = 0; column < job_.v_width; column += Layout::kColumns) {
       const Number* v = layout_.values_at(prepared_, column, key);
       float* sums = sums_ + row * layout_.v_width + column;
@@ -312,6 +314,7 @@ class AttentionTask {
 template <class U>
 void attention_queries(const MxAttention& job, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared,
                        uint8_t* scratch) {
+  [[maybe_unused]] const typename U::Session session;
   AttentionTask<U>(job, batch, head, first, last, prepared, scratch).run();
 }
 

@@ -9,7 +9,8 @@ namespace {
 
 struct Bf16Unit : Vnni {
   using Number = uint16_t;
-  static constexpr int kStep = 2, kBits = 8, kTileRows = 12, kKeys = 512, kChain = 256;
+  struct Session {};
+  static constexpr int kStep = 2, kWhole = 2, kBits = 8, kTileRows = 12, kParts = 3, kKeys = 512, kChain = 256;
   static constexpr int kColumns = kLanes * kVectors;
 
   template <int R, int C, int kStride>
@@ -24,6 +25,11 @@ struct Bf16Unit : Vnni {
         for (int c = 0; c < C; c++) sums[m][c] = _mm512_dpbf16_ps(sums[m][c], x, (__m512bh)_mm512_load_si512(w + c * 2 * kLanes));
       }
     }
+  }
+
+  template <int R, int C, int kStride>
+  static void products(const uint16_t* a, const uint16_t* w, int64_t steps, bool add, float* sums, int64_t stride) {
+    tile_products<Bf16Unit, R, C, kStride>(a, w, steps, add, sums, stride);
   }
 
   // Their sum is of what they were rounded to: then values that are all the same come out as they are.

@@ -9,8 +9,9 @@ namespace {
 template <class V>
 struct FloatUnit : V {
   using Number = float;
+  struct Session {};
   using typename V::F;
-  static constexpr int kStep = 1, kBits = 24, kTileRows = V::kFloatRows;
+  static constexpr int kStep = 1, kWhole = 1, kBits = 24, kTileRows = V::kFloatRows, kParts = 3;
   static constexpr int kKeys = V::kLanes < 16 ? 256 : 512, kChain = 64;  // 256 KB of second level cache, or 512, at width 128
   static constexpr int kColumns = V::kLanes * V::kVectors;
 
@@ -23,6 +24,11 @@ struct FloatUnit : V {
         for (int c = 0; c < C; c++)
           sums[m][c] = V::multiply_add(V::all(a[m * kStride + i]), V::load(w + c * V::kLanes), sums[m][c]);
     }
+  }
+
+  template <int R, int C, int kStride>
+  static void products(const float* a, const float* w, int64_t steps, bool add, float* sums, int64_t stride) {
+    tile_products<FloatUnit, R, C, kStride>(a, w, steps, add, sums, stride);
   }
 
   [[gnu::always_inline]] static void keep(const F (&weights)[1], F& total, float* out) {

@@ -52,7 +52,7 @@ void add_mask(Random& random, Attend& attend) {
   }
   job.mask_dtype = static_cast<int32_t>(random.below(4));
   attend.mask = Memory(static_cast<size_t>(size) * (job.mask_dtype == MX_BOOL_MASK ? 1 : element_size(job.mask_dtype)));
-  const int64_t padding = random.one_in(2) && job.mask_strides[3] ? random.between(1, job.keys) : size;
+  const int64_t padding = random.one_in(2) && job.mask_strides[3] && job.keys ? random.between(1, job.keys) : size;
   for (int64_t i = 0; i < size; i++) {
     const bool out = i % (job.keys ? job.keys : 1) >= padding || random.one_in(5);
     if (job.mask_dtype == MX_BOOL_MASK)
