@@ -72,7 +72,8 @@ inline void mask_row(const MxAttention& job, int64_t batch, int64_t head, int64_
 
 // The keys and values [first, last) of a head; `first` begins a panel.
 template <class U>
-void attention_keys(const MxAttention& job, int64_t batch, int64_t kv_head, int64_t first, int64_t last, uint8_t* prepared, uint8_t*) {
+void attention_keys(const MxAttention& job, int64_t batch, int64_t kv_head, int64_t first, int64_t last, uint8_t* prepared,
+                    uint8_t*) {
   using Layout = AttentionLayout<U>;
   const Layout layout(job);
   const int64_t element = job.dtype == MX_FP32 ? 4 : 2;
@@ -94,11 +95,11 @@ void attention_keys(const MxAttention& job, int64_t batch, int64_t kv_head, int6
   }
 }
 
-// Products of R rows and C registers of columns, or these and what is in `sums`, in registers by U::multiply. A function of its own, so that compilers keep
-// its registers apart from others'.
+// Products of R rows and C registers of columns, or these and what is in `sums`, by U::multiply. A function of its own, so
+// that compilers keep its registers apart from others'.
 template <class U, int R, int C, int kStride>
-[[gnu::noinline]] void tile_products(const typename U::Number* a, const typename U::Number* w, int64_t steps, bool add, float* sums,
-                                     int64_t stride) {
+[[gnu::noinline]] void tile_products(const typename U::Number* a, const typename U::Number* w, int64_t steps, bool add,
+                                     float* sums, int64_t stride) {
   typename U::F products[R][C] = {};
   U::template multiply<R, C, kStride>(a, w, steps, products);
 #pragma GCC unroll 16
@@ -112,14 +113,16 @@ template <class U, int R, int C, int kStride>
 
 // Logits of R queries and some keys, not scaled; behind the last key, of half a panel or a whole one.
 template <class U, int R>
-void tile_logits(const typename U::Number* q, const AttentionLayout<U>& layout, const typename U::Number* k, int64_t keys, float* logits) {
+void tile_logits(const typename U::Number* q, const AttentionLayout<U>& layout, const typename U::Number* k, int64_t keys,
+                 float* logits) {
   using Layout = AttentionLayout<U>;
   for (int64_t key = 0; key < keys; key += Layout::kColumns) {
     const auto products = keys - key > Layout::kColumns / 2 ? U::template products<R, U::kVectors, Layout::kChainStride>
                                                             : U::template products<R, U::kVectors / 2, Layout::kChainStride>;
     for (int64_t d = 0; d < layout.width; d += U::kChain) {
       const int64_t numbers = min_of<int64_t>(U::kChain, layout.width - d);
-      products(q + d / U::kChain * kTaskQueries * Layout::kChainStride, k, numbers / U::kStep, d > 0, logits + key, Layout::kLogitStride);
+      products(q + d / U::kChain * kTaskQueries * Layout::kChainStride, k, numbers / U::kStep, d > 0, logits + key,
+               Layout::kLogitStride);
       k += numbers * Layout::kColumns;
     }
   }
@@ -127,14 +130,14 @@ void tile_logits(const typename U::Number* q, const AttentionLayout<U>& layout, 
 
 // sums = correction sums + weights v, for R queries and C registers of columns.
 template <class U, int R, int C>
-void tile_values(const typename U::Number* weights, const typename U::Number* v, int64_t keys, const float* correction, int64_t stride,
-                 float* sums) {
+void tile_values(const typename U::Number* weights, const typename U::Number* v, int64_t keys, const float* correction,
+                 int64_t stride, float* sums) {
+  using Layout = AttentionLayout<U>;
   constexpr int columns = C * U::kLanes;
   alignas(64) float some[R * columns];  // what is summed at once is not much, or small numbers would be lost beside the sum
   for (int64_t key = 0; key < keys; key += U::kChain) {
     const int64_t steps = min_of<int64_t>(U::kChain, keys - key) / U::kStep;
-    U::template products<R, C, AttentionLayout<U>::kWeightStride>(weights + key, v + key * AttentionLayout<U>::kColumns, steps, key > 0, some,
-                                                              columns);
+    U::template products<R, C, Layout::kWeightStride>(weights + key, v + key * Layout::kColumns, steps, key > 0, some, columns);
   }
   for (int m = 0; m < R; m++)
     for (int c = 0; c < columns; c += U::kLanes) {
@@ -197,8 +200,10 @@ class AttentionTask {
            (kTaskQueries * layout.v_width + (U::kTileRows + 1) * Layout::kLogitStride) * 4;
   }
 
-  AttentionTask(const MxAttention& job, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared, uint8_t* scratch)
-      : job_(job), layout_(job), batch_(batch), head_(head), first_(first), count_(static_cast<int>(last - first)), prepared_(prepared) {
+  AttentionTask(const MxAttention& job, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared,
+                uint8_t* scratch)
+      : job_(job), layout_(job), batch_(batch), head_(head), first_(first), count_(static_cast<int>(last - first)),
+        prepared_(prepared) {
     q_ = reinterpret_cast<Number*>(scratch);
     sums_ = reinterpret_cast<float*>(q_ + chains(layout_) * kTaskQueries * Layout::kChainStride);
     logits_ = sums_ + kTaskQueries * layout_.v_width;
@@ -321,7 +326,8 @@ void attention_queries(const MxAttention& job, int64_t batch, int64_t head, int6
 template <class U>
 Attention tiled_attention(const MxAttention& job) {
   const AttentionLayout<U> layout(job);
-  return {layout.prepared_bytes(), 256, kTaskQueries, AttentionTask<U>::scratch_bytes(job), attention_keys<U>, attention_queries<U>};
+  return {layout.prepared_bytes(), 256, kTaskQueries, AttentionTask<U>::scratch_bytes(job), attention_keys<U>,
+          attention_queries<U>};
 }
 
 }  // namespace
