@@ -129,13 +129,17 @@ Product fast(const MxLinear& job) {
   return product;
 }
 
+Attention attention(const MxAttention& job) {
+  return job.method == MX_EXACT ? tile_attention(job) : avx512bf16_path().attention(job);
+}
+
 }  // namespace
 
 Path amx_path() {
   Path path = avx512bf16_path();
   path.name = "amx";
   path.fast = fast;
-  path.attention = tile_attention;
+  path.attention = attention;
   return path;
 }
 
