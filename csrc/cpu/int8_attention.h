@@ -82,33 +82,50 @@ struct Int8Tile {
     }
   }
 
-  // What is added to a logit in base 2.
-  float bias_at(int64_t query, int64_t key) const {
-    if (key >= job.keys || (job.causal && key > query)) return -HUGE_VALF;
-    if (job.mask_dtype == MX_NO_MASK || query >= last) return 0.0f;
-    const int64_t at =
-        batch * job.mask_strides[0] + head * job.mask_strides[1] + query * job.mask_strides[2] + key * job.mask_strides[3];
-    if (job.mask_dtype == MX_BOOL_MASK) return static_cast<const uint8_t*>(job.mask)[at] ? 0.0f : -HUGE_VALF;
-    float x = 0.0f;
-    with_dtype(job.mask_dtype, [&](auto* type) { x = widen(static_cast<decltype(type)>(job.mask)[at]) * kLog2E; });
-    return x;
+  // What is added to a query's logits, in base 2, for `here` keys.
+  void biases_of(int64_t query, int64_t key0, int64_t here, float* out) const {
+    for (int64_t j = 0; j < here; j++)
+      out[j] = key0 + j >= job.keys || (job.causal && key0 + j > query) ? -HUGE_VALF : 0.0f;
+    if (job.mask_dtype == MX_NO_MASK || query >= last) return;
+    const int64_t count = min_of(here, job.keys - key0), step = job.mask_strides[3];
+    const int64_t at = batch * job.mask_strides[0] + head * job.mask_strides[1] + query * job.mask_strides[2] + key0 * step;
+    if (job.mask_dtype == MX_BOOL_MASK) {
+      const uint8_t* const seen = static_cast<const uint8_t*>(job.mask) + at;
+      for (int64_t j = 0; j < count; j++) {
+        const int32_t hidden = seen[j * step] == 0;
+        out[j] = hidden ? -HUGE_VALF : 0.0f;
+      }
+    } else {
+      with_dtype(job.mask_dtype, [&](auto* type) {
+        const auto* const added = static_cast<decltype(type)>(job.mask) + at;
+        for (int64_t j = 0; j < count; j++) out[j] = widen(added[j * step]) * kLog2E;
+      });
+    }
   }
 
   // Biases of a block's keys; false where no query sees any of them.
   bool load_bias(int64_t key0, int64_t here) {
     const bool shared = !job.causal && (job.mask_dtype == MX_NO_MASK || job.mask_strides[2] == 0);
+    float own[kKeys];
     bool seen = false;
-    for (int64_t j = 0; j < here; j++)
-      for (int i = 0; i < kQueries; i += shared ? kQueries : 1) {
-        float x = bias_at(first + i, key0 + j);
-        const bool nan = !(x < HUGE_VALF);
-        x = nan ? 0.0f : x;
-        seen |= x > -HUGE_VALF && first + i < last;
-        for (int each = i; each < (shared ? kQueries : i + 1); each++) {
-          undefined[each] |= nan;
-          bias[j * kQueries + each] = x;
-        }
+    for (int i = 0; i < kQueries; i += shared ? kQueries : 1) {
+      biases_of(first + i, key0, here, own);
+      int32_t nan = 0, sees = 0;
+      for (int64_t j = 0; j < here; j++) {
+        nan |= own[j] < HUGE_VALF ? 0 : 1;
+        own[j] = own[j] < HUGE_VALF ? own[j] : 0.0f;
+        sees |= own[j] > -HUGE_VALF ? 1 : 0;
       }
+      seen |= sees && first + i < last;
+      const int end = shared ? kQueries : i + 1;
+      for (int each = i; each < end; each++) undefined[each] |= nan != 0;
+      if (shared) {
+        for (int64_t j = 0; j < here; j++)
+          for (int each = 0; each < kQueries; each++) bias[j * kQueries + each] = own[j];
+      } else {
+        for (int64_t j = 0; j < here; j++) bias[j * kQueries + i] = own[j];
+      }
+    }
     return seen;
   }
 
