@@ -48,7 +48,12 @@ class Part:
 
 
 def parts_of(device: str, quick: bool) -> list[Part]:
-    attention = (str(BENCHMARKS / "attention.py"), "--device", device, *(["--quick", "--rounds", "1"] if quick else []))
+    attention = (
+        str(BENCHMARKS / "gpu_attention.py"),
+        "--device",
+        device,
+        *(["--quick", "--rounds", "1"] if quick else []),
+    )
     to, cli = ("--device", device, "--json"), ("-m", "mxdit.cli")
     clip = (*cli, "generate", "--method", "mxfp4", "--steps", "2" if quick else "8", "--output", "clip.mp4", *to)
     items = ["quantize mxfp4 uos rint"] if quick else ["quantize", "matmul", "linear", "Wan block"]

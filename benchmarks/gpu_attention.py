@@ -6,7 +6,7 @@ last head, all queries of a small case and 64 of a large one. A method is right 
 of its reference's on the CPU and torch's; "same" is the share of outputs that are the reference's bits. In each round every call
 is made once; ratios are of medians, torch's over the method's.
 
-    python benchmarks/attention.py [--device cuda] [--quick] [--rounds 10] [--json FILE]
+    python benchmarks/gpu_attention.py [--device cuda] [--quick] [--rounds 10] [--json FILE]
 
     --quick   the small cases only
 
