@@ -131,7 +131,7 @@ def exact_attention(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str,
         ones = {"shared": 1, "mask_key": 1}  # which makes them constants
         ones |= dict.fromkeys(("queries", "keys", "heads"), 1) if causal else {}
         constants = {"unit": unit, "causal": causal, "by_key": by_key, **sizes, **ones}
-        constants |= triton_attention.settings(width, DTYPES[dtype], by_key)
+        constants |= triton_attention.settings(width, DTYPES[dtype])
         types = {argument: kind for argument, kind in types.items() if argument not in ones}
         found[f"exact attention, {dtype}, {width}, {mask}, {causal}"] = (triton_attention._exact, types, constants)
     return found

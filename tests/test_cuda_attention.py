@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 pytest.importorskip("triton", minversion="3.9")
 
 from interpreted import interpreted  # after triton is known to be there
-from mxdit.backends import cuda, triton_attention
+from mxdit.backends import cuda
 from mxdit.errors import BackendError
 from test_attention import exactly, inputs, masks
 
@@ -94,7 +94,7 @@ def test_strides():
 
 def test_heads_too_wide_are_the_reference_s_and_that_is_said(caplog):
     cuda._warn.cache_clear()
-    q, k, v = inputs(torch.bfloat16, 1, 3, 5, 2, 1, triton_attention.WIDEST + 1)
+    q, k, v = inputs(torch.bfloat16, 1, 3, 5, 2, 1, cuda.WIDEST + 1)
     with caplog.at_level(logging.WARNING):
         got = OPS.attention(q, k, v, None, 0.1, False, "exact")
     torch.testing.assert_close(got.double(), exactly(q, k, v, None, 0.1), rtol=2e-2, atol=2e-2)

@@ -66,7 +66,8 @@ def _exact(
     by_key: tl.constexpr, width: tl.constexpr, v_width: tl.constexpr, wide: tl.constexpr, v_wide: tl.constexpr,
     tile_q: tl.constexpr, tile_k: tl.constexpr,
 ):  # fmt: skip
-    """``shared``: how many heads of q read one of k and v. ``scale``: of logits of which a ``unit`` is a factor of 2."""
+    """``shared``: how many heads of q read one of k and v. ``scale``: of logits of which a ``unit`` is a factor of 2. ``by_key``:
+    whether the mask is one row for all queries."""
     batch, head, query = _place(queries, heads, tile_q)
     source = head // shared
     k_ptr += batch * k_batch + source * k_head
@@ -109,15 +110,11 @@ def _exact(
     tl.store(out_ptr + row[:, None] * v_width + channel[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def settings(wide: int, dtype: torch.dtype, by_key: bool) -> dict[str, Any]:
-    """Tiles and launch options for heads of so many channels, a power of two. What compilers show of others: docs/cuda.md."""
-    tile_q, tile_k = 128, 64
+def settings(wide: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Tiles and launch options for heads of so many channels, a power of two; docs/cuda.md has what compilers make of them."""
+    tile_q, tile_k = (128, 64) if wide <= 128 else (64, 32)
     if dtype is torch.float32:  # no tensor core multiplies them: registers hold what is multiplied, too
         tile_q, tile_k = 64, 16
-    elif wide > 128:
-        tile_q, tile_k = 64, 32
-    elif not by_key:
-        tile_k = 32
     return {"tile_q": tile_q, "tile_k": tile_k, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
 
@@ -133,9 +130,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     # The lowest floats, which some masks hold, would not be finite in base 2.
     factor, unit = (LOG2_E, 1.0) if mask is None or mask.dtype is torch.uint8 else (1.0, LOG2_E)
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    by_key = not mask_strides[2]  # the same row for all queries
-    chosen = settings(max(wide, v_wide), q.dtype, by_key)
+    chosen = settings(max(wide, v_wide), q.dtype)
     _exact[(triton.cdiv(queries, chosen["tile_q"]) * batch * heads,)](
         q, k, v, mask, out, queries, k.shape[1], heads, heads // k.shape[2], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *mask_strides, scale * factor, unit, causal, by_key, width, v_width, wide, v_wide, **chosen,
+        *mask_strides, scale * factor, unit, causal, not mask_strides[2], width, v_width, wide, v_wide, **chosen,
     )  # fmt: skip
