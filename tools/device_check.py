@@ -60,7 +60,7 @@ def parts_of(device: str, quick: bool) -> list[Part]:
     shapes = [text for shape in (["64,256,128"] if quick else SHAPES) for text in ("--shape", shape)]
     block = ["TI2V-5B", "16"] if quick else ["A14B", "4096"]
     found = [Part("environment", (*cli, "info", "--json"), 2)]
-    found += [Part(f"conformance: {item}", (*cli, "conformance", "--only", item, *to, JSON), 3) for item in items]
+    found += [Part(f"conformance: {item}", (*cli, "conformance", "--only", item, *to, JSON), 4) for item in items]
     found.append(Part("attention", (*attention, "--json", JSON), 5))
     found.append(Part("gemm", (*cli, "bench", "gemm", *shapes, "--rounds", "1" if quick else "5", *to, JSON), 5))
     for tokens in (block[1],) if quick else (block[1], "32760"):
@@ -122,7 +122,7 @@ def in_short(found: dict[str, Any]) -> str:
     """Ratios to torch's by method, counts of a conformance's items, or what a part that failed said last."""
     result, ratios = found.get("result") or {}, {}
     for row in result.get("rows", ()):
-        if row.get("ratio") not in (None, 1.0):  # torch's own has 1
+        if row.get("ratio") not in (None, 1.0) and "reference" not in row.get("backend", ""):  # torch's own has 1
             ratios.setdefault(row.get("mode") or row["method"], []).append(row["ratio"])
     said = [f"{name} x {min(values):.2f} to {max(values):.2f}" for name, values in ratios.items()]
     said += [f"{count} {name}" for name, count in result.get("totals", {}).items() if name != "elements" and count]
