@@ -71,7 +71,7 @@ def _load_rows(x_ptr, batch, head, row, count, size, stride_batch, stride_row, s
     at = (
         batch.to(tl.int64) * stride_batch
         + row.to(tl.int64)[:, None] * stride_row
-        + head * stride_head
+        + head.to(tl.int64) * stride_head
         + column[None, :]
     )
     return widen(tl.load(x_ptr + at, mask=(row[:, None] < count) & (column[None, :] < size), other=0.0))
@@ -83,15 +83,15 @@ def _load_rows(x_ptr, batch, head, row, count, size, stride_batch, stride_row, s
 @triton.jit
 def _sums(k_ptr, sums_ptr, keys, heads, size, stride_batch, stride_row, stride_head, width: tl.constexpr):
     """Each block's keys, added one by one."""
-    block, source = tl.program_id(0), tl.program_id(1)
+    source, block = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, width)
-    at = k_ptr + (source // heads).to(tl.int64) * stride_batch + source % heads * stride_head + column
+    at = k_ptr + (source // heads).to(tl.int64) * stride_batch + (source % heads).to(tl.int64) * stride_head + column
     at += block.to(tl.int64) * _KEYS * stride_row
     total = tl.zeros((width,), tl.float32)
     for _ in range(tl.minimum(keys - block * _KEYS, _KEYS)):
         total += widen(tl.load(at, mask=column < size, other=0.0))
         at += stride_row
-    tl.store(sums_ptr + (source.to(tl.int64) * tl.num_programs(0) + block) * width + column, total)
+    tl.store(sums_ptr + (source.to(tl.int64) * tl.num_programs(1) + block) * width + column, total)
 
 
 @triton.jit
@@ -109,14 +109,14 @@ def _mean(sums_ptr, mean_ptr, blocks, share, width: tl.constexpr):
 def _keys(
     k_ptr, mean_ptr, codes_ptr, scale_ptr, keys, heads, size, stride_batch, stride_row, stride_head, width: tl.constexpr
 ):
-    block, source = tl.program_id(0), tl.program_id(1)
+    source, block = tl.program_id(0), tl.program_id(1)
     row, column = block * _KEYS + tl.arange(0, _KEYS), tl.arange(0, width)
     x = _load_rows(
         k_ptr, source // heads, source % heads, row, keys, size, stride_batch, stride_row, stride_head, width
     )
     x = tl.where(row[:, None] < keys, x - tl.load(mean_ptr + source * width + column)[None, :], 0.0)
     codes, scale = symmetric(x, 1)
-    at = source.to(tl.int64) * tl.num_programs(0) * _KEYS + row
+    at = source.to(tl.int64) * tl.num_programs(1) * _KEYS + row
     tl.store(codes_ptr + at[:, None] * width + column[None, :], codes)
     tl.store(scale_ptr + at, scale)
 
@@ -126,14 +126,14 @@ def _values(
     v_ptr, codes_ptr, scale_ptr, sums_ptr, keys, heads, size, stride_batch, stride_row, stride_head, width: tl.constexpr
 ):
     """Codes as (channel, key), which is how tensor cores take them."""
-    block, source = tl.program_id(0), tl.program_id(1)
+    source, block = tl.program_id(0), tl.program_id(1)
     key, column = tl.arange(0, _KEYS), tl.arange(0, width)
     row = block * _KEYS + key
     x = _load_rows(
         v_ptr, source // heads, source % heads, row, keys, size, stride_batch, stride_row, stride_head, width
     )
     codes, scale = symmetric(x, 0)
-    at = (source.to(tl.int64) * tl.num_programs(0) + block) * width + column
+    at = (source.to(tl.int64) * tl.num_programs(1) + block) * width + column
     tl.store(codes_ptr + at[None, :] * _KEYS + key[:, None], codes)
     tl.store(scale_ptr + at, scale)
     tl.store(sums_ptr + at, tl.sum(codes.to(tl.int32), axis=0))
@@ -150,9 +150,11 @@ def _attend(
     v_width: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """``added``: whether the mask is of floats."""
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    source = (tl.program_id(1) // group).to(tl.int64)  # heads of one source are neighbours
-    row, key = tl.program_id(0) * tile + tl.arange(0, tile), tl.arange(0, _KEYS)
+    tiles = tl.cdiv(queries, tile)
+    entry, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * tile
+    batch, head = entry // heads, entry % heads
+    source = (entry // group).to(tl.int64)  # heads of one source are neighbours
+    row, key = first + tl.arange(0, tile), tl.arange(0, _KEYS)
     column, channel = tl.arange(0, width), tl.arange(0, v_width)
     q, q_scale = symmetric(_load_rows(q_ptr, batch, head, row, queries, size, q_batch, q_row, q_head, width), 1)
     undefined = (q_scale != q_scale) | (tl.load(undefined_ptr + source) != 0)
@@ -161,7 +163,7 @@ def _attend(
     total = tl.zeros((tile,), tl.float32)
     acc = tl.zeros((tile, v_width), tl.float32)
     if causal:
-        blocks = tl.minimum(blocks, tl.cdiv(tl.program_id(0) * tile + tile, _KEYS))
+        blocks = tl.minimum(blocks, tl.cdiv(first + tile, _KEYS))
     for block in range(blocks):
         at = source * tl.cdiv(keys, _KEYS) + block
         k = tl.load(k_ptr + (at * _KEYS + key)[None, :] * width + column[:, None])
@@ -223,6 +225,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     """
     (batch, queries, heads, size), (keys, sources), v_size = q.shape, k.shape[1:3], v.shape[3]
     width, v_width = (max(_NARROWEST, triton.next_power_of_2(each)) for each in (size, v_size))
+    # On a grid's first axis, since others have 65,535 programs at most: pixels are the batch of attention over time.
     blocks, all_sources = triton.cdiv(keys, KEYS), batch * sources
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -232,7 +235,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     values = empty(all_sources, blocks, v_width, KEYS, dtype=torch.int8)
     v_scale, v_sums = empty(all_sources, blocks, v_width), empty(all_sources, blocks, v_width, dtype=torch.int32)
     if keys:
-        sums, mean, grid = empty(all_sources, blocks, width), empty(all_sources, width), (blocks, all_sources)
+        sums, mean, grid = empty(all_sources, blocks, width), empty(all_sources, width), (all_sources, blocks)
         share = (1 / torch.tensor(keys, dtype=torch.float32)).item()
         _sums[grid](k, sums, keys, sources, size, *k.stride()[:3], width, **LAUNCH)
         _mean[(all_sources,)](sums, mean, blocks, share, width, **LAUNCH)
@@ -240,7 +243,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
         _values[grid](v, values, v_scale, v_sums, keys, sources, v_size, *v.stride()[:3], v_width, **LAUNCH)
     undefined = k_scale.isnan().any(1).to(torch.int8)
     added = mask is not None and mask.dtype is not torch.uint8
-    _attend[(triton.cdiv(queries, ATTEND["tile"]), batch * heads)](
+    _attend[(triton.cdiv(queries, ATTEND["tile"]) * batch * heads,)](
         q, codes, k_scale, undefined, values, v_scale, v_sums, mask, out,
         queries, keys, heads, heads // sources, blocks, size, v_size,
         (torch.tensor(scale, dtype=torch.float32) * LOG2_E).item(), *q.stride()[:3],
