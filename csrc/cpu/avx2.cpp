@@ -2,6 +2,7 @@
 #include "float_attention.h"
 #include "int8_attention.h"
 #include "int_avx2.h"
+#include "rowwise.h"
 
 namespace mxdit {
 namespace {
@@ -36,6 +37,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx2_path() { return {"avx2", encode_any, decode_any, fast, float_product<Avx2>, attention}; }
+Path avx2_path() { return {"avx2", encode_any, decode_any, fast, float_product<Avx2>, attention, rowwise}; }
 
 }  // namespace mxdit

@@ -5,6 +5,7 @@
 #include "few_rows.h"
 #include "int8_attention_avx512.h"
 #include "int_avx512.h"
+#include "rowwise.h"
 
 namespace mxdit {
 namespace {
@@ -67,6 +68,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx512bf16_path() { return {"avx512bf16", encode_avx512, decode_any, fast, float_product<Vnni>, attention}; }
+Path avx512bf16_path() { return {"avx512bf16", encode_avx512, decode_any, fast, float_product<Vnni>, attention, rowwise}; }
 
 }  // namespace mxdit

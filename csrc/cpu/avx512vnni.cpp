@@ -2,6 +2,7 @@
 #include "float_attention.h"
 #include "int8_attention_avx512.h"
 #include "int_avx512.h"
+#include "rowwise.h"
 
 namespace mxdit {
 namespace {
@@ -16,6 +17,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path avx512vnni_path() { return {"avx512vnni", encode_avx512, decode_any, fast, float_product<Vnni>, attention}; }
+Path avx512vnni_path() { return {"avx512vnni", encode_avx512, decode_any, fast, float_product<Vnni>, attention, rowwise}; }
 
 }  // namespace mxdit

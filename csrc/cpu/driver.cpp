@@ -255,3 +255,16 @@ int mx_attention(const MxAttention* job, int threads) {
   const int64_t products = job->batch * job->queries * job->heads * job->keys * (job->width + job->v_width);
   return attend(*job, path().attention(*job), useful_threads(threads, products, kThreadProducts)) == Outcome::done ? 0 : -1;
 }
+
+void mx_rms_norm(const MxRmsNorm* job, int threads) {
+  const auto norm = path().rowwise.rms_norm;
+  over_ranges(useful_threads(threads, job->rows * job->width, kThreadNumbers), job->rows,
+              [&](int64_t first, int64_t last) { norm(*job, first, last); });
+}
+
+void mx_gelu(const MxGelu* job, int threads) {
+  constexpr int64_t numbers = 1 << 12;  // of one task
+  const auto gelu = path().rowwise.gelu;
+  over_ranges(useful_threads(threads, job->count, kThreadNumbers), (job->count + numbers - 1) / numbers,
+              [&](int64_t first, int64_t last) { gelu(*job, first * numbers, std::min(last * numbers, job->count)); });
+}

@@ -39,6 +39,12 @@ struct Attention {
   decltype(prepare) survey = nullptr;  // what `prepare` has to know of all keys, if anything: called before, likewise
 };
 
+// What lies between linears and attention, see rowwise.h.
+struct Rowwise {
+  void (*rms_norm)(const MxRmsNorm&, int64_t first, int64_t last);  // rows [first, last)
+  void (*gelu)(const MxGelu&, int64_t first, int64_t last);         // numbers, likewise
+};
+
 struct Path {
   const char* name;
   void (*encode)(const MxEncode&, int64_t first, int64_t last);  // rows [first, last)
@@ -46,6 +52,7 @@ struct Path {
   Product (*fast)(const MxLinear&);     // the quickest way for this job, which may decline extreme values
   Product (*general)(const MxLinear&);  // IEEE fp32 throughout: takes everything
   Attention (*attention)(const MxAttention&);
+  Rowwise rowwise;
 };
 
 // Each is defined in the file of its name, and to be called where cpu.h says that this CPU runs it.

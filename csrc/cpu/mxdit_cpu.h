@@ -70,6 +70,26 @@ typedef struct {
   int32_t dtype, mask_dtype, causal, method;
 } MxAttention;
 
+// out = rows of x over their root mean square, times weight, then, with cos and sin, each pair (2i, 2i + 1) of each `head`
+// numbers turned. Rows of one token follow each other, `token_rows` of them, tokens too, `tokens` of them. out may be x.
+typedef struct {
+  int64_t rows, width, x_stride, out_stride;
+  const void* x;        // of `dtype`, as out
+  const float* weight;  // (width)
+  const float *cos, *sin;  // (tokens, head), or NULL: head is width then
+  void* out;
+  int64_t head, tokens, token_rows;
+  float eps;
+  int32_t dtype, rounded;  // rounded: to `dtype` before the weight, too
+} MxRmsNorm;
+
+// x = GELU of x, in the approximation by tanh.
+typedef struct {
+  void* x;
+  int64_t count;
+  int32_t dtype;
+} MxGelu;
+
 // Names of the instruction set paths that this CPU runs, best first, separated by blanks.
 MX_API const char* mx_paths(void);
 // Use that path from now on, or, for NULL, the best; 0, or -1 for one that this CPU does not run.
@@ -82,6 +102,8 @@ MX_API void mx_decode(const MxDecode* job, int threads);
 MX_API int mx_linear(const MxLinear* job, int threads);
 // Likewise.
 MX_API int mx_attention(const MxAttention* job, int threads);
+MX_API void mx_rms_norm(const MxRmsNorm* job, int threads);
+MX_API void mx_gelu(const MxGelu* job, int threads);
 
 #ifdef __cplusplus
 }

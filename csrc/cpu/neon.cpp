@@ -5,6 +5,7 @@
 #include "float_product.h"
 #include "int8_attention.h"
 #include "int_product.h"
+#include "rowwise.h"
 
 namespace mxdit {
 namespace {
@@ -165,6 +166,6 @@ Product fast(const MxLinear& job) {
 
 }  // namespace
 
-Path neon_path() { return {"neon", encode_any, decode_any, fast, float_product<Neon>, attention}; }
+Path neon_path() { return {"neon", encode_any, decode_any, fast, float_product<Neon>, attention, rowwise}; }
 
 }  // namespace mxdit

@@ -2,6 +2,7 @@
 #include "float_attention.h"
 #include "float_product.h"
 #include "int8_attention.h"
+#include "rowwise.h"
 
 namespace mxdit {
 namespace {
@@ -42,6 +43,6 @@ Attention attention(const MxAttention& job) {
 
 }  // namespace
 
-Path scalar_path() { return {"scalar", encode_any, decode_any, float_product<Plain>, float_product<Plain>, attention}; }
+Path scalar_path() { return {"scalar", encode_any, decode_any, float_product<Plain>, float_product<Plain>, attention, rowwise}; }
 
 }  // namespace mxdit

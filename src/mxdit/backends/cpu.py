@@ -7,6 +7,7 @@ variable MXDIT_CPU_PATH forces one (or ``reference``); `usable_threads` says how
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import struct
 import sys
@@ -27,6 +28,7 @@ from mxdit.numerics.formats import FORMATS
 from mxdit.ops import attention as attention_ops
 from mxdit.ops import implement, products
 from mxdit.ops import quantize as quantize_ops
+from mxdit.ops import rowwise as rowwise_ops
 
 _T = TypeVar("_T")
 
@@ -49,6 +51,8 @@ _ENCODE = struct.Struct("@P3q4i4P")
 _DECODE = struct.Struct("@3P2q2iP")
 _LINEAR = struct.Struct("@4q10P7i")
 _ATTENTION = struct.Struct("@7q3P9qP4qPf4i")
+_RMS_NORM = struct.Struct("@4q5P3qf2i")
+_GELU = struct.Struct("@Pqi")
 
 
 # -- which path ----------------------------------------------------------------------------------------------------------
@@ -76,8 +80,10 @@ def _library() -> ctypes.CDLL | None:
         ) from error
     library.mx_paths.restype = library.mx_selected.restype = ctypes.c_char_p
     library.mx_select.argtypes = [ctypes.c_char_p]
-    library.mx_encode.restype = library.mx_decode.restype = None
-    for function in (library.mx_encode, library.mx_decode, library.mx_linear, library.mx_attention):
+    nothing = (library.mx_encode, library.mx_decode, library.mx_rms_norm, library.mx_gelu)
+    for function in nothing:
+        function.restype = None
+    for function in (*nothing, library.mx_linear, library.mx_attention):
         function.argtypes = [ctypes.c_char_p, ctypes.c_int]
     return library
 
@@ -286,6 +292,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return result
 
 
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, rounded: bool
+) -> Tensor:
+    """`mxdit.ops.rms_norm`."""
+    if _reference:
+        return _refer(rowwise_ops.rms_norm, x, weight, eps, cos, sin, rounded)
+    result = rowwise_ops.prepare_rms_norm(x, weight, eps, cos, sin, rounded)
+    _norm(_rows(x), weight, eps, cos, sin, rounded, x.shape, result.view(-1, x.shape[-1]))
+    return result
+
+
+def rms_norm_(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, rounded: bool
+) -> None:
+    """`mxdit.ops.rms_norm_`."""
+    if _reference:
+        return _refer(rowwise_ops.rms_norm_, x, weight, eps, cos, sin, rounded)
+    rowwise_ops.prepare_rms_norm_(x, weight, eps, cos, sin, rounded)
+    rows = _rows(x)
+    _norm(rows, weight, eps, cos, sin, rounded, x.shape, rows)
+    if rows.data_ptr() != x.data_ptr():  # x had no such rows, these are a copy
+        x.copy_(rows.view(x.shape))
+
+
+def gelu_(x: Tensor) -> None:
+    """`mxdit.ops.gelu_`."""
+    if _reference:
+        return _refer(rowwise_ops.gelu_, x)
+    rowwise_ops.prepare_gelu_(x)
+    dense = x.contiguous()
+    _call("mx_gelu", _GELU.pack(dense.data_ptr(), dense.numel(), _DTYPES[x.dtype]))
+    if dense is not x:
+        x.copy_(dense)
+
+
 _checked: dict[tuple[object, ...], tuple[int, ...]] = {}  # as many as a program's models have kinds of layers
 
 
@@ -310,6 +351,28 @@ def _multiply_packed(
         0, _FORMATS[a_fmt], 0, _FORMATS[w_fmt], _bias_dtype(bias), _DTYPES[result.dtype], a_outer is not None,
     )  # fmt: skip
     _call("mx_linear", job)
+
+
+def _norm(
+    rows: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rounded: bool,
+    shape: torch.Size,
+    out: Tensor,
+) -> None:
+    if not rows.numel():
+        return
+    weight = torch.ones(shape[-1]) if weight is None else weight.float().contiguous()
+    cos, sin = _dense(cos), _dense(sin)
+    head, tokens = (shape[-1], 1) if cos is None else (cos.shape[1], cos.shape[0])
+    job = _RMS_NORM.pack(
+        *rows.shape, rows.stride(0), out.stride(0), rows.data_ptr(), weight.data_ptr(), _pointer(cos), _pointer(sin),
+        out.data_ptr(), head, tokens, math.prod(shape[2:-1]), eps, _DTYPES[rows.dtype], rounded,
+    )  # fmt: skip
+    _call("mx_rms_norm", job)
 
 
 def _encode(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.library import Library, register_fake
 
-from mxdit.ops import attention, products, quantize
+from mxdit.ops import attention, products, quantize, rowwise
 
 LIBRARY = Library("mxdit", "DEF")
 """The registrations live as long as this object."""
@@ -42,6 +42,8 @@ class Op:
         """Of the op, of its reference, and of every backend's function."""
         return self.reference.__name__
 
+
+_NORM = "Tensor? weight, float eps, Tensor? cos, Tensor? sin, bool rounded"
 
 OPS = {
     op.name: op
@@ -84,6 +86,9 @@ OPS = {
             attention.attention,
             attention.prepare_attention,
         ),
+        Op(f"(Tensor x, {_NORM}) -> Tensor", rowwise.rms_norm, rowwise.prepare_rms_norm),
+        Op(f"(Tensor(a!) x, {_NORM}) -> ()", rowwise.rms_norm_, rowwise.prepare_rms_norm_),
+        Op("(Tensor(a!) x) -> ()", rowwise.gelu_, rowwise.prepare_gelu_),
     )
 }
 """Every op, by name."""
