@@ -5,8 +5,8 @@ native kernels.
 
 The file, little-endian: b"mxcases1"; u32 count of blobs, each u64 length and bytes; u32 count of records, each a name
 (u32 length and bytes), u32 kind, its fields (u32 count, i64 each) and its blobs (u32 count, i32 indices, -1 for none).
-A record's fields and blobs are those of MxEncode, MxDecode and MxLinear in their order. Encoding and decoding have one
-right result. A product has two, in its result's dtype, and every number between them is right: where the sum of
+A record's fields and blobs are those of its job (MxEncode, MxDecode, MxLinear, MxRmsNorm, MxGelu) in their order. All but
+products have one right result. A product has two, in its result's dtype, and every number between them is right: where the sum of
 products is exact in fp32 in any order, both are the reference's; elsewhere they are the exact result minus and plus
 2**-20 of the sum of magnitudes, rounded.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mxdit.numerics import reference
+from mxdit.numerics import reference, rowwise
 from mxdit.numerics.codec import Packed, decode, decode_blocks, element_values, encode
 from mxdit.numerics.formats import E2M1, FLOATS, FORMATS, SCHEMES, Scheme
 
@@ -31,7 +31,7 @@ BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: 
 FORMAT_IDS = {"mxfp4": 0, "mxfp4_dualscale": 0, "mxfp8": 1, None: 2}
 RULES = {"ocp": 0, "uos": 1, "even6": 2, "even7": 3, "cublas": 4}
 MODES = {"rint": 0, "round": 1, "floor": 2}
-ENCODE, DECODE, LINEAR = range(3)
+ENCODE, DECODE, LINEAR, RMS_NORM, GELU = range(5)
 TOLERANCE = 2.0**-20
 
 
@@ -448,6 +448,29 @@ def float_products(cases: Cases) -> None:
         add_product(cases, name, scheme, random_packed(35, 1056, weight_format, (126, 127)), dtype, whole)
 
 
+# -- between linears and attention -------------------------------------------------------------------------------------
+
+
+def rowwise_cases(cases: Cases) -> None:
+    for dtype in DTYPES:
+        every = ordinary(64, 1024, dtype, 4) if dtype is torch.float32 else every_pattern(dtype).view(64, 1024)
+        for x in (every, special_floats(dtype), ordinary(1, 33, dtype), ordinary(1, 1, dtype)):
+            cases.add("gelu", GELU, (x.numel(), DTYPES[dtype]), (x, rowwise.gelu(x)))
+        for shape, rounded in itertools.product(((7, 1, 5), (70, 1, 1056), (1, 3, 31), (2, 40, 96)), (False, True)):
+            weight, eps = torch.randn(shape[-1]), torch.rand(()) * 1e-3
+            x = ordinary(shape[0] * shape[1], shape[2], dtype, 1)
+            x[0, 0] = torch.nan if rounded else 3.0
+            fields = (*x.shape, shape[-1], 1, 1, DTYPES[dtype], rounded, eps.view(torch.int32))
+            out = rowwise.rms_norm(x, weight, eps.item(), rounded)
+            cases.add("rms_norm", RMS_NORM, fields, (x, weight, None, None, out))
+        for tokens, per_token, heads, width in ((9, 1, 5, 128), (3, 4, 1, 80), (5, 2, 3, 6)):
+            x = ordinary(2 * tokens * per_token, heads * width, dtype)
+            weight, (cos, sin) = torch.ones(heads * width), torch.randn(2, tokens, width).unbind(0)
+            out = rowwise.rms_norm(x, weight, 0.0, False).view(2, tokens, per_token, -1)
+            fields = (*x.shape, width, tokens, per_token, DTYPES[dtype], False, 0)
+            cases.add("rotary", RMS_NORM, fields, (x, weight, cos, sin, rowwise.rotate(out, cos, sin)))
+
+
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -456,6 +479,7 @@ def main() -> None:
     ordinary_products(cases)
     special_products(cases)
     float_products(cases)
+    rowwise_cases(cases)
     cases.write(Path(sys.argv[1]))
     size = Path(sys.argv[1]).stat().st_size / 1e6
     print(

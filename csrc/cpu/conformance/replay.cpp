@@ -55,7 +55,7 @@ struct Record {
   std::vector<Blob> blobs;
 };
 
-enum Kind { kEncode, kDecode, kLinear };
+enum Kind { kEncode, kDecode, kLinear, kRmsNorm, kGelu };
 
 Memory copy(const Blob& blob) {
   if (!blob.data) return Memory();
@@ -146,6 +146,47 @@ void replay_linear(const Record& record, const Setting& setting, Group& group) {
   group.add_outputs(job.m * job.n, exact);
 }
 
+void expect_numbers(const Memory& got, const Memory& expected, int dtype, const Setting& setting, Group& group) {
+  for (int64_t i = 0; i < static_cast<int64_t>(got.size() / element_size(dtype)); i++) {
+    if (same_element(got.as(), expected.as(), dtype, i)) continue;
+    char text[160];
+    snprintf(text, sizeof text, "number %lld is %a, not %a", static_cast<long long>(i),
+             static_cast<double>(element(got.as(), dtype, i)), static_cast<double>(element(expected.as(), dtype, i)));
+    group.failed(setting, text);
+    return;
+  }
+}
+
+// Into new memory, then in place.
+void replay_rms_norm(const Record& record, const Setting& setting, Group& group) {
+  must_have(record, 8, 5);
+  const auto& f = record.fields;
+  const auto& b = record.blobs;
+  MxRmsNorm job = {};
+  job.rows = f[0], job.width = job.x_stride = job.out_stride = f[1], job.head = f[2], job.tokens = f[3], job.token_rows = f[4];
+  job.dtype = static_cast<int32_t>(f[5]), job.rounded = static_cast<int32_t>(f[6]);
+  const uint32_t eps = static_cast<uint32_t>(f[7]);
+  memcpy(&job.eps, &eps, sizeof eps);
+  const Memory x = copy(b[0]), weight = copy(b[1]), cos = copy(b[2]), sin = copy(b[3]), expected = copy(b[4]);
+  Memory out(x.size());
+  expect_size(record, out, b[4]);
+  job.x = x.as(), job.weight = weight.as<float>(), job.cos = cos.as<float>(), job.sin = sin.as<float>(), job.out = out.as();
+  run(job, setting);
+  expect_numbers(out, expected, job.dtype, setting, group);
+  job.out = x.as();
+  run(job, setting);
+  expect_numbers(x, expected, job.dtype, setting, group);
+}
+
+void replay_gelu(const Record& record, const Setting& setting, Group& group) {
+  must_have(record, 2, 2);
+  const Memory x = copy(record.blobs[0]), expected = copy(record.blobs[1]);
+  MxGelu job = {x.as(), record.fields[0], static_cast<int32_t>(record.fields[1])};
+  expect_size(record, x, record.blobs[1]);
+  run(job, setting);
+  expect_numbers(x, expected, job.dtype, setting, group);
+}
+
 }  // namespace
 
 bool replay(const std::string& file, const std::string& only_path) {
@@ -182,6 +223,8 @@ bool replay(const std::string& file, const std::string& only_path) {
       if (record.kind == kEncode) replay_encode(record, setting, group);
       if (record.kind == kDecode) replay_decode(record, setting, group);
       if (record.kind == kLinear) replay_linear(record, setting, group);
+      if (record.kind == kRmsNorm) replay_rms_norm(record, setting, group);
+      if (record.kind == kGelu) replay_gelu(record, setting, group);
     }
   }
   bool passed = true;

@@ -239,6 +239,12 @@ void run(const MxAttention& job, const Setting& setting) {
     exit(1);
   });
 }
+void run(const MxRmsNorm& job, const Setting& setting) {
+  run_any(setting, [&](int threads) { mx_rms_norm(&job, threads); });
+}
+void run(const MxGelu& job, const Setting& setting) {
+  run_any(setting, [&](int threads) { mx_gelu(&job, threads); });
+}
 
 // -- the report -------------------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,8 @@ void run(const MxEncode& job, const Setting& setting);
 void run(const MxDecode& job, const Setting& setting);
 void run(const MxLinear& job, const Setting& setting);
 void run(const MxAttention& job, const Setting& setting);
+void run(const MxRmsNorm& job, const Setting& setting);
+void run(const MxGelu& job, const Setting& setting);
 
 // Counts for one line of the report.
 class Group {
