@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,22 +21,26 @@ ATTENTION = ("aten::scaled_dot_product_attention", "mxdit::attention")
 @contextmanager
 def marked(modules: Iterable[nn.Module], inside: bool = False) -> Iterator[None]:
     """Let every forward of these modules be an event of the profiler's, and those of the modules inside them if wanted."""
-    open_marks: list[record_function] = []
-    handles = []
+    before: list[tuple[nn.Module, Any]] = []
     for outer in modules:
         for path, module in outer.named_modules() if inside else (("", outer),):
-            name = SCOPE + path if path else FORWARD
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda *_, name=name: open_marks.append(record_function(name).__enter__())
-                )
-            )
-            handles.append(module.register_forward_hook(lambda *_: open_marks.pop().__exit__(None, None, None)))
+            before.append((module, vars(module).get("forward")))
+            vars(module)["forward"] = _marking(module.forward, SCOPE + path if path else FORWARD)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, forward in before:
+            vars(module).pop("forward") if forward is None else vars(module).update(forward=forward)
+
+
+def _marking(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """No hook: beside one, what would work in place of a result keeps it whole."""
+
+    def marked_forward(*args: Any, **kwargs: Any) -> Any:
+        with record_function(name):
+            return forward(*args, **kwargs)
+
+    return marked_forward
 
 
 def split(events: Iterable[Any], device: str) -> tuple[float, float, float]:
