@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mxdit.generation.session import Session
     from mxdit.integrations.diffusers_adapters import load_lora_weights
     from mxdit.integrations.diffusers_attention import attention_policy
+    from mxdit.integrations.diffusers_fused import fuse_
     from mxdit.models.infer import infer_spec
 
 register_when_imported()
@@ -44,6 +45,7 @@ register_when_imported()
 # Imported when they are first asked for, so that `import mxdit` stays as fast for those who only quantize.
 _LATER = {
     "attention_policy": "mxdit.integrations.diffusers_attention",
+    "fuse_": "mxdit.integrations.diffusers_fused",
     "infer_spec": "mxdit.models.infer",
     "load_lora_weights": "mxdit.integrations.diffusers_adapters",
     "Request": "mxdit.generation.request",
@@ -83,6 +85,7 @@ __all__ = [
     "attention_policy",
     "decode",
     "encode",
+    "fuse_",
     "infer_spec",
     "load_lora_weights",
     "pipeline_config",

@@ -36,6 +36,7 @@ from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request
 from mxdit.generation.session import Session
 from mxdit.integrations.diffusers_attention import attend
+from mxdit.integrations.diffusers_fused import fuse_
 
 AGAIN = "{}, again"
 SHARES = ("linear", "attention", "whole")  # what `split` gives
@@ -48,10 +49,12 @@ class How:
     Attributes:
         attention: how it is computed; a block has no steps.
         compiled: whether blocks are compiled. Compiled, a block is not split by operation.
+        fused: whether ops of mxdit compute norms, rotary embeddings and GELU. A rotary embedding's time takes in its norms' then.
     """
 
     attention: AttentionPolicy = field(default_factory=AttentionPolicy)
     compiled: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def run(
         method, activation = MODES.get(mode, (None, "mxfp4"))
         keys = {} if activation == "mxfp4" else {"activation": activation}
         options: dict[str, Any] = (
-            {} if method is None and not model.stored else {"attention": how.attention, "compile": how.compiled}
+            {}
+            if method is None and not model.stored
+            else {"attention": how.attention, "compile": how.compiled, "fused": how.fused}
         )
         session = Session.open(
             model.path, task=request.task, method=method, keys=keys, dtype=CARRIERS[modes[0]], device=device, **options
@@ -165,6 +170,8 @@ def run_block(
     for mode in modes[1:]:
         if how.attention:
             attend(blocks[mode], how.attention)
+        if how.fused:
+            fuse_(blocks[mode])
         if how.compiled:
             blocks[mode].compile(fullgraph=True)
             blocks[mode] = Called(blocks[mode])

@@ -119,6 +119,12 @@ def generate(
             "--compile", help="Compile the transformers' blocks: the first step takes longer, others are faster."
         ),
     ] = False,
+    fused: Annotated[
+        bool,
+        typer.Option(
+            "--fused", help="Norms, rotary embeddings and GELU in one pass each, on a CPU: faster, in less memory."
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The MP4 to write, or PNG of an image. Default: video.mp4, or image.png."),
@@ -163,6 +169,7 @@ def generate(
         loras=loras_of(lora),
         attention=attention,
         compile=compiled,
+        fused=fused,
     )
     request = session.request(
         prompt=prompt,
@@ -232,6 +239,7 @@ def _show_result(
                 for name, report in reports.items()
             },
             "attention": session.attention.to_dict(),
+            "fused": session.fused,
             "seconds": result.seconds,
             "seconds_per_step": step,
             "peak_bytes": result.peak_bytes,

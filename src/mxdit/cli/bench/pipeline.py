@@ -36,6 +36,9 @@ def pipeline(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks of the modes; not those of the baseline.")
     ] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Norms, rotary embeddings and GELU of the modes in one pass each.")
+    ] = False,
     device: Device = "cpu",
     report: Json = None,
 ) -> None:
@@ -53,7 +56,7 @@ def pipeline(
 
         mxdit bench pipeline --block A14B --tokens 32760 --device cuda
 
-    --attention and --compile are for the modes; the baseline stays as diffusers has it.
+    --attention, --compile and --fused are for the modes; the baseline stays as diffusers has it.
     """
     from dataclasses import asdict
 
@@ -75,7 +78,7 @@ def pipeline(
         raise InputError("the first step does not count", where="--steps", got=steps, expected="at least 2")
     check_outputs(report)
     device_of(device)
-    how = measure.How(AttentionPolicy.of_value(attention), compiled)
+    how = measure.How(AttentionPolicy.of_value(attention), compiled, fused)
     if block is not None and how.attention.steps:
         raise InputError("a block has no steps", where="--attention", got=attention)
     modes, best = (baseline := say_baseline(device), *modes), None
@@ -105,7 +108,7 @@ def pipeline(
     if best is not None:
         say_operations(rows, best)
     if report is not None:
-        settings |= {"baseline": baseline, "attention": str(how.attention), "compile": compiled}
+        settings |= {"baseline": baseline, "attention": str(how.attention), "compile": compiled, "fused": fused}
         figures = [asdict(row) | {"rest": row.rest} for row in rows]
         ceiled = {} if best is None else {"ceilings": vars(best)}
         report.write_text(json.dumps(as_json("pipeline", device, settings, figures, **ceiled), indent=1) + "\n")
