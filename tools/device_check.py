@@ -48,25 +48,21 @@ class Part:
 
 
 def parts_of(device: str, quick: bool) -> list[Part]:
-    attention = (
-        str(BENCHMARKS / "gpu_attention.py"),
-        "--device",
-        device,
-        *(["--quick", "--rounds", "1"] if quick else []),
-    )
     to, cli = ("--device", device, "--json"), ("-m", "mxdit.cli")
+    attention = (str(BENCHMARKS / "gpu_attention.py"), *(["--quick", "--rounds", "1"] if quick else []), *to, JSON)
     clip = (*cli, "generate", "--method", "mxfp4", "--steps", "2" if quick else "8", "--output", "clip.mp4", *to)
     items = ["quantize mxfp4 uos rint"] if quick else ["quantize", "matmul", "linear", "Wan block"]
     shapes = [text for shape in (["64,256,128"] if quick else SHAPES) for text in ("--shape", shape)]
-    block = ["TI2V-5B", "16"] if quick else ["A14B", "4096"]
     found = [Part("environment", (*cli, "info", "--json"), 2)]
     found += [Part(f"conformance: {item}", (*cli, "conformance", "--only", item, *to, JSON), 4) for item in items]
-    found.append(Part("attention", (*attention, "--json", JSON), 5))
+    found.append(Part("attention", attention, 5))
     found.append(Part("gemm", (*cli, "bench", "gemm", *shapes, "--rounds", "1" if quick else "5", *to, JSON), 5))
-    for tokens in (block[1],) if quick else (block[1], "32760"):
-        modes = ("--mode", "mxfp4", "--rounds", "1") if quick else ("--rounds", "3")
-        command = (*cli, "bench", "pipeline", "--block", block[0], "--tokens", tokens, *modes, *to, JSON)
-        found.append(Part(f"block of {tokens} tokens", command, 4))
+    name, forwards = ("TI2V-5B", "1") if quick else ("A14B", "3")
+    ours = ("--mode", "mxfp4", "--attention", "int8")
+    blocks = {"16": ours} if quick else {"4096": (), "32760": (), "32760, int8 attention": ours}
+    for tokens, modes in blocks.items():
+        size = ("--block", name, "--tokens", tokens.partition(",")[0], "--rounds", forwards)
+        found.append(Part(f"block, {tokens}", (*cli, "bench", "pipeline", *size, *modes, *to, JSON), 4))
     found.append(Part("generate", (*clip, *(["--frames", "5"] if quick else [])), 2))
     if not quick:
         found.append(Part("generate, our attention", (*clip, "--attention", "exact"), 2))
