@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxdit
 import tiny
-from mxdit.integrations import diffusers_fused
+from mxdit.integrations import diffusers_attention, diffusers_fused
 
 OPS = torch.ops.mxdit
 OF_A_BLOCK = {OPS.rms_norm_.default: 4, OPS.gelu_.default: 1}  # of Wan: norms of two attentions, one FeedForward
@@ -78,6 +78,17 @@ def test_a_quantized_model():
     assert calls.items() >= every(tiny.BLOCKS).items()
     assert (got - want).square().mean() < 0.05 * want.square().mean()
     assert torch.equal(tiny.forward(model), want)
+
+
+def test_attention_of_ours_beside():
+    model = tiny.transformer()
+    want = tiny.forward(model)
+    mxdit.fuse_(model)
+    for layer in diffusers_attention.attention_layers(model).values():
+        layer.processor._attention_backend = "mxdit"
+    got, calls = ops_of(model)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert calls == every(tiny.BLOCKS) | {OPS.attention.default: 2 * tiny.BLOCKS}
 
 
 def test_what_a_hook_holds_is_left_alone():
