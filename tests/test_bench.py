@@ -395,7 +395,7 @@ def test_where_bf16_is_emulated_fp32_is_the_baseline_and_that_is_said(tmp_path):
     assert [row["method"] for row in figures["rows"]] == ["fp32", "mxfp4", "mxfp4"]
 
 
-def test_only_a_cpu_has_a_slow_bf16():
+def test_only_a_cpu_has_a_slow_bf16(npu):
     assert baseline("npu") == baseline("cuda:1") == "bf16"
     assert carrier.note(torch.bfloat16, "npu") is None and carrier.note(torch.float32, "cpu") is None
     assert (carrier.note(torch.bfloat16, "cpu") is None) == (baseline("cpu") == "bf16")
