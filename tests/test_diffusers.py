@@ -199,12 +199,14 @@ print(*(name for name in ("diffusers", "transformers", "accelerate", "safetensor
 register_when_imported()
 print(sum(type(finder).__module__.startswith("mxdit.") for finder in sys.meta_path))
 import diffusers.quantizers.auto as auto, transformers.quantizers.auto, importlib.machinery, inspect
+import diffusers.models.attention_dispatch as dispatch
 print(sum(type(finder).__module__.startswith("mxdit.") for finder in sys.meta_path))
 print(type(auto.__loader__).__name__, type(auto.__spec__.loader).__name__)
 print("class DiffusersAutoQuantizer" in inspect.getsource(auto), "mxfp4" in auto.AUTO_QUANTIZER_MAPPING)
+print("mxdit" in list(dispatch.AttentionBackendName))
 """
     lines = output_of("-c", program).splitlines()
-    assert lines == ["", "2", "0", "SourceFileLoader SourceFileLoader", "True True"]
+    assert lines == ["", "3", "0", "SourceFileLoader SourceFileLoader", "True True", "True"]
 
 
 @pytest.mark.slow
