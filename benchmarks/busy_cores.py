@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import mxdit
-from mxdit.backends import cpu
+from mxdit.backends import native
 from mxdit.backends.threads import usable_threads
 from mxdit.bench.modes import CARRIERS, baseline
 from mxdit.layers import MXLinear
@@ -96,7 +96,7 @@ def main() -> None:
         f"{cores} cores, {usable_threads()} threads, {given.neighbours} neighbours a core; load before the run {load:.1f};"
     )
     print(
-        f"mxdit {mxdit.__version__}, path {cpu.selected()}, torch {torch.__version__}; of {', '.join(POLICIES)}: {set_here}\n"
+        f"mxdit {mxdit.__version__}, path {native.selected()}, torch {torch.__version__}; of {', '.join(POLICIES)}: {set_here}\n"
     )
     print(
         "| M, K, N | by | alone, median us | beside neighbours, mean us | times | their median us |\n|---|---|---:|---:|---:|---:|"

@@ -33,7 +33,7 @@ from cpu_linear import caption, machine, milliseconds
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from mxdit.backends import cpu
+from mxdit.backends import native
 from mxdit.bench.timing import Call, alternate, timer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -111,7 +111,7 @@ def measure(case: Case, dtype: str, heads: int, rounds: int) -> Row:
     )
     ratio, ratio_min = statistics.median(others) / statistics.median(mine), min(others) / min(mine)
     return Row(
-        case.name, dtype, cpu.selected(), torch.get_num_threads(), heads, rounds, statistics.median(mine), min(mine),
+        case.name, dtype, native.selected(), torch.get_num_threads(), heads, rounds, statistics.median(mine), min(mine),
         statistics.median(others), min(others), ratio, ratio_min, 4 * pairs * case.width * heads / min(mine),
         2 * side**3 / min(products), error, of_torch,
     )  # fmt: skip
@@ -156,20 +156,20 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=None, help="only those whose name begins so (default: all)")
-    parser.add_argument("--path", choices=cpu.paths(), help="of mxdit, and torch held to it (default: the best)")
+    parser.add_argument("--path", choices=native.paths(), help="of mxdit, and torch held to it (default: the best)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--heads", type=int, default=4, help="of the large cases (default: 4)")
     parser.add_argument("--threads", type=int, default=2, help="of torch and mxdit alike (default: 2)")
     parser.add_argument("--rounds", type=int, default=9, help="of the large cases; small ones have 40 times as many")
     parser.add_argument("--json", type=Path, help="write the numbers and the machine there as well")
     args = parser.parse_args()
-    if cpu.selected() == cpu.REFERENCE:
-        parser.error(f"nothing to measure: {cpu.why_not()}")
+    if native.selected() == native.REFERENCE:
+        parser.error(f"nothing to measure: {native.why_not()}")
     held = HELD.get(args.path, {})
     if any(os.environ.get(name) != value for name, value in held.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | held)
     if args.path:
-        cpu.select(args.path)
+        native.select(args.path)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     about = machine(args.threads) | {"held": held}

@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mxdit
-from mxdit.backends import cpu
+from mxdit.backends import native
 from mxdit.bench.modes import MODES
 from mxdit.bench.shapes import A14B, MINI, TEXT_ENCODER, TEXT_TOKENS, Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
@@ -109,7 +109,7 @@ def measure(
 
     theirs, *times = alternate([baseline, *(calls for _, calls in ours)], rounds, timed)
     for (row, _), mine in zip(ours, times, strict=True):
-        row.against, row.path, row.threads, row.rounds = against, cpu.selected(), torch.get_num_threads(), rounds
+        row.against, row.path, row.threads, row.rounds = against, native.selected(), torch.get_num_threads(), rounds
         row.ours, row.ours_min = statistics.median(mine), min(mine)
         row.theirs, row.theirs_min = statistics.median(theirs), min(theirs)
         row.ratio, row.ratio_min = row.theirs / row.ours, row.theirs_min / row.ours_min
@@ -127,8 +127,8 @@ def measure_pairs(
 def everywhere(call: Callable[[], object]) -> list:
     """What a call returns on every instruction set path, and the reference's answer last."""
     answers = []
-    for path in (*cpu.paths(), cpu.REFERENCE):
-        with cpu.using(path):
+    for path in (*native.paths(), native.REFERENCE):
+        with native.using(path):
             answers.append(call())
     return answers
 
@@ -283,23 +283,23 @@ def quantize(rounds: Rounds) -> list[Row]:
 
 
 def vnni(rounds: Rounds) -> list[Row]:
-    if VNNI not in cpu.paths():
+    if VNNI not in native.paths():
         return []
     threads, linears = torch.get_num_threads(), Linears(A14B.dim, A14B.dim, torch.float32)
     torch.set_num_threads(1)
-    with cpu.using(VNNI):
+    with native.using(VNNI):
         rows = linears.compare("linear", 512, [("mxfp4", kind, 2.0) for kind in KINDS], rounds(20))
     torch.set_num_threads(threads)
     return rows
 
 
 def avx2(rounds: Rounds) -> list[Row]:
-    if AVX2 not in cpu.paths():
+    if AVX2 not in native.paths():
         return []
     threads, linears = torch.get_num_threads(), Linears(A14B.dim, A14B.dim, torch.float32)
     how = partial(measure_pairs, clock=time.thread_time)
     torch.set_num_threads(1)
-    with cpu.using(AVX2):
+    with native.using(AVX2):
         wanted = [("mxfp4", kind, 2.0) for kind in KINDS]
         rows = [row for m in (256, 512, 2048) for row in linears.compare("linear", m, wanted, rounds(10), how=how)]
         rows += beside_ggml(linears, rounds(200), how)
@@ -364,8 +364,8 @@ def machine(threads: int) -> dict:
         "caches": caches(),
         "load": round(os.getloadavg()[0], 2),
         "threads": threads,
-        "path": cpu.selected(),
-        "paths": cpu.paths(),
+        "path": native.selected(),
+        "paths": native.paths(),
         "mxdit": mxdit.__version__,
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
@@ -420,8 +420,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="of torch and mxdit alike (default: 2)")
     parser.add_argument("--json", type=Path, help="write the numbers and the machine there as well")
     args = parser.parse_args()
-    if cpu.selected() == cpu.REFERENCE:
-        parser.error(f"nothing to measure: {cpu.why_not()}")
+    if native.selected() == native.REFERENCE:
+        parser.error(f"nothing to measure: {native.why_not()}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     about, started, rows = machine(args.threads), time.monotonic(), []

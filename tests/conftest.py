@@ -17,7 +17,7 @@ FAKES = str(Path(__file__).parent / "fakes")
 sys.path.insert(0, FAKES)  # mxdit registers its Ascend kernels if it can find torch_npu when it is imported
 try:
     from mxdit import MXConfig
-    from mxdit.backends import cpu
+    from mxdit.backends import native
     from mxdit.conformance.calls import one_thread
     from mxdit.numerics.formats import FORMATS
 finally:
@@ -33,10 +33,10 @@ def seeded() -> None:
     torch.manual_seed(20260101)
 
 
-@pytest.fixture(scope="module", params=[*cpu.paths(), cpu.REFERENCE])
+@pytest.fixture(scope="module", params=[*native.paths(), native.REFERENCE])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation that can answer on this CPU, one after the other."""
-    with cpu.using(request.param):
+    with native.using(request.param):
         yield request.param
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import mxdit
 import tiny
 from mxdit import conformance, ops
-from mxdit.backends import ascend, backends, cpu, layout_for
+from mxdit.backends import ascend, backends, layout_for, native
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.layers import MXLinear
 from mxdit.numerics.formats import FORMATS, SCHEMES
@@ -66,7 +66,7 @@ def spread(rows: int, k: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tens
 
 
 def reference_linear(x: torch.Tensor, w: mxdit.Packed, scheme: str, rule: str, bias: Any, mul_scale: Any) -> Any:
-    with cpu.using("reference"):
+    with native.using("reference"):
         return OPS.linear(x, w.codes, w.scale, w.outer, mul_scale, bias, scheme, rule, "packed")
 
 
@@ -142,14 +142,14 @@ def test_products_of_packed_operands(dtype, device):
             continue
         a, b = mxdit.encode(x, a_fmt), mxdit.encode(w, w_fmt)
         args = (a.codes, a.scale, b.codes, b.scale, bias)
-        with cpu.using("reference"):
+        with native.using("reference"):
             expected = OPS.matmul(*args, a_fmt, w_fmt, dtype)
         got = OPS.matmul(*there(*args), a_fmt, w_fmt, dtype).cpu()
         assert torch.equal(got, expected) if a_fmt == "mxfp4" else close(got, expected)
     if dtype is not torch.float32:
         a, b = mxdit.encode(x, "mxfp4_dualscale"), mxdit.encode(w, "mxfp4_dualscale")
         args = (a.codes, b.codes, a.outer, b.outer, a.scale, b.scale, bias)
-        with cpu.using("reference"):
+        with native.using("reference"):
             expected = OPS.matmul_dual(*args, dtype)
         assert torch.equal(OPS.matmul_dual(*there(*args), dtype).cpu(), expected)
     assert called(device)
@@ -229,7 +229,7 @@ def test_single_rows_cut_out_of_wider_ones(scheme, fmt):
         )
         return OPS.linear(x.to(device)[:, 512:1024], *args, None, None, scheme, "ocp", "packed").cpu()
 
-    with cpu.using("reference"):
+    with native.using("reference"):
         assert close(row("npu"), row("cpu"))
 
 
@@ -268,7 +268,7 @@ def test_a_dual_scale_weight_is_packed_once_and_saved_canonical(device):
     layer.to("npu")
     called(device)
     assert device.get_npu_format(layer.weight) == 29 and layer.weight.dtype is torch.int8
-    with cpu.using("reference"):
+    with native.using("reference"):
         assert torch.equal(layer(x.to("npu")).cpu(), expected)
     assert called(device) == ["npu_dynamic_dual_level_mx_quant", "npu_dual_level_quant_matmul"]
 
@@ -313,7 +313,7 @@ def forward(model: Any, device: str) -> torch.Tensor:
         "timestep": torch.tensor([999.3]),
         "encoder_hidden_states": torch.randn(1, 6, tiny.TEXT_DIM, generator=generator).to(model.dtype),
     }
-    with torch.no_grad(), cpu.using("reference"):
+    with torch.no_grad(), native.using("reference"):
         return model(**{name: tensor.to(device) for name, tensor in inputs.items()}).sample.cpu()
 
 
@@ -363,7 +363,7 @@ def test_a_whole_cascade(task, tmp_path, device):
     for place in ("cpu", "npu"):
         pipe = cls.from_pretrained(str(directory), torch_dtype=torch.bfloat16, quantization_config=config).to(place)
         called(device)
-        with cpu.using("reference"):
+        with native.using("reference"):
             clips.append(tiny.generate(pipe))
         if place == "npu":
             assert {"npu_dual_level_quant_matmul", "npu_quant_matmul", "npu_dynamic_mx_quant"} <= set(called(device))

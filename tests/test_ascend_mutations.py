@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import mxdit
-from mxdit.backends import ascend, cpu
+from mxdit.backends import ascend, native
 from mxdit.numerics.formats import FORMATS, SCHEMES
 
 # What is wrong, the text, what it is replaced by, and what catches it: the operator's refusal, or the numbers.
@@ -254,7 +254,7 @@ def product(scheme: str, fmt: str, m: int, n: int, k: int, dtype: torch.dtype) -
     bias = torch.randn(n, generator=torch.Generator().manual_seed(5)) / 3
     mul_scale = torch.linspace(0.5, 2, k) if w.format.smooths else None
     arguments = [numbers(m, k, dtype, 3), w.codes, w.scale, w.outer, mul_scale, bias]
-    with cpu.using("reference"):
+    with native.using("reference"):
         return arguments, torch.ops.mxdit.linear(*arguments, scheme, rule_of(scheme, fmt), "packed")
 
 

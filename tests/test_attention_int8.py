@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 
-from mxdit.backends import cpu
+from mxdit.backends import native
 from mxdit.backends.environment import one_thread
 from mxdit.numerics.attention import KEYS, exp2
 
@@ -50,7 +50,7 @@ def masks(place):
 
 
 def by_reference(*args):
-    with cpu.using(cpu.REFERENCE):
+    with native.using(native.REFERENCE):
         return OPS.attention(*args)
 
 
@@ -158,8 +158,8 @@ def test_every_path_gives_the_bits_of_the_reference(place, dtype):
         args = (*inputs(place, dtype), mask, 0.2, name == "causal", "int8")
         want = by_reference(*args)
         assert want.isfinite().all()
-        for path in cpu.paths():
-            with cpu.using(path):
+        for path in native.paths():
+            with native.using(path):
                 assert torch.equal(OPS.attention(*args), want), (path, name)
 
 
@@ -199,8 +199,8 @@ def test_special_numbers():
             assert not want[0, unseen].any()
             expected = {"q": [9], "k": [i for i in range(40) if i not in unseen], "v": []}[name[0]]
             assert rows == expected and (channels == [2] if name[0] == "v" else True), name
-        for path in cpu.paths():
-            with cpu.using(path):
+        for path in native.paths():
+            with native.using(path):
                 got = OPS.attention(*args, 0.2, False, "int8")
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
@@ -243,8 +243,8 @@ def test_neither_threads_nor_neighbours_change_a_bit():
 
 def test_no_keys():
     q, k, v = inputs((1, 3, 4, 1, 1, 8, 8), torch.bfloat16)
-    for path in (*cpu.paths(), cpu.REFERENCE):
-        with cpu.using(path):
+    for path in (*native.paths(), native.REFERENCE):
+        with native.using(path):
             assert not OPS.attention(q, k[:, :0], v[:, :0], None, 1.0, False, "int8").any()
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mxdit
 from command import mxdit_command
 from mxdit import conformance
-from mxdit.backends import cpu
+from mxdit.backends import native
 from mxdit.conformance.acceptance import acceptance
 from mxdit.conformance.calls import Call
 from mxdit.conformance.case import Case, generator
@@ -61,8 +61,8 @@ def test_every_case_passes_on_every_path(case):
     if isinstance(case, Case):
         calls = [Remembered(call.op, call.args) for call in case.calls(generator(case.name))]
         case = Case(case.name, lambda numbers: iter(calls))
-    for path in cpu.paths() or [cpu.REFERENCE]:  # another test fails where the library could have been built
-        with cpu.using(path):
+    for path in native.paths() or [native.REFERENCE]:  # another test fails where the library could have been built
+        with native.using(path):
             result = case.run()
         assert result.verdict == conformance.PASS, f"{path}: {result.reason}\n{result.reproducer}"
         assert result.elements > 1000 and result.reproducer is None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import mxdit
 from agreement import every_pattern
-from mxdit.backends import backends, cpu
+from mxdit.backends import backends, native
 from mxdit.numerics.formats import FORMATS, SCHEMES
 from processes import python
 
@@ -33,8 +33,8 @@ LINEARS = [(scheme, fmt) for scheme, row in SCHEMES.items() for fmt in row.weigh
 
 def every_path() -> Iterator[str]:
     """Each path of this machine, while it answers. The reference is computed once, outside."""
-    for path in cpu.paths():
-        with cpu.using(path):
+    for path in native.paths():
+        with native.using(path):
             yield path
 
 
@@ -165,7 +165,7 @@ def test_four_bit_products_are_the_references(m, n, half_k, dtype, fmt, binades,
         dtype = torch.bfloat16
     x, w = spread(m, 2 * half_k, binades, dtype), weights(fmt, n, 2 * half_k, binades / 2)
     bias = torch.randn(n).to(dtype) if with_bias else None
-    with cpu.using("reference"):
+    with native.using("reference"):
         expected = linear(x, w, "w4a4", bias)
     for _ in every_path():
         assert torch.equal(linear(x, w, "w4a4", bias), expected)
@@ -186,7 +186,7 @@ def test_other_products_are_the_references_within_fp32_sums(m, n, half_k, dtype,
         dtype = torch.bfloat16
     x, w = spread(m, 2 * half_k, 4, dtype), weights(fmt, n, 2 * half_k)
     bias = torch.randn(n).to(dtype) if with_bias else None
-    with cpu.using("reference"):
+    with native.using("reference"):
         expected = linear(x, w, scheme, bias)
     for _ in every_path():
         assert_close(linear(x, w, scheme, bias), expected, x, w)
@@ -196,7 +196,7 @@ def test_odd_numbers_of_eight_bit_inputs():
     x, w = torch.randn(5, 1057).bfloat16(), torch.randn(9, 1057).bfloat16()
     a, b = mxdit.encode(x, "mxfp8"), mxdit.encode(w, "mxfp8")
     args = (a.codes, a.scale, b.codes, b.scale, None, "mxfp8", "mxfp8", torch.float32)
-    with cpu.using("reference"):
+    with native.using("reference"):
         expected = OPS.matmul(*args)
     for _ in every_path():
         assert_close(OPS.matmul(*args), expected, x, b)
@@ -232,7 +232,7 @@ def compare_special(x: torch.Tensor, w: mxdit.Packed, scheme: str, nan_rows: int
     """Where partial sums leave the range, their order decides between inf, which may saturate, and NaN.
 
     The first `nan_rows` rows have a NaN in every sum."""
-    with cpu.using("reference"):
+    with native.using("reference"):
         expected = linear(x, w, scheme)
     largest = torch.finfo(expected.dtype).max
     finite = expected.abs() < largest
@@ -261,7 +261,7 @@ def test_four_bit_results_depend_on_no_order(fmt):
         codes = w.codes.view(96, 64, 16)[:, order].reshape(96, 1024)
         shuffled = mxdit.Packed(codes, w.scale[:, order].contiguous(), w.outer, fmt)
         results.append(linear(x.view(70, 64, 32)[:, order].reshape(70, 2048), shuffled, "w4a4", smooth=False))
-    assert len(results) == 5 * len(cpu.paths())
+    assert len(results) == 5 * len(native.paths())
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -311,7 +311,7 @@ def test_rows_of_a_threads_own(scheme, fmt, m, extreme):
         with threads(2):
             assert_same_values(linear(x, w, scheme, bias), alone)
         if scheme == "w4a4":
-            with cpu.using("reference"):
+            with native.using("reference"):
                 assert_same_values(linear(x, w, scheme, bias), alone)
 
 
@@ -319,7 +319,7 @@ def test_rows_of_a_threads_own(scheme, fmt, m, extreme):
 @pytest.mark.parametrize("fmt", ["mxfp4", "mxfp4_dualscale"])
 def test_a_bias_of_any_dtype(fmt, dtype):
     x, w, bias = torch.randn(3, 64).bfloat16(), weights(fmt, 40, 64), torch.randn(80)[::2].to(dtype)
-    with cpu.using("reference"):
+    with native.using("reference"):
         expected = linear(x, w, "w4a4", bias)
     for _ in every_path():
         assert torch.equal(linear(x, w, "w4a4", bias), expected)
@@ -402,21 +402,21 @@ print("status", status, answer[8:] == y()[:60000])
 @pytest.mark.slow
 def test_the_environment_forces_a_path(monkeypatch):
     try:
-        for path in cpu.paths():
+        for path in native.paths():
             monkeypatch.setenv("MXDIT_CPU_PATH", path)
-            cpu.choose()
-            assert (cpu.selected(), cpu.why_not()) == (path, None)
+            native.choose()
+            assert (native.selected(), native.why_not()) == (path, None)
         monkeypatch.setenv("MXDIT_CPU_PATH", "reference")
-        cpu.choose()
-        assert cpu.selected() == "reference"
-        assert str(cpu.why_not()).startswith("the reference was chosen (MXDIT_CPU_PATH")
+        native.choose()
+        assert native.selected() == "reference"
+        assert str(native.why_not()).startswith("the reference was chosen (MXDIT_CPU_PATH")
         monkeypatch.setenv("MXDIT_CPU_PATH", "")
-        cpu.choose()
-        assert (cpu.selected(), cpu.why_not()) == (cpu.paths()[0], None)
+        native.choose()
+        assert (native.selected(), native.why_not()) == (native.paths()[0], None)
     finally:
-        cpu.select(None)
+        native.select(None)
     # And a program asks for it when it starts.
-    code = "import mxdit; from mxdit.backends import cpu; print(cpu.selected(), cpu.why_not())"
+    code = "import mxdit; from mxdit.backends import native; print(native.selected(), native.why_not())"
     assert python("-c", code, MXDIT_CPU_PATH="scalar").stdout.split() == ["scalar", "None"]
     refused = python(
         "-c",
@@ -431,40 +431,40 @@ def test_the_environment_forces_a_path(monkeypatch):
 
 
 def test_select_refuses_and_puts_back():
-    before = cpu.selected()
+    before = native.selected()
     with pytest.raises(mxdit.BackendError, match=r"'nope'.*scalar"):
-        cpu.select("nope")
-    with cpu.using("scalar"):
-        assert cpu.selected() == "scalar"
-        with cpu.using("reference"):
-            assert cpu.selected() == "reference" and "reference" in str(cpu.why_not())
-        assert cpu.selected() == "scalar"
-    assert cpu.selected() == before
+        native.select("nope")
+    with native.using("scalar"):
+        assert native.selected() == "scalar"
+        with native.using("reference"):
+            assert native.selected() == "reference" and "reference" in str(native.why_not())
+        assert native.selected() == "scalar"
+    assert native.selected() == before
 
 
 def test_the_library_is_there_where_it_can_be_built():
     """An installation falls back to none when the build fails, and says so only in pip's log."""
     if any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        assert cpu.paths()[-1:] == ("scalar",), "the native library did not build: see pip install -v -e ."
+        assert native.paths()[-1:] == ("scalar",), "the native library did not build: see pip install -v -e ."
 
 
 def test_without_a_library_the_reference_answers_and_info_says_why(monkeypatch):
-    monkeypatch.setattr(cpu, "_library", lambda: None)
-    assert cpu.paths() == () and cpu.selected() == "reference"
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert native.paths() == () and native.selected() == "reference"
     record = next(b for b in backends() if b.device == "cpu")
     assert "compiler" in str(record.why_not())
     with pytest.raises(mxdit.BackendError, match="compiler"):
-        cpu.select("scalar")
+        native.select("scalar")
     monkeypatch.setenv("MXDIT_CPU_PATH", "avx2")
-    cpu.choose()
+    native.choose()
     try:
-        with cpu.using("reference"):
+        with native.using("reference"):
             OPS.quantize(torch.ones(1, 32), "mxfp4", "ocp", "rint")
-        assert "'avx2'" in str(cpu.why_not())
+        assert "'avx2'" in str(native.why_not())
         with pytest.raises(mxdit.BackendError, match=r"MXDIT_CPU_PATH.*'avx2'.*compiler"):
             OPS.quantize(torch.ones(1, 32), "mxfp4", "ocp", "rint")
     finally:
-        cpu.select(None)
+        native.select(None)
 
 
 def test_what_is_refused_is_refused_before_and_after_it_was_seen():

@@ -14,7 +14,7 @@ from torch import nn
 
 import mxdit
 import tiny
-from mxdit.backends import cpu
+from mxdit.backends import native
 from processes import output_of
 
 pytestmark = pytest.mark.slow
@@ -172,7 +172,7 @@ def test_a_transformer_computes_what_it_does_on_the_cpu(fmt, npu):
     model = tiny.transformer().to(torch.bfloat16)
     if fmt:
         mxdit.quantize_(model, fmt)
-    with cpu.using(cpu.REFERENCE):
+    with native.using(native.REFERENCE):
         expected = tiny.forward(model)
     model.to("npu")
     generator = torch.Generator().manual_seed(0)
@@ -338,7 +338,7 @@ def product(npu: Any, left: str, right: str, m: int = 3, n: int = 6, k: int = 11
 
     def expected() -> torch.Tensor:
         packed, weight = mxdit.encode(x, left, "ocp"), mxdit.encode(w, right, "ocp")
-        with cpu.using(cpu.REFERENCE):
+        with native.using(native.REFERENCE):
             return OPS.matmul(packed.codes, packed.scale, weight.codes, weight.scale, bias, left, right, out)
 
     return args, expected
@@ -391,7 +391,7 @@ def dual_product(npu: Any, m: int = 3, n: int = 6, k: int = 1120, out: torch.dty
 
     def expected() -> torch.Tensor:
         a, w_ = mxdit.encode(x, "mxfp4_dualscale"), mxdit.encode(w, "mxfp4_dualscale")
-        with cpu.using(cpu.REFERENCE):
+        with native.using(native.REFERENCE):
             return OPS.matmul_dual(a.codes, w_.codes, a.outer, w_.outer, a.scale, w_.scale, bias, out)
 
     return args, expected

@@ -20,7 +20,7 @@ from torch import nn
 import mxdit
 import tiny
 from command import mxdit_command
-from mxdit.backends import cpu
+from mxdit.backends import native
 from mxdit.bench.memory import tensor_bytes
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.config.encoders import encoder_config
@@ -414,7 +414,7 @@ def test_pages_that_were_written_to_stay(packed):
 
 @pytest.fixture
 def npu_by_reference(npu: object) -> Iterator[None]:
-    with cpu.using("reference"):
+    with native.using("reference"):
         yield
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import mxdit
 import tiny
 from command import mxdit_command
-from mxdit.backends import cpu
+from mxdit.backends import native
 from mxdit.calibrate.experts import linear_at
 from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.walk import Walk
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def by_reference() -> Iterator[None]:
-    with cpu.using("reference"):
+    with native.using("reference"):
         yield
 
 

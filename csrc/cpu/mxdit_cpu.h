@@ -1,4 +1,4 @@
-// The C ABI of mxdit's CPU kernels, and all that src/mxdit/backends/cpu.py knows of them.
+// The C ABI of mxdit's CPU kernels, and all that src/mxdit/backends/native.py and cpu.py know of them.
 //
 // What is computed is docs/numerics.md; the reference in torch (src/mxdit/numerics/codec.py, reference.py) gives the same bits.
 // Matrices are row-major with the last axis contiguous; `stride` counts elements from row to row. Packed operands are in

@@ -1,26 +1,21 @@
 """The native CPU kernels (csrc/cpu), called through their C ABI and registered on torch's CPU device.
 
-They give the bits of the reference on every instruction set path; docs/cpu.md says which paths there are. The environment
-variable MXDIT_CPU_PATH forces one (or ``reference``); `usable_threads` says how many threads.
+They give the bits of the reference on every instruction set path, of which `mxdit.backends.native` chooses one;
+`usable_threads` says how many threads.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mxdit.backends import native
 from mxdit.backends.record import Backend
 from mxdit.backends.threads import usable_threads
 from mxdit.errors import BackendError
@@ -32,17 +27,11 @@ from mxdit.ops import rowwise as rowwise_ops
 
 _T = TypeVar("_T")
 
-VARIABLE = "MXDIT_CPU_PATH"
-REFERENCE = "reference"
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _RULES = {"ocp": 0, "uos": 1, "even6": 2, "even7": 3, "cublas": 4}
 _ROUND_MODES = {"rint": 0, "round": 1, "floor": 2}
-_NO_LIBRARY = (
-    "mxdit was installed without its native library, which takes a C++20 compiler; install one, then mxdit again"
-)
 _FP4, _FP8, _FLOAT = range(3)
 _FORMATS = {"mxfp4": _FP4, "mxfp4_dualscale": _FP4, "mxfp8": _FP8, None: _FLOAT}
-
 _METHODS = {"exact": 0, "int8": 1}
 _NO_MASK, _BOOL_MASK = -1, 3
 
@@ -55,123 +44,16 @@ _RMS_NORM = struct.Struct("@4q5P3qf2i")
 _GELU = struct.Struct("@Pqi")
 
 
-# -- which path ----------------------------------------------------------------------------------------------------------
-
-_reference = False  # whether the reference answers although there is a library
-_refused: BackendError | None = None  # what is wrong with the path that the environment names: raised by the first op
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """The shared library that was built with the package, or None where it was installed without one."""
-    # In an editable install it lies elsewhere than this file.
-    path = Path(str(files("mxdit.backends").joinpath("libmxdit_cpu.so")))
-    if not path.is_file():
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(
-            "the native library does not load",
-            where=str(path),
-            got=error,
-            expected="a library built for this machine",
-            hint="Install mxdit again on this machine.",
-        ) from error
-    library.mx_paths.restype = library.mx_selected.restype = ctypes.c_char_p
-    library.mx_select.argtypes = [ctypes.c_char_p]
-    nothing = (library.mx_encode, library.mx_decode, library.mx_rms_norm, library.mx_gelu)
-    for function in nothing:
-        function.restype = None
-    for function in (*nothing, library.mx_linear, library.mx_attention):
-        function.argtypes = [ctypes.c_char_p, ctypes.c_int]
-    return library
-
-
-def paths() -> tuple[str, ...]:
-    """The instruction set paths that this CPU runs, best first; empty where there is no native library."""
-    library = _library()
-    return () if library is None else tuple(library.mx_paths().decode().split())
-
-
-def selected() -> str:
-    """The path that answers now, or ``reference``."""
-    library = _library()
-    return REFERENCE if library is None or _reference else library.mx_selected().decode()
-
-
-def select(path: str | None) -> None:
-    """Let that path answer from now on, in the whole process: one of `paths`, ``reference``, or None for the best.
-
-    Raises:
-        BackendError: for a path that this CPU does not run.
-    """
-    global _reference, _refused
-    library = _library()
-    if path not in (None, REFERENCE, *paths()):
-        raise BackendError(
-            "no such instruction set path on this CPU",
-            where=VARIABLE if os.environ.get(VARIABLE) == path else "mxdit.backends.cpu.select",
-            got=repr(path),
-            expected=" or ".join([*paths(), REFERENCE]),
-            hint=None if library else f"Native kernels are missing: {_NO_LIBRARY}.",
-        )
-    _reference, _refused = path == REFERENCE, None
-    if library is not None and path != REFERENCE:
-        library.mx_select(path.encode() if path else None)
-
-
-@contextmanager
-def using(path: str | None) -> Iterator[None]:
-    """`select` for the length of a ``with`` block."""
-    global _refused
-    before, refused = selected(), _refused
-    select(path)
-    try:
-        yield
-    finally:
-        select(before)
-        _refused = refused
-
-
-def choose() -> None:
-    """`select` what the environment names. One that is not to be had is an error when an op is called, not before, so that
-    a program can say it and `why_not` is there to ask."""
-    global _reference, _refused
-    try:
-        select(os.environ.get(VARIABLE) or None)
-    except BackendError as error:
-        _reference, _refused = True, error
-
-
-def why_not() -> str | None:
-    """None where native kernels answer, else the reason in words."""
-    if _refused is not None:
-        return str(_refused)
-    if _library() is None:
-        return _NO_LIBRARY
-    return f"the reference was chosen ({VARIABLE})" if _reference else None
-
-
-def about() -> str:
-    """The path in use and what else this CPU runs."""
-    others = ", ".join(path for path in paths() if path != selected())
-    return f"path {selected()}; this CPU also runs {others}" if others else f"path {selected()}"
-
-
-# -- the ops -------------------------------------------------------------------------------------------------------------
-
-
 def _refer(op: Callable[..., _T], *args: object) -> _T:
     """What the reference says, unless the environment asked for something else."""
-    if _refused is not None:
-        raise _refused
+    if native.refusal is not None:
+        raise native.refusal
     return op(*args)
 
 
 def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, Tensor]:
     """`mxdit.ops.quantize`."""
-    if _reference:
+    if native.by_reference:
         return _refer(quantize_ops.quantize, x, fmt, rule, round_mode)
     codes, scale = quantize_ops.prepare_quantize(x, fmt, rule, round_mode)
     _encode(x, fmt, _RULES[rule], round_mode, None, codes, scale, None)
@@ -180,7 +62,7 @@ def quantize(x: Tensor, fmt: str, rule: str, round_mode: str) -> tuple[Tensor, T
 
 def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple[Tensor, Tensor, Tensor]:
     """`mxdit.ops.quantize_dual`."""
-    if _reference:
+    if native.by_reference:
         return _refer(quantize_ops.quantize_dual, x, mul_scale, round_mode)
     codes, l0, l1 = quantize_ops.prepare_quantize_dual(x, mul_scale, round_mode)
     _encode(x, "mxfp4_dualscale", _RULES["ocp"], round_mode, mul_scale, codes, l1, l0)
@@ -189,7 +71,7 @@ def quantize_dual(x: Tensor, mul_scale: Tensor | None, round_mode: str) -> tuple
 
 def dequantize(codes: Tensor, scale: Tensor, outer: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     """`mxdit.ops.dequantize`."""
-    if _reference:
+    if native.by_reference:
         return _refer(quantize_ops.dequantize, codes, scale, outer, fmt, dtype)
     out = quantize_ops.prepare_dequantize(codes, scale, outer, fmt, torch.float32 if dtype is torch.float64 else dtype)
     if out.numel():
@@ -210,7 +92,7 @@ def matmul(
     out: torch.dtype,
 ) -> Tensor:
     """`mxdit.ops.matmul`."""
-    if _reference:
+    if native.by_reference:
         return _refer(products.matmul, a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     result = products.prepare_matmul(a, a_scale, w, w_scale, bias, a_fmt, w_fmt, out)
     _multiply_packed(a, a_scale, None, a_fmt, w, w_scale, None, w_fmt, bias, result)
@@ -221,7 +103,7 @@ def matmul_dual(
     a: Tensor, w: Tensor, a_l0: Tensor, w_l0: Tensor, a_l1: Tensor, w_l1: Tensor, bias: Tensor | None, out: torch.dtype
 ) -> Tensor:
     """`mxdit.ops.matmul_dual`."""
-    if _reference:
+    if native.by_reference:
         return _refer(products.matmul_dual, a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     result = products.prepare_matmul_dual(a, w, a_l0, w_l0, a_l1, w_l1, bias, out)
     _multiply_packed(a, a_l1, a_l0, "mxfp4", w, w_l1, w_l0, "mxfp4", bias, result)
@@ -240,7 +122,7 @@ def linear(
     layout: str,
 ) -> Tensor:
     """`mxdit.ops.linear`, quantizing and multiplying in one call."""
-    if _reference:
+    if native.by_reference:
         return _refer(products.linear, x, w, w_scale, w_dual, mul_scale, bias, scheme, rule, layout)
     # Small layers feel every microsecond here, so arguments of a kind that was found good are not checked again.
     kind = (
@@ -274,7 +156,7 @@ def linear(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str) -> Tensor:
     """`mxdit.ops.attention`."""
-    if _reference:
+    if native.by_reference:
         return _refer(attention_ops.attention, q, k, v, mask, scale, causal, method)
     result = attention_ops.prepare_attention(q, k, v, mask, scale, causal, method)
     if result.numel():
@@ -296,7 +178,7 @@ def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, rounded: bool
 ) -> Tensor:
     """`mxdit.ops.rms_norm`."""
-    if _reference:
+    if native.by_reference:
         return _refer(rowwise_ops.rms_norm, x, weight, eps, cos, sin, rounded)
     result = rowwise_ops.prepare_rms_norm(x, weight, eps, cos, sin, rounded)
     _norm(_rows(x), weight, eps, cos, sin, rounded, x.shape, result.view(-1, x.shape[-1]))
@@ -307,7 +189,7 @@ def rms_norm_(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, rounded: bool
 ) -> None:
     """`mxdit.ops.rms_norm_`."""
-    if _reference:
+    if native.by_reference:
         return _refer(rowwise_ops.rms_norm_, x, weight, eps, cos, sin, rounded)
     rowwise_ops.prepare_rms_norm_(x, weight, eps, cos, sin, rounded)
     rows = _rows(x)
@@ -318,7 +200,7 @@ def rms_norm_(
 
 def gelu_(x: Tensor) -> None:
     """`mxdit.ops.gelu_`."""
-    if _reference:
+    if native.by_reference:
         return _refer(rowwise_ops.gelu_, x)
     rowwise_ops.prepare_gelu_(x)
     dense = x.contiguous()
@@ -396,7 +278,7 @@ def _encode(
 
 
 def _call(function: str, job: bytes) -> None:
-    if getattr(_library(), function)(job, usable_threads()):
+    if getattr(native.library(), function)(job, usable_threads()):
         first, second, third = struct.unpack_from("@3q", job)
         attends = function == "mx_attention"
         raise BackendError(
@@ -440,12 +322,12 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-BACKEND = Backend(name="cpu (native)", device="cpu", why_not=why_not, about=about)
+BACKEND = Backend(name="cpu (native)", device="cpu", why_not=native.why_not, about=native.about)
 
 
 def _register() -> None:
-    choose()
-    if _library() is None and _refused is None:
+    native.choose()
+    if native.library() is None and native.refusal is None:
         return
     implement("CPU", sys.modules[__name__])
 
