@@ -51,7 +51,11 @@ def parts_of(device: str, quick: bool) -> list[Part]:
     to, cli = ("--device", device, "--json"), ("-m", "mxdit.cli")
     attention = (str(BENCHMARKS / "gpu_attention.py"), *(["--quick", "--rounds", "1"] if quick else []), *to, JSON)
     clip = (*cli, "generate", "--method", "mxfp4", "--steps", "2" if quick else "8", "--output", "clip.mp4", *to)
-    items = ["quantize mxfp4 uos rint"] if quick else ["quantize", "matmul", "linear", "Wan block"]
+    items = (
+        ["quantize mxfp4 uos rint"]
+        if quick
+        else ["quantize", "matmul", "linear", "rms_norm", "gelu", "attention", "Wan block"]
+    )
     shapes = [text for shape in (["64,256,128"] if quick else SHAPES) for text in ("--shape", shape)]
     found = [Part("environment", (*cli, "info", "--json"), 2)]
     found += [Part(f"conformance: {item}", (*cli, "conformance", "--only", item, *to, JSON), 4) for item in items]

@@ -21,7 +21,8 @@ class Acceptance:
         name: what tables call it.
         equal: the least share of codes, or of outputs, that are the reference's.
         ulps, relative: the others may be off by so many units in the last place of the reference's output, plus so much of
-            its magnitude, plus `FLOOR` of the sum of the magnitudes of all that was added up.
+            its magnitude, plus `FLOOR` of the sum of the magnitudes of all that was added up; of attention, plus twice what
+            docs/numerics.md section 9 grants its method ``exact`` beside rounding.
         mean: the largest sum of errors, relative to the sum of the reference's magnitudes.
         under_nan: whether codes under a scale of NaN count.
         inexact_quotients: whether the first quotient of the dual level may be one unit off, or zero where it is subnormal:
@@ -40,6 +41,7 @@ class Acceptance:
 
 EXACT = Acceptance("exact")
 SUM = Acceptance("sum", equal=0.0, ulps=1)
+SOFTMAX = Acceptance("softmax", equal=0.0, ulps=1, mean=2.0**-8)
 LIVE = Acceptance("live codes", under_nan=False)
 QUOTIENT = Acceptance("quotient", equal=0.9999, ulps=math.inf, under_nan=False, inexact_quotients=True)
 ORDER = Acceptance("order", equal=0.999, ulps=1)
@@ -61,6 +63,10 @@ _EVERYWHERE: Mapping[str, Acceptance] = {
     "fp8 product": SUM,
     "w4a8 product in fp16": SUM,
     "float product": SUM,
+    "attention": SOFTMAX,
+    "int8 attention": EXACT,
+    "norm": EXACT,
+    "gelu": EXACT,
     "w4a4 block": BLOCK_4,
     "block": BLOCK_8,
 }

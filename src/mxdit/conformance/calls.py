@@ -17,17 +17,31 @@ from mxdit.numerics.formats import FORMATS, SCHEMES, BlockFormat
 
 OUTPUTS = {"quantize": ("codes", "scale"), "quantize_dual": ("codes", "l0", "l1")}  # all others have one: "out"
 
-# What an argument has rows of, M or N, and how many elements of K one of its columns covers: 0 for codes, whose format says.
-_AXES: Mapping[str, tuple[str, int | None]] = {
-    "x": ("m", 1),
-    "mul_scale": ("", 1),
-    "bias": ("n", None),
-    **dict.fromkeys(("codes", "a"), ("m", 0)),
-    **dict.fromkeys(("scale", "a_scale", "a_l1"), ("m", 32)),
-    **dict.fromkeys(("outer", "a_l0"), ("m", 512)),
-    "w": ("n", 0),
-    **dict.fromkeys(("w_scale", "w_l1"), ("n", 32)),
-    **dict.fromkeys(("w_dual", "w_l0"), ("n", 512)),
+# Which axis of a problem is which dimension of an argument, where activations of products have two: M, N and K; of attention
+# batch, queries, keys, and the widths of k and v; of norms batch, tokens and K.
+_PRODUCT: Mapping[str, Mapping[str, int]] = {
+    **{name: {"m": 0, "k": 1} for name in ("x", "codes", "scale", "outer", "a", "a_scale", "a_l0", "a_l1")},
+    **{name: {"n": 0, "k": 1} for name in ("w", "w_scale", "w_dual", "w_l0", "w_l1")},
+    "mul_scale": {"k": 0},
+    "bias": {"n": 0},
+}
+_NORM = {"x": {"b": 0, "l": 1, "k": -1}, "weight": {"k": 0}, "cos": {"l": 0}, "sin": {"l": 0}}
+_ATTENTION = {
+    "q": {"b": 0, "l": 1, "d": 3},
+    "k": {"b": 0, "s": 1, "d": 3},
+    "v": {"b": 0, "s": 1, "e": 3},
+    "mask": {"b": -4, "l": -2, "s": -1},
+}
+_DIMENSIONS: Mapping[str, Mapping[str, Mapping[str, int]]] = {  # of ops that are no products
+    "attention": _ATTENTION,
+    "rms_norm": _NORM,
+    "rms_norm_": _NORM,
+    "gelu_": {"x": {"m": 0}},
+}
+_COVERS = {  # how many elements of K one column covers, where it is not one: 0 for codes, whose format says
+    **dict.fromkeys(("codes", "a", "w"), 0),
+    **dict.fromkeys(("scale", "a_scale", "a_l1", "w_scale", "w_l1"), 32),
+    **dict.fromkeys(("outer", "a_l0", "w_dual", "w_l0"), 512),
 }
 _IMPLEMENTATIONS = {
     func: op.reference
@@ -73,19 +87,42 @@ class Call:
 
     def on(self, device: str) -> tuple[Tensor, ...]:
         """What the device makes of it, brought back to the CPU."""
-        args = {name: arg.to(device) if isinstance(arg, Tensor) else arg for name, arg in self.args.items()}
-        return tuple(output.cpu() for output in _tuple(getattr(torch.ops.mxdit, self.op)(**args)))
+        return tuple(output.cpu() for output in self._answer(device))
 
     def expected(self) -> tuple[Tensor, ...]:
         """What the reference makes of it."""
         with one_thread(), ByReference():
-            return _tuple(getattr(torch.ops.mxdit, self.op)(**self.args))
+            return self._answer("cpu")
+
+    def _answer(self, device: str) -> tuple[Tensor, ...]:
+        args = {
+            name: arg.to(device, copy=self.in_place) if isinstance(arg, Tensor) else arg
+            for name, arg in self.args.items()
+        }
+        outputs = getattr(torch.ops.mxdit, self.op)(**args)
+        if self.in_place:
+            return (args["x"],)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether its result is in x afterwards."""
+        return self.op.endswith("_")
+
+    @property
+    def signed_zeros(self) -> bool:
+        """Whether the sign of a zero in its result is defined."""
+        return self.op in ("dequantize", "rms_norm", "rms_norm_", "gelu_")
 
     @property
     def kind(self) -> str:
         """What `mxdit.conformance.acceptance` goes by."""
         if self.op in OUTPUTS:
             return "dual codes" if self.op == "quantize_dual" else "codes"
+        if self.op == "attention":
+            return "attention" if self.args["method"] == "exact" else f"{self.args['method']} attention"
+        if self.op in _DIMENSIONS:
+            return "norm" if self.op.startswith("rms_norm") else "gelu"
         if self.op == "dequantize":
             return "values"
         if self.op == "matmul_dual":
@@ -124,45 +161,65 @@ class Call:
         return Call(self.op, args)
 
     def flat(self) -> Call:
-        """The same with activations of two axes."""
-        args = {name: arg.reshape(-1, arg.shape[-1]) for name, arg in self._tensors("m").items()}
-        return Call(self.op, {**self.args, **args})
+        """The same with as many axes as `size` and `drop` know."""
+        args = dict(self.args)
+        if self.op == "gelu_":
+            args["x"] = args["x"].flatten()
+        elif self.op in ("rms_norm", "rms_norm_") and args["cos"] is None:
+            args["x"] = args["x"].reshape(1, -1, args["x"].shape[-1])
+        elif self.op not in _DIMENSIONS:
+            for name, arg in self._tensors.items():
+                if "m" in self._dimensions[name]:
+                    args[name] = arg.reshape(-1, arg.shape[-1])
+        return Call(self.op, args)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What can be dropped of a flat call, in the order that is best: sums last."""
+        there = {axis for name in self._tensors for axis in self._dimensions[name]}
+        return tuple(axis for axis in "blsmndek" if axis in there)
 
     def size(self, axis: str) -> int:
-        """M, N (0 where there is none) or K, as ``axis`` is "m", "n" or "k", of a flat call."""
-        if axis == "k":
-            name, first = next(iter(self._tensors("m").items()))
-            return first.shape[1] * (8 // self._code_bits[name] if name in self._code_bits else 1)
-        return next((len(arg) for arg in self._tensors(axis).values()), 0)
+        """How long an axis of a flat call is: of K in elements."""
+        name, first = next((name, arg) for name, arg in self._tensors.items() if axis in self._dimensions[name])
+        return first.shape[self._dimensions[name][axis]] * self._per_column(name, axis)
 
     def unit(self, axis: str) -> int:
-        """Of what M, N or K can only be dropped in multiples: of K, what a scale covers."""
+        """Of what an axis can only be dropped in multiples: of K, what a scale covers, or what is turned by itself."""
         if axis != "k":
             return 1
-        groups = self.op == "quantize_dual" or any(_AXES[name][1] == 512 for name in self._tensors())
+        if self.op in _DIMENSIONS:
+            return 1 if self.args["cos"] is None else self.args["cos"].shape[-1]
+        groups = self.op == "quantize_dual" or any(_COVERS.get(name) == 512 for name in self._tensors)
         return 512 if groups and self.size("k") > 512 else 32
 
     def drop(self, axis: str, start: int, stop: int) -> Call:
-        """A flat call without M, N or K from ``start`` to ``stop``, both multiples of its unit, or the end."""
-        args = dict(self.args)
-        for name, arg in self._tensors().items():
-            rows, covers = _AXES[name]
-            if axis == rows:
-                args[name] = torch.cat([arg[:start], arg[stop:]])
-            elif axis == "k" and covers is not None and covers < self.size("k"):  # a part of the only group leaves it
-                covers = covers or 8 // self._code_bits[name]
-                args[name] = torch.cat([arg[..., : start // covers], arg[..., -(-stop // covers) :]], -1)
+        """A flat call without what is from ``start`` to ``stop`` of an axis, both multiples of its unit, or the end."""
+        args, size = dict(self.args), self.size(axis)
+        for name, arg in self._tensors.items():
+            dim, covers = self._dimensions[name].get(axis), self._per_column(name, axis)
+            if dim is None or dim < -arg.dim() or (arg.shape[dim] == 1 and size > 1):
+                continue  # it has no such axis, or one for all: a mask's, or the only group of K
+            before, after = start // covers, -(-stop // covers)
+            args[name] = torch.cat([arg.narrow(dim, 0, before), arg.narrow(dim, after, arg.shape[dim] - after)], dim)
         return Call(self.op, args)
+
+    def _per_column(self, name: str, axis: str) -> int:
+        """How many elements of an axis one number of an argument stands for."""
+        return (_COVERS.get(name, 1) or 8 // self._code_bits[name]) if axis == "k" else 1
+
+    @property
+    def _dimensions(self) -> Mapping[str, Mapping[str, int]]:
+        return _DIMENSIONS.get(self.op, _PRODUCT)
 
     @property
     def numbers(self) -> int:
         """How many numbers its arguments hold."""
-        return sum(tensor.numel() for tensor in self._tensors().values())
+        return sum(tensor.numel() for tensor in self._tensors.values())
 
-    def _tensors(self, rows: str | None = None) -> dict[str, Tensor]:
-        """The tensors among its arguments: those with rows of M, of N, or all."""
-        tensors = {name: arg for name, arg in self.args.items() if isinstance(arg, Tensor)}
-        return {name: arg for name, arg in tensors.items() if rows in (None, _AXES[name][0])}
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: arg for name, arg in self.args.items() if isinstance(arg, Tensor)}
 
     def without(self, name: str, start: int, stop: int) -> Call:
         """The same with zeros in place of some numbers or codes of an argument, counted through its rows."""
@@ -176,7 +233,3 @@ def quantizing(x: Tensor, row: BlockFormat, rule: str, round_mode: str, mul_scal
     if row.outer:
         return Call("quantize_dual", {"x": x, "mul_scale": mul_scale, "round_mode": round_mode})
     return Call("quantize", {"x": x, "fmt": row.name, "rule": rule, "round_mode": round_mode})
-
-
-def _tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)

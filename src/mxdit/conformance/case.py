@@ -16,6 +16,7 @@ from mxdit.conformance.calls import Call
 from mxdit.conformance.compare import Finding, compare
 from mxdit.conformance.reproduce import reproduce
 from mxdit.errors import BackendError
+from mxdit.ops import left_to_reference
 
 PASS, FAIL, REFUSED, SKIPPED = "pass", "fail", "refused", "skipped"
 
@@ -27,7 +28,7 @@ class Result:
     Attributes:
         name: the case's.
         verdict: ``pass``, ``fail``, ``refused`` (the device takes none or not all of it, by its own limits, and what it took
-            was right) or ``skipped``.
+            was right) or ``skipped`` (what it takes is not installed, or the device's backend leaves the op to the reference).
         reason: why, in words, where it is not a pass.
         accepted: what it was held to, names of `mxdit.conformance.acceptance`.
         elements: codes and outputs compared.
@@ -62,12 +63,16 @@ class Tally:
         self.findings: dict[str, Finding] = {}
         self.culprits: dict[str, Call] = {}
         self.refusals: list[str] = []
+        self.left: list[str] = []  # ops that the device's backend leaves to the reference
         self.calls = 0
         self.started = time.perf_counter()
 
     def check(self, call: Call) -> None:
         """Run a call and note how it went."""
         self.calls += 1
+        if left_to_reference(call.op, self.type):
+            self.left.append(call.op)
+            return
         accepted = acceptance(call.kind, self.type)
         try:
             finding = compare(call, self.device, accepted)
@@ -93,6 +98,8 @@ class Tally:
             reproducer = reproduce(name, culprit, self.device) if culprit else None
         elif self.refusals:
             verdict, reason = REFUSED, f"{len(self.refusals)} of {self.calls} calls: {self.refusals[0]}"
+        elif self.left:
+            verdict, reason = SKIPPED, f"the device's backend has no {self.left[0]}: the reference answers"
         return Result(
             name,
             verdict,

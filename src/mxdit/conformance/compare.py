@@ -30,7 +30,7 @@ class Finding:
         outputs: outputs that differ.
         ulps: the largest difference of an output, in units in the last place of its dtype.
         wrong: codes, scales and outputs that are further off than the acceptance lets any be.
-        error, size: sums of the outputs' errors, and of the reference's magnitudes.
+        error, size: sums of the outputs' errors, and of the reference's finite magnitudes.
         message: what the op raised, or what is wrong with the shape or dtype of a result; None where it could be compared.
     """
 
@@ -76,17 +76,38 @@ def compare(call: Call, device: str, acceptance: Acceptance) -> Finding:
     with one_thread():
         if "codes" in call.outputs:
             return _compare_codes(call, got, expected, acceptance)
-        signed_zeros = call.op == "dequantize"
-        return compare_values(got[0], expected[0], lambda: bound(call, expected[0], acceptance), signed_zeros)
+        return compare_values(got[0], expected[0], lambda: bound(call, expected[0], acceptance), call.signed_zeros)
 
 
 def bound(call: Call, expected: Tensor, acceptance: Acceptance) -> Tensor:
-    """How far off each output of a product may be, in fp64; 0 where nothing else is accepted."""
+    """How far off each output may be, in fp64; 0 where nothing else is accepted."""
     if acceptance.equal == 1:
         return torch.zeros(expected.shape, dtype=torch.float64)
-    magnitudes = call.unsigned().expected()[0].double()
-    own = expected.double().abs()
-    return acceptance.ulps * _ulp(expected) + acceptance.relative * own + FLOOR * magnitudes
+    rounding = acceptance.ulps * _ulp(expected) + acceptance.relative * expected.double().abs()
+    if call.op == "attention":
+        return rounding + 2 * _inexact_attention(**call.args)
+    return rounding + FLOOR * call.unsigned().expected()[0].double()
+
+
+def _inexact_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str
+) -> Tensor:
+    """What docs/numerics.md section 9 grants method ``exact`` beside a rounding of the result: (B, L, H, E) in fp64."""
+    half = q.dtype is torch.bfloat16
+    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    logits = torch.einsum("blhd,bshd->bhls", q, k) * scale
+    off = torch.einsum("blhd,bshd->bhls", q.abs(), k.abs()) * (abs(scale) * 2.0**-20)
+    if causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype is not torch.bool:
+        off = off + mask.double().abs() * 2.0**-22
+        logits = logits + mask.double()
+    elif mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    off = off.masked_fill(~off.isfinite(), 0.0)  # of logits that are not: their weights are 0, or the row is NaN
+    off = off.amax(-1, keepdim=True) + 2.0**-18 + (2.0**-8 if half else 0.0)
+    return 2 * torch.einsum("bhls,bshe->blhe", off * weights, v.abs())
 
 
 def compare_values(
@@ -98,7 +119,7 @@ def compare_values(
     """
     same = (got == expected) & ~(signed_zeros & (got.signbit() != expected.signbit()))
     same |= got.isnan() & expected.isnan()
-    size = float(expected.double().abs().nansum())
+    size = float(expected.double().abs().nan_to_num(0.0, 0.0, 0.0).sum())
     if bool(same.all()):
         return Finding(expected.numel(), size=size)
     error = (got.double() - expected.double()).abs().masked_fill(same, 0.0)

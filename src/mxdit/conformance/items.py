@@ -1,7 +1,8 @@
-"""The cases, lowest first: quantizers, dequantizing, products, whole linears, a block."""
+"""The cases, lowest first: quantizers, dequantizing, products, whole linears, what lies between them, attention, a block."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache, partial
 from itertools import product
@@ -13,10 +14,12 @@ from mxdit.conformance import inputs
 from mxdit.conformance.block import BlockCase
 from mxdit.conformance.calls import Call, quantizing
 from mxdit.conformance.case import Case
+from mxdit.numerics.attention import METHODS
 from mxdit.numerics.codec import Packed, encode
 from mxdit.numerics.formats import FORMATS, SCHEMES, BlockFormat, Scheme
 
 HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
 WAN_K = (5120, 13824)  # input features of Wan2.2-A14B's linears
 SHAPES = (("Wan's K and 576", (*WAN_K, 576)), ("K = 96", (96,)))  # a group of 512 and a part of one; three scales
 ROWS = ((48, 80), (1, 33))  # M and N
@@ -88,7 +91,7 @@ def every_code(row: BlockFormat, g: Generator) -> Iterator[Call]:
     k = 256 * row.per_byte
     scale = torch.arange(256).to(torch.uint8)[:, None].repeat(1, row.blocks(k))
     outer = torch.exp2(torch.randn(256, row.groups(k), generator=g) * 20) if row.outer else None
-    for dtype in (*HALF, torch.float32):
+    for dtype in DTYPES:
         yield Call("dequantize", {"codes": codes, "scale": scale, "outer": outer, "fmt": row.name, "dtype": dtype})
 
 
@@ -138,6 +141,69 @@ def linears(scheme: Scheme, w_fmt: str, ks: tuple[int, ...], g: Generator) -> It
         yield Call("linear", args)
 
 
+# -- between linears ---------------------------------------------------------------------------------------------------
+
+
+def gelus(dtype: torch.dtype, g: Generator) -> Iterator[Call]:
+    if dtype is torch.float32:
+        numbers = (inputs.random_bits(g), inputs.special(dtype, g), 4 * inputs.gaussian(33, 1120, g))
+    else:
+        numbers = (inputs.every_pattern(dtype),)
+    for x in numbers:
+        yield Call("gelu_", {"x": x})
+
+
+def norms(op: str, dtype: torch.dtype, g: Generator) -> Iterator[Call]:
+    """Rows of any length, with any weight or none, rounded before it or not; then heads that are turned."""
+    rows = [
+        inputs.special(dtype, g),
+        *(inputs.activations(m, k, g).to(dtype) for m, k in ((48, 5120), (33, 45), (7, 1))),
+    ]
+    for x, rounded in product(rows, (False, True)):
+        weight = 1 + inputs.gaussian(1, x.shape[-1], g)[0] / 4
+        for given in (None, weight, weight.to(dtype)):
+            args = {"x": x, "weight": given, "eps": 1e-6, "cos": None, "sin": None, "rounded": rounded}
+            yield Call(op, args)
+    for (*shape, heads, width), rounded in product(((2, 9, 3, 128), (2, 5, 4, 1, 80), (1, 33, 5, 6)), (False, True)):
+        x = inputs.activations(math.prod(shape), heads * width, g).to(dtype)
+        angles = 9 * inputs.gaussian(shape[1], width, g)
+        args = {"x": x.view(*shape, -1), "weight": None if rounded else 1 + inputs.gaussian(1, x.shape[-1], g)[0] / 4}
+        yield Call(op, {**args, "eps": 1e-5, "cos": angles.cos(), "sin": angles.sin(), "rounded": rounded})
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attentions(method: str, dtype: torch.dtype, g: Generator) -> Iterator[Call]:
+    """Parts of tiles and of blocks of keys, heads that share keys, every kind of mask; logits of several units, so that some
+    keys matter more."""
+
+    def call(
+        queries: int, keys: int, heads: int, sources: int, width: int, v_width: int, mask: Tensor | None, causal: bool
+    ) -> Call:
+        q, k, v = (
+            torch.randn(2, tokens, *axes, generator=g)
+            for tokens, *axes in ((queries, heads, width), (keys, sources, width), (keys, sources, v_width))
+        )
+        k += torch.randn(sources, width, generator=g)  # which the mean takes away
+        args = {"q": (2 * q).to(dtype), "k": k.to(dtype), "v": v.to(dtype), "mask": mask}
+        return Call("attention", {**args, "scale": width**-0.5, "causal": causal, "method": method})
+
+    yield call(37, 200, 2, 2, 128, 128, None, False)
+    yield call(70, 90, 2, 2, 128, 128, None, True)
+    yield call(1, 1, 2, 2, 128, 128, None, False)
+    padding = torch.arange(131) < torch.tensor([101, 5])[:, None, None, None]
+    yield call(70, 131, 4, 2, 40, 24, padding, False)
+    some = torch.rand(2, 4, 33, 131, generator=g) < 0.3
+    some[0, 1, 7] = False  # a query that sees no key
+    yield call(33, 131, 4, 2, 40, 24, some, False)
+    yield call(33, 131, 4, 2, 40, 24, torch.randn(1, 4, 33, 131, generator=g).where(some[:1], -math.inf), False)
+    for name, value in product("qkv", (math.nan, math.inf, -math.inf)):
+        bad = call(5, 70, 2, 1, 40, 24, None, False)
+        bad.args[name][1, 3, 0, 2] = value
+        yield bad
+
+
 # -- all ---------------------------------------------------------------------------------------------------------------
 
 
@@ -155,5 +221,16 @@ def cases() -> tuple[Case | BlockCase, ...]:
         Case(f"linear {scheme.name} {w_fmt}: {label}", partial(linears, scheme, w_fmt, ks))
         for (scheme, w_fmt, _), (label, ks) in product(pairs, SHAPES)
     )
+    others = (
+        *(Case(f"gelu_: {_SHORT[dtype]}", partial(gelus, dtype)) for dtype in DTYPES),
+        *(
+            Case(f"{op}: {_SHORT[dtype]}", partial(norms, op, dtype))
+            for op, dtype in product(("rms_norm", "rms_norm_"), DTYPES)
+        ),
+        *(
+            Case(f"attention {method}: {_SHORT[dtype]}", partial(attentions, method, dtype))
+            for method, dtype in product(METHODS, DTYPES)
+        ),
+    )
     blocks = (BlockCase(w_fmt, scheme.activation) for scheme, w_fmt, _ in pairs)
-    return (*quantizers(), *values, *matmuls, *whole, *blocks)
+    return (*quantizers(), *values, *matmuls, *whole, *others, *blocks)

@@ -15,7 +15,16 @@ from mxdit.conformance.calls import Call
 from mxdit.conformance.compare import BITS, Finding, bound, compare
 from mxdit.errors import BackendError
 
-_CLEARED = ("x", "codes", "a", "w", "mul_scale")  # the arguments in which zeros take the place of what is not needed
+_CLEARED = (
+    "x",
+    "codes",
+    "a",
+    "w",
+    "mul_scale",
+    "q",
+    "k",
+    "v",
+)  # the arguments in which zeros take the place of what is not needed
 _PARTS = 512  # into how many parts they are cut at most
 _PRINTED = 1 << 14  # numbers that a program may spell out
 _WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
@@ -40,9 +49,9 @@ def reproduce(name: str, call: Call, device: str) -> str | None:
 
 
 def shrink(call: Call, fails: Callable[[Call], bool]) -> Call:
-    """Drop parts of M, N and K of a flat call, by halves and less, while what is left fails; then put zeros in place of
+    """Drop parts of the axes of a flat call, by halves and less, while what is left fails; then put zeros in place of
     whatever is not needed."""
-    for axis in "mnk":
+    for axis in call.axes:
         call = _drop(call, axis, fails)
     for name in _CLEARED:
         if call.args.get(name) is not None:
@@ -81,8 +90,12 @@ def _program(name: str, call: Call, device: str, accepted: Acceptance) -> str:
     lines = [textwrap.indent(f"{name}, on {device}: {_complaint(finding, accepted)}", "# ")]
     lines += ["import torch", "import mxdit", ""]
     lines += [f"{key} = {_literal(arg)}" for key, arg in call.args.items() if isinstance(arg, Tensor)]
-    args = ", ".join(_argument(key, arg, device) for key, arg in call.args.items())
-    lines += [_filled(f"{', '.join(call.outputs)} = torch.ops.mxdit.{call.op}({args})")]
+    args = {key: _argument(key, arg, device) for key, arg in call.args.items()}
+    if call.in_place:
+        lines += [f"out = {args['x']}{'.clone()' if device == 'cpu' else ''}"]
+        args["x"] = "out"
+    returned = "" if call.in_place else f"{', '.join(call.outputs)} = "
+    lines += [_filled(f"{returned}torch.ops.mxdit.{call.op}({', '.join(args.values())})")]
     if finding.message is None:
         for key, ours, theirs in zip(call.outputs, call.on(device), call.expected(), strict=True):
             got, expected = _literal(ours), _literal(theirs)
@@ -103,10 +116,10 @@ def _assertion(output: str, call: Call, expected: Tensor, finding: Finding, acce
     """The line of a program that fails as the call does."""
     error = f"({output}.cpu().double() - expected.double()).abs()"
     if output == "out" and finding.wrong and accepted.equal < 1:
-        return f"assert bool(({error} <= {_literal(bound(call, expected, accepted))}).all()), {output}"
+        return _filled(f"assert bool(({error} <= {_literal(bound(call, expected, accepted))}).all()), {output}")
     if output == "out" and accepted.mean < math.inf:
         return f"assert bool({error}.sum() <= {accepted.mean} * expected.double().abs().sum()), {output}"
-    bits = f".view({BITS[expected.dtype]})" if call.op == "dequantize" and not bool(expected.isnan().any()) else ""
+    bits = f".view({BITS[expected.dtype]})" if call.signed_zeros and not bool(expected.isnan().any()) else ""
     return f"torch.testing.assert_close({output}.cpu(){bits}, expected{bits}, rtol=0, atol=0, equal_nan=True)"
 
 
@@ -129,7 +142,7 @@ def _literal(tensor: Tensor) -> str:
 def _argument(key: str, arg: object, device: str) -> str:
     if isinstance(arg, Tensor):
         return key if device == "cpu" else f'{key}.to("{device}")'
-    return str(arg) if isinstance(arg, torch.dtype) or arg is None else f'"{arg}"'
+    return f'"{arg}"' if isinstance(arg, str) else str(arg)
 
 
 def _filled(line: str) -> str:
