@@ -520,24 +520,35 @@ void check_product(Linear& plain, const std::vector<Setting>& all, Group& group,
 bool fuzz(int64_t count, uint64_t seed, const std::string& only_path) {
   const std::vector<Setting> all = settings(only_path);
   Group encodes("fuzz encode"), decodes("fuzz decode"), products("fuzz products"), attentions("fuzz attention");
+  Group int8_attentions("fuzz attention in INT8"), norms("fuzz rms_norm"), gelus("fuzz gelu");
+  Group* const groups[] = {&encodes, &decodes, &products, &attentions, &int8_attentions, &norms, &gelus};
   for (int64_t i = 0; i < count; i++) {
     Random random(seed + static_cast<uint64_t>(i));
     const std::string label = "--fuzz 1 --seed " + std::to_string(seed + static_cast<uint64_t>(i));
     Memory::on_heap = random.one_in(2);
-    const int64_t kind = random.below(9);
+    const int64_t kind = random.below(10);
     if (kind < 3) {
       fuzz_encode(random, all, encodes, label);
     } else if (kind == 3) {
       fuzz_decode(random, all, decodes, label);
     } else if (kind == 4) {
-      fuzz_attention(random, all, attentions, label);
+      fuzz_attention(random, all, attentions, int8_attentions, label);
+    } else if (kind == 5) {
+      if (random.one_in(3))
+        fuzz_gelu(random, all, gelus, label);
+      else
+        fuzz_rms_norm(random, all, norms, label);
     } else {
       Linear product = some_product(random);
       check_product(product, all, products, label);
     }
   }
-  encodes.print(), decodes.print(), products.print(), attentions.print();
-  return encodes.failures() + decodes.failures() + products.failures() + attentions.failures() == 0;
+  bool passed = true;
+  for (const Group* group : groups) {
+    group->print();
+    passed &= group->failures() == 0;
+  }
+  return passed;
 }
 
 // Products that are cut into pieces. Tall ones: activations that are more than the driver holds at once, and rows that are

@@ -1,4 +1,5 @@
-// Random attention: shapes, strides, masks and dtypes, on every path and number of threads, against float64.
+// Random attention: shapes, strides, masks and dtypes, on every path and number of threads. Method exact against float64, INT8
+// against path scalar, bit for bit.
 #include <math.h>
 #include <stdio.h>
 
@@ -132,17 +133,18 @@ void expect(const MxAttention& job, int64_t b, int64_t query, int64_t h, std::ve
   }
 }
 
-}  // namespace
+void print_job(const MxAttention& job) {
+  printf("  method %d, dtype %d, queries %lld, keys %lld, widths %lld and %lld, mask %d, causal %d, scale %g\n", job.method,
+         job.dtype, static_cast<long long>(job.queries), static_cast<long long>(job.keys), static_cast<long long>(job.width),
+         static_cast<long long>(job.v_width), job.mask_dtype, job.causal, static_cast<double>(job.scale));
+}
 
-void fuzz_attention(Random& random, const std::vector<Setting>& all, Group& group, const std::string& label) {
-  Attend attend = some_attention(random);
+void fuzz_exact(Attend& attend, const std::vector<Setting>& all, Group& group, const std::string& label) {
   MxAttention& job = attend.job;
-  prepare(attend, 0xA5);
   std::vector<Expected> expected;
   for (int64_t b = 0; b < job.batch; b++)
     for (int64_t query = 0; query < job.queries; query++)
       for (int64_t h = 0; h < job.heads; h++) expect(job, b, query, h, expected);
-  group.add_case();
   for (const Setting& setting : all) {
     now_running(label + ", attention, path " + setting.path + ", " + std::to_string(setting.threads) + " threads");
     prepare(attend, 0x5A);
@@ -153,13 +155,61 @@ void fuzz_attention(Random& random, const std::vector<Setting>& all, Group& grou
       if (fabs(got - expected[i].value) <= expected[i].slack) continue;
       char text[200];
       snprintf(text, sizeof text, "output %zu is %.9g and not %.9g to %.3g; ", i, got, expected[i].value, expected[i].slack);
-      if (group.failed(setting, text + label))
-        printf("  dtype %d, queries %lld, keys %lld, widths %lld and %lld, mask %d, causal %d, scale %g\n", job.dtype,
-               static_cast<long long>(job.queries), static_cast<long long>(job.keys), static_cast<long long>(job.width),
-               static_cast<long long>(job.v_width), job.mask_dtype, job.causal, static_cast<double>(job.scale));
+      if (group.failed(setting, text + label)) print_job(job);
       break;
     }
   }
+}
+
+// Numbers that are none, and rows of tiny ones, in any operand.
+void spoil(Random& random, Attend& attend) {
+  const float special[] = {HUGE_VALF, -HUGE_VALF, __builtin_nanf(""), 0.0f, 0x1p-130f, 0x1p-100f};
+  const Memory* operands[] = {&attend.q, &attend.k, &attend.v};
+  for (int64_t i = random.between(1, 4); i > 0; i--) {
+    const Memory& operand = *random.of(operands);
+    const int64_t count = static_cast<int64_t>(operand.size() / element_size(attend.job.dtype));
+    if (count == 0) continue;
+    with_dtype(attend.job.dtype, [&]<class T>(const T*) {
+      const float value = random.of(special);
+      const int64_t at = random.below(count);
+      for (int64_t j = at; j < min_of(at + (fabsf(value) < 1.0f ? 2 * attend.job.width : 1), count); j++)
+        narrow(value, operand.as<T>() + j);
+    });
+  }
+}
+
+void fuzz_int8(Attend& attend, const std::vector<Setting>& all, Group& group, const std::string& label) {
+  MxAttention& job = attend.job;
+  const int64_t count = job.batch * job.queries * job.heads * job.v_width;
+  now_running(label + ", attention in INT8, path scalar");
+  run(job, {"scalar", 1});
+  const Memory expected = std::move(attend.out);
+  for (const Setting& setting : all) {
+    now_running(label + ", attention in INT8, path " + setting.path + ", " + std::to_string(setting.threads) + " threads");
+    prepare(attend, 0x5A);
+    run(job, setting);
+    group.add_outputs(count, count);
+    for (int64_t i = 0; i < count; i++) {
+      if (same_element(job.out, expected.as(), job.dtype, i)) continue;
+      char text[200];
+      snprintf(text, sizeof text, "output %lld is %a and not %a; ", static_cast<long long>(i),
+               static_cast<double>(element(job.out, job.dtype, i)), static_cast<double>(element(expected.as(), job.dtype, i)));
+      if (group.failed(setting, text + label)) print_job(job);
+      break;
+    }
+  }
+}
+
+}  // namespace
+
+void fuzz_attention(Random& random, const std::vector<Setting>& all, Group& exact, Group& int8, const std::string& label) {
+  Attend attend = some_attention(random);
+  attend.job.method = random.one_in(2) ? MX_INT8 : MX_EXACT;
+  if (attend.job.method == MX_INT8 && random.one_in(4)) spoil(random, attend);
+  prepare(attend, 0xA5);
+  Group& group = attend.job.method == MX_INT8 ? int8 : exact;
+  group.add_case();
+  (attend.job.method == MX_INT8 ? fuzz_int8 : fuzz_exact)(attend, all, group, label);
 }
 
 }  // namespace conformance

@@ -32,7 +32,11 @@ inline void fill_random(Random& random, Memory& memory) {
   for (size_t i = 0; i < memory.size(); i++) memory.as()[i] = static_cast<uint8_t>(random.bits() >> 56);
 }
 
-// A random attention on every path and number of threads, against float64; fuzz_attention.cpp.
-void fuzz_attention(Random& random, const std::vector<Setting>& all, Group& group, const std::string& label);
+// A random attention on every path and number of threads, of either method; fuzz_attention.cpp.
+void fuzz_attention(Random& random, const std::vector<Setting>& all, Group& exact, Group& int8, const std::string& label);
+
+// A random norm, with rotary embedding or without, or GELU, against path scalar; fuzz_rowwise.cpp.
+void fuzz_rms_norm(Random& random, const std::vector<Setting>& all, Group& group, const std::string& label);
+void fuzz_gelu(Random& random, const std::vector<Setting>& all, Group& group, const std::string& label);
 
 }  // namespace conformance
