@@ -5,10 +5,11 @@ native kernels.
 
 The file, little-endian: b"mxcases1"; u32 count of blobs, each u64 length and bytes; u32 count of records, each a name
 (u32 length and bytes), u32 kind, its fields (u32 count, i64 each) and its blobs (u32 count, i32 indices, -1 for none).
-A record's fields and blobs are those of its job (MxEncode, MxDecode, MxLinear, MxRmsNorm, MxGelu) in their order. All but
-products have one right result. A product has two, in its result's dtype, and every number between them is right: where the sum of
-products is exact in fp32 in any order, both are the reference's; elsewhere they are the exact result minus and plus
-2**-20 of the sum of magnitudes, rounded.
+A record's fields and blobs are those of its job (MxEncode, MxDecode, MxLinear, MxRmsNorm, MxGelu, MxAttention) in their
+order, floats as their bits. All but products and attention have one right result. These have two, in the result's dtype,
+and every number between them is right. Products: where their sum is exact in fp32 in any order, both are the reference's;
+elsewhere they are the exact result minus and plus 2**-20 of the sum of magnitudes, rounded. Attention: in INT8 both are the
+reference's; of method exact they are what docs/numerics.md section 9 leaves open.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mxdit.conformance.compare import inexact_attention
 from mxdit.numerics import reference, rowwise
+from mxdit.numerics.attention import METHODS
 from mxdit.numerics.codec import Packed, decode, decode_blocks, element_values, encode
 from mxdit.numerics.formats import E2M1, FLOATS, FORMATS, SCHEMES, Scheme
+from mxdit.ops.attention import attention
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 FORMAT_IDS = {"mxfp4": 0, "mxfp4_dualscale": 0, "mxfp8": 1, None: 2}
 RULES = {"ocp": 0, "uos": 1, "even6": 2, "even7": 3, "cublas": 4}
 MODES = {"rint": 0, "round": 1, "floor": 2}
-ENCODE, DECODE, LINEAR, RMS_NORM, GELU = range(5)
+MASKS = {None: -1, torch.bool: 3, **DTYPES}
+ENCODE, DECODE, LINEAR, RMS_NORM, GELU, ATTENTION = range(6)
 TOLERANCE = 2.0**-20
 
 
@@ -471,6 +476,72 @@ def rowwise_cases(cases: Cases) -> None:
             cases.add("rotary", RMS_NORM, fields, (x, weight, cos, sin, rowwise.rotate(out, cos, sin)))
 
 
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention_bounds(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str
+) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest right result: the reference's in INT8, what rounding leaves open where it is exact."""
+    result = attention(q, k, v, mask, scale, causal, method)
+    if method == "int8":
+        return result, result
+    keys, values = (x.double().repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    logits = torch.einsum("blhd,bshd->bhls", q.double(), keys) * scale
+    if causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else logits + mask.double()
+    unseen = (logits == -torch.inf).all(-1, keepdim=True)
+    value = torch.einsum("bhls,bshe->blhe", logits.softmax(-1).masked_fill(unseen, 0.0), values)
+    slack = inexact_attention(q, k, v, mask, scale, False, method)
+    fixed = ~value.isfinite()
+    low, high = (result.where(fixed, bound.float().to(q.dtype)) for bound in (value - slack, value + slack))
+    assert (((low <= result) & (result <= high)) | (result.isnan() & value.isnan()) | fixed).all()
+    return low, high
+
+
+def attention_settings() -> Iterator[tuple[tuple[int, ...], Tensor | None, bool, float]]:
+    """Batch, queries, keys, heads, heads of k, and both widths; a mask; whether it is causal; a number that is none."""
+    shared = (2, 33, 131, 4, 2, 40, 24)
+    for axes in (
+        shared,
+        (1, 70, 200, 1, 1, 128, 128),
+        (1, 1, 1, 2, 1, 1, 1),
+        (1, 97, 70, 1, 1, 30, 129),
+        (2, 3, 0, 2, 2, 8, 8),
+    ):
+        yield axes, None, False, 0.0
+    yield (1, 131, 90, 2, 2, 40, 24), None, True, 0.0
+    yield shared, torch.arange(131) < torch.tensor([101, 5])[:, None, None, None], False, 0.0
+    some = torch.rand(2, 4, 33, 131) < 0.3
+    some[0, 1, 7] = False  # a query that sees no key
+    yield shared, some, False, 0.0
+    for dtype in DTYPES:
+        added = torch.randn(1, 4, 33, 131).to(dtype)
+        yield shared, added.masked_fill(~some[:1], -torch.inf), False, 0.0
+        yield shared, added[0, 0, 0], False, 0.0
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        yield (2, 9, 150, 2, 1, 36, 20), None, False, bad
+
+
+def attention_cases(cases: Cases) -> None:
+    for method, dtype in itertools.product(METHODS, DTYPES):
+        for axes, mask, causal, bad in attention_settings():
+            batch, queries, keys, heads, sources, width, v_width = axes
+            q = (2 * torch.randn(batch, queries, heads, width)).to(dtype)
+            k, v = (torch.randn(batch, keys, sources, d).to(dtype) for d in (width, v_width))
+            k += torch.randn(sources, width).to(dtype)  # which INT8 takes away
+            if bad:
+                q[1, 1, 0, 1] = k[0, 5, 0, 1] = v[1, 9, 0, 1] = bad
+            scale = torch.tensor(width**-0.5)
+            low, high = attention_bounds(q, k, v, mask, scale.item(), causal, method)
+            strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, keys).stride()
+            fields = (*axes, *strides, DTYPES[dtype], MASKS[None if mask is None else mask.dtype], causal)
+            fields = (*fields, method == "int8", scale.view(torch.int32))
+            cases.add(f"attention {method}", ATTENTION, fields, (q, k, v, mask, low, high))
+
+
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -480,6 +551,7 @@ def main() -> None:
     special_products(cases)
     float_products(cases)
     rowwise_cases(cases)
+    attention_cases(cases)
     cases.write(Path(sys.argv[1]))
     size = Path(sys.argv[1]).stat().st_size / 1e6
     print(

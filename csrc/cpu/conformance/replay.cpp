@@ -55,7 +55,7 @@ struct Record {
   std::vector<Blob> blobs;
 };
 
-enum Kind { kEncode, kDecode, kLinear, kRmsNorm, kGelu };
+enum Kind { kEncode, kDecode, kLinear, kRmsNorm, kGelu, kAttention };
 
 Memory copy(const Blob& blob) {
   if (!blob.data) return Memory();
@@ -112,6 +112,25 @@ void replay_decode(const Record& record, const Setting& setting, Group& group) {
     }
 }
 
+// Every number between two others, or, where they are the same, that one.
+template <class Print>
+void within(const Memory& low, const Memory& high, const void* out, int dtype, const Setting& setting, Group& group, Print print) {
+  const int64_t count = static_cast<int64_t>(low.size() / element_size(dtype));
+  int64_t exact = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const float least = element(low.as(), dtype, i), most = element(high.as(), dtype, i), value = element(out, dtype, i);
+    const bool one = same_element(low.as(), high.as(), dtype, i);
+    exact += one;
+    if (one ? same_element(low.as(), out, dtype, i) : least <= value && value <= most) continue;
+    char text[160];
+    snprintf(text, sizeof text, "%a is not in [%a, %a]", static_cast<double>(value), static_cast<double>(least),
+             static_cast<double>(most));
+    if (group.failed(setting, text)) print(i);
+    return;
+  }
+  group.add_outputs(count, exact);
+}
+
 void replay_linear(const Record& record, const Setting& setting, Group& group) {
   must_have(record, 10, 11);
   const auto& f = record.fields;
@@ -130,20 +149,7 @@ void replay_linear(const Record& record, const Setting& setting, Group& group) {
   expect_size(record, got.out, b[9]), expect_size(record, got.out, b[10]);
   const Memory low = copy(b[9]), high = copy(b[10]);
   run(job, setting);
-  int64_t exact = 0;
-  for (int64_t i = 0; i < job.m * job.n; i++) {
-    const float least = element(low.as(), job.out_dtype, i), most = element(high.as(), job.out_dtype, i);
-    const float value = element(job.out, job.out_dtype, i);
-    const bool one = same_element(low.as(), high.as(), job.out_dtype, i);
-    exact += one;
-    if (one ? same_element(low.as(), job.out, job.out_dtype, i) : least <= value && value <= most) continue;
-    char text[160];
-    snprintf(text, sizeof text, "%a is not in [%a, %a]", static_cast<double>(value), static_cast<double>(least),
-             static_cast<double>(most));
-    if (group.failed(setting, text)) print_output(got, i / job.n, i % job.n);
-    return;
-  }
-  group.add_outputs(job.m * job.n, exact);
+  within(low, high, job.out, job.out_dtype, setting, group, [&](int64_t i) { print_output(got, i / job.n, i % job.n); });
 }
 
 void expect_numbers(const Memory& got, const Memory& expected, int dtype, const Setting& setting, Group& group) {
@@ -187,6 +193,35 @@ void replay_gelu(const Record& record, const Setting& setting, Group& group) {
   expect_numbers(x, expected, job.dtype, setting, group);
 }
 
+void replay_attention(const Record& record, const Setting& setting, Group& group) {
+  must_have(record, 16, 6);
+  const auto& f = record.fields;
+  const auto& b = record.blobs;
+  Attend got;
+  MxAttention& job = got.job;
+  job.batch = f[0], job.queries = f[1], job.keys = f[2], job.heads = f[3], job.kv_heads = f[4], job.width = f[5], job.v_width = f[6];
+  const auto dense = [](int64_t tokens, int64_t heads, int64_t width, int64_t* strides) {
+    strides[0] = tokens * heads * width, strides[1] = heads * width, strides[2] = width;
+  };
+  dense(job.queries, job.heads, job.width, job.q_strides);
+  dense(job.keys, job.kv_heads, job.width, job.k_strides);
+  dense(job.keys, job.kv_heads, job.v_width, job.v_strides);
+  for (size_t i = 0; i < 4; i++) job.mask_strides[i] = f[7 + i];
+  job.dtype = static_cast<int32_t>(f[11]), job.mask_dtype = static_cast<int32_t>(f[12]);
+  job.causal = static_cast<int32_t>(f[13]), job.method = static_cast<int32_t>(f[14]);
+  const uint32_t scale = static_cast<uint32_t>(f[15]);
+  memcpy(&job.scale, &scale, sizeof scale);
+  got.q = copy(b[0]), got.k = copy(b[1]), got.v = copy(b[2]), got.mask = copy(b[3]);
+  prepare(got, 0xA5);
+  expect_size(record, got.out, b[4]), expect_size(record, got.out, b[5]);
+  run(job, setting);
+  within(copy(b[4]), copy(b[5]), job.out, job.dtype, setting, group, [&](int64_t i) {
+    printf("  number %lld; dtype %d, queries %lld, keys %lld, widths %lld and %lld, mask %d, causal %d\n", static_cast<long long>(i),
+           job.dtype, static_cast<long long>(job.queries), static_cast<long long>(job.keys), static_cast<long long>(job.width),
+           static_cast<long long>(job.v_width), job.mask_dtype, job.causal);
+  });
+}
+
 }  // namespace
 
 bool replay(const std::string& file, const std::string& only_path) {
@@ -225,6 +260,7 @@ bool replay(const std::string& file, const std::string& only_path) {
       if (record.kind == kLinear) replay_linear(record, setting, group);
       if (record.kind == kRmsNorm) replay_rms_norm(record, setting, group);
       if (record.kind == kGelu) replay_gelu(record, setting, group);
+      if (record.kind == kAttention) replay_attention(record, setting, group);
     }
   }
   bool passed = true;

@@ -85,11 +85,11 @@ def bound(call: Call, expected: Tensor, acceptance: Acceptance) -> Tensor:
         return torch.zeros(expected.shape, dtype=torch.float64)
     rounding = acceptance.ulps * _ulp(expected) + acceptance.relative * expected.double().abs()
     if call.op == "attention":
-        return rounding + 2 * _inexact_attention(**call.args)
+        return rounding + 2 * inexact_attention(**call.args)
     return rounding + FLOOR * call.unsigned().expected()[0].double()
 
 
-def _inexact_attention(
+def inexact_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str
 ) -> Tensor:
     """What docs/numerics.md section 9 grants method ``exact`` beside a rounding of the result: (B, L, H, E) in fp64."""
@@ -106,7 +106,7 @@ def _inexact_attention(
         logits = logits.masked_fill(~mask, -math.inf)
     weights = logits.softmax(-1).nan_to_num(0.0)
     off = off.masked_fill(~off.isfinite(), 0.0)  # of logits that are not: their weights are 0, or the row is NaN
-    off = off.amax(-1, keepdim=True) + 2.0**-18 + (2.0**-8 if half else 0.0)
+    off = F.pad(off, (0, 1)).amax(-1, keepdim=True) + 2.0**-18 + (2.0**-8 if half else 0.0)
     return 2 * torch.einsum("bhls,bshe->blhe", off * weights, v.abs())
 
 
