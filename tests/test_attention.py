@@ -200,6 +200,7 @@ def test_threads_change_nothing():
         (lambda q, k, v: (q, k, v, torch.ones(70, 131).int(), 1.0, False, "exact"), "this dtype"),
         (lambda q, k, v: (q, k, v, torch.ones(70, 131), 1.0, True, "exact"), "at once"),
         (lambda q, k, v: (q, k, v, None, 1.0, False, "flash"), "no such method"),
+        (lambda q, k, v: (*torch.ones(3, 1, 1, 1, (1 << 17) + 1), None, 1.0, False, "int8"), "sums of 32 bits"),
     ],
 )
 def test_refusals(change, says):

@@ -248,6 +248,15 @@ def test_no_keys():
             assert not OPS.attention(q, k[:, :0], v[:, :0], None, 1.0, False, "int8").any()
 
 
+def test_the_widest_sums_fit():
+    """Codes of 127 throughout, in rows as wide as the op takes."""
+    q = torch.ones(1, 1, 1, 1 << 17)
+    k, v = torch.cat([q, -q], 1), torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    for path in (*native.paths(), native.REFERENCE):
+        with native.using(path):
+            assert OPS.attention(q, k, v, None, 1e-4, False, "int8") == 1.0
+
+
 def test_opcheck():
     q, k, v = inputs((1, 3, 5, 2, 1, 8, 8), torch.float32)
     torch.library.opcheck(OPS.attention.default, (q, k, v, None, 0.3, False, "int8"))

@@ -140,6 +140,15 @@ def test_in_place_whatever_the_strides():
         assert torch.equal(view, dense) and (after != whole).sum() == (dense != x).sum()
 
 
+@on_every_path
+def test_rows_that_share_memory_are_not_normed_twice():
+    shared = torch.randn(1, 40)
+    before = shared.clone()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        OPS.rms_norm_(shared.expand(3, 40), None, 1e-6, None, None, False)
+    assert torch.equal(shared, before)
+
+
 def test_a_nan_stays_in_its_row_and_nothing_is_nothing():
     x = torch.randn(3, 40)
     x[1, 5] = math.nan

@@ -13,6 +13,7 @@ from mxdit.numerics.attention import METHODS
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ORDER = "(batch, tokens, heads, width)"
+_INT8_WIDTH = 1 << 17  # times 127**2 is less than 2**31
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, method: str) -> Tensor:
@@ -26,7 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
             None for no mask.
         scale: of the products, commonly D^-1/2.
         causal: whether query i sees keys 0 to i only. Not beside a mask.
-        method: of `mxdit.numerics.attention.METHODS`.
+        method: of `mxdit.numerics.attention.METHODS`. ``int8`` takes D up to 2**17.
 
     Returns:
         (B, L, H, E), in q's dtype. A query that sees no key gets zeros.
@@ -77,6 +78,10 @@ def prepare_attention(
             where=where,
             got=f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
             expected="q's heads a multiple of k's",
+        )
+    if method == "int8" and width > _INT8_WIDTH:
+        raise FormatError(
+            "too wide for sums of 32 bits", where=where, got=f"width {width}", expected=f"{_INT8_WIDTH} at most in INT8"
         )
     if mask is not None:
         _check_mask(mask, (batch, heads, queries, keys), causal, where=where)
