@@ -441,7 +441,7 @@ def test_conformance_cases(case):
     """What ``mxdit conformance --device npu`` has to say where everything is as documented."""
     result = case.run("npu")
     refused = "w4a8 mxfp4: K = 96" in case.name
-    assert result.verdict == (conformance.REFUSED if refused else conformance.PASS), (
-        f"{result.reason}\n{result.reproducer}"
-    )
+    left = case.name.startswith(("dequantize", "attention", "rms_norm", "gelu_"))  # to the reference
+    verdict = conformance.SKIPPED if left else conformance.REFUSED if refused else conformance.PASS
+    assert result.verdict == verdict, f"{result.reason}\n{result.reproducer}"
     assert not result.codes and not result.scales

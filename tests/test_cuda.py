@@ -36,6 +36,7 @@ ROUTES = ("int8", "bf16", "fp4")
 SLOW = [f"mxfp4_dualscale {mode}" for mode in ("round", "floor", "rint: every fp16", "rint with mul_scale: every bf16")]
 SLOW += [f"mxfp4 {rule} {mode}" for rule in ("even6", "even7") for mode in ("round", "floor")] + ["K = 13824"]
 SLOW += [f"linear {scheme} {fmt}: Wan's K" for scheme in SCHEMES for fmt in FORMATS]  # K = 96 has the same kernels
+SLOW += ["attention", "rms_norm", "gelu_"]  # smaller ones are interpreted where these ops have their tests
 CASES = [case for case in cases() if not any(name in case.name for name in SLOW)]
 
 
