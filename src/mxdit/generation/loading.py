@@ -176,7 +176,7 @@ def read(
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
     from safetensors import SafetensorError
 
-    from mxdit.integrations.diffusers import encoders_of
+    from mxdit.integrations.diffusers_config import encoders_of
 
     with _without_import_warnings():
         pipeline_class = getattr(diffusers, model.pipelines[task])

@@ -25,8 +25,8 @@ HOSTS = {
 
 
 def pipeline_config(method: str, **overrides: Any) -> PipelineQuantizationConfig:
-    """The `quantization_config=` of a pipeline's `from_pretrained`; see `mxdit.integrations.diffusers.pipeline_config`."""
-    return importlib.import_module("mxdit.integrations.diffusers").pipeline_config(method, **overrides)
+    """The `quantization_config=` of a pipeline's `from_pretrained`; see `mxdit.integrations.diffusers_config.pipeline_config`."""
+    return importlib.import_module("mxdit.integrations.diffusers_config").pipeline_config(method, **overrides)
 
 
 def register_when_imported() -> None:
