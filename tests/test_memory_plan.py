@@ -7,7 +7,10 @@ import json
 import mmap
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +32,23 @@ from mxdit.generation import loading, offload, pages
 from mxdit.generation.directory import bundled, open_model
 from mxdit.generation.footprint import weights_of
 from mxdit.generation.loading import quantization
-from mxdit.generation.plan import BLOCKS, DROP, STAY, SWAP, TILES, WHOLE, Planner, Policy, budget_of
+from mxdit.generation.memory import status
+from mxdit.generation.plan import (
+    BLOCKS,
+    DROP,
+    PRODUCT,
+    PRODUCT_THREAD,
+    STAY,
+    SWAP,
+    TILES,
+    WHOLE,
+    Planner,
+    Policy,
+    budget_of,
+)
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request
-from mxdit.generation.work import Works, live
+from mxdit.generation.work import Works, attention_bytes, live
 from tiny_families.wan import wan_inputs
 
 pytestmark = pytest.mark.slow
@@ -187,6 +203,51 @@ def test_attention_holds_no_scores():
         lambda: nn.functional.scaled_dot_product_attention(query=q, key=q, value=q),
     ):
         assert live(call).peak == q.nbytes
+
+
+@pytest.mark.skipif(not cpu.paths(), reason="without native kernels")
+@pytest.mark.parametrize("method", ["exact", "int8"])
+def test_kernels_of_attention_keep_no_more_than_is_counted(method, monkeypatch):
+    """In threads of their own, whose buffers are new, and which live until all are measured. The plan counts what fp32 units
+    keep, others half of it or less."""
+    monkeypatch.setattr(cpu, "usable_threads", lambda: 1)
+    keys, width = 2**17, 128  # beyond 32 MiB malloc gives nothing out again that was freed before
+    q, k = torch.zeros(1, 1, 1, width, dtype=torch.bfloat16), torch.zeros(1, keys, 1, width, dtype=torch.bfloat16)
+    kept, counted, over = {}, attention_bytes(keys, width, width), threading.Event()
+
+    def attend(path: str, done: threading.Event) -> None:
+        before = status("VmData")
+        torch.ops.mxdit.attention(q, k, k, None, 1.0, False, method)
+        kept[path] = status("VmData") - before
+        done.set()
+        over.wait()
+
+    try:
+        for path in cpu.paths():
+            with cpu.using(path):
+                done = threading.Event()
+                threading.Thread(target=attend, args=(path, done), daemon=True).start()
+                assert done.wait(60)
+    finally:
+        over.set()
+    assert all(counted / 8 < nbytes < counted + PRODUCT_THREAD for nbytes in kept.values()), (counted, kept)
+    if method == "exact":  # nothing is counted that no path keeps
+        assert max(kept.values()) > 0.7 * counted, (counted, kept)
+    with torch.device("meta"):
+        call = partial(nn.functional.scaled_dot_product_attention, *(x.transpose(1, 2).to("meta") for x in (q, k, k)))
+    assert live(call).kept == counted
+
+
+def test_what_attention_keeps_is_planned_on_a_cpu_alone(packed):
+    """Of products' scratch 35 MiB are planned in any case, and attention works in the same buffer."""
+    for device, more in (("cpu", attention_bytes(2**17, 64, 64) - PRODUCT), ("cuda", 0)):
+        made = planner(packed, device)
+        floors = []
+        for kept in (PRODUCT, attention_bytes(2**17, 64, 64)):
+            work = made._works.at(16, 16, 5)
+            made._works._found[16, 16, 5] = replace(work, kept=kept)
+            floors.append(made.plan((16, 16), 5, Policy()).floor)
+        assert floors[1] - floors[0] == more
 
 
 def test_a_forward_without_data_takes_what_one_with_data_takes():

@@ -80,7 +80,7 @@ class Plan:
         device: name of a torch device.
         size, frames: (height, width) of the clip in pixels, and its frames.
         budget: bytes that were allowed, None where nobody said.
-        floor: bytes that the process has before anything is loaded; of a device its context.
+        floor: bytes that the process has before anything is loaded, and its kernels' scratch; of a device its context.
         phases: of a run, in their order.
         seconds: what the policy costs a run in time, by arithmetic.
     """
@@ -189,13 +189,14 @@ class Planner:
     ) -> Plan:
         """What a policy takes and costs for a clip of (height, width) pixels, with so many bytes of LoRA beside the weights."""
         work = self._works.at(*size, frames)
+        beside = max(0, work.kept - PRODUCT) if self._cpu else 0  # products and attention have one buffer
         return Plan(
             policy,
             self.device,
             size,
             frames,
             budget,
-            self.floor,
+            self.floor + beside,
             tuple(self._phases(policy, work, loras)),
             self._seconds(policy, work, steps),
         )

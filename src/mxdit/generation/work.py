@@ -24,6 +24,8 @@ from mxdit.errors import InputError
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.footprint import component_of
 
+PANEL = 64  # the widest panel that a kernel of attention lays keys or columns of values out in
+
 
 class Live(TorchDispatchMode):
     """Counts the bytes of tensors that are made inside a ``with`` block and still alive, and the most there ever were.
@@ -33,12 +35,13 @@ class Live(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes.
+        kept: bytes that our kernels of attention keep, had they attended: see `attention_bytes`.
         multiplied: floating-point operations of the convolutions.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.multiplied = 0
+        self.now = self.peak = self.kept = self.multiplied = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,21 +71,34 @@ class Live(TorchDispatchMode):
 class _Attention(TorchFunctionMode):
     """Attention as kernels do it that hold no scores: torch takes the product apart on the meta device, and on no other."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = 0
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        query, _, value = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
-        *batch, heads, rows, _ = query.shape
+        query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
+        *batch, heads, rows, width = query.shape
+        self.kept = max(self.kept, attention_bytes(key.shape[-2], width, value.shape[-1]))
         return query.new_empty(*batch, rows, heads, value.shape[-1]).transpose(-3, -2)
+
+
+def attention_bytes(keys: int, width: int, v_width: int) -> int:
+    """Most that a CPU's kernels of attention keep between calls: a head's keys and values in fp32, in whole panels; 8 MiB where
+    that is less, for more heads at once (docs/cpu.md). BF16 units keep half of it, INT8 a quarter or half."""
+    padded = [(n + PANEL - 1) // PANEL * PANEL for n in (keys, width, v_width)]
+    return max(2**23, padded[0] * (padded[1] + padded[2]) * 4)
 
 
 def live(call: Callable[[], object]) -> Live:
     """What a call on the meta device takes; its result is alive at the end."""
-    mode = Live()
-    with torch.no_grad(), _Attention(), mode:
+    mode, attention = Live(), _Attention()
+    with torch.no_grad(), attention, mode:
         result = call()
     del result
+    mode.kept = attention.kept
     return mode
 
 
@@ -95,6 +111,7 @@ class Work:
     denoise  a forward of the transformer, with what the loop holds.
     decode   the VAE's pass over the latents; tiled, `decode_tiled`.
     pixels   the clip as floats and as bytes, after the VAE.
+    kept     what a CPU's kernels of attention keep from the first step on.
     tiles    how many times as many operations the VAE takes in tiles; `operations` of it as a whole.
     """
 
@@ -105,6 +122,7 @@ class Work:
     decode: int
     decode_tiled: int
     pixels: int
+    kept: int
     tiles: float
     operations: int
 
@@ -167,7 +185,7 @@ class Works:
         latents = torch.empty(shapes.latents, device="meta")
         # The loop holds latents, their mask, both velocities and the scheduler's last ones, in FP32; and the model's inputs.
         held = 8 * latents.nbytes + sum(x.nbytes for x in inputs.values())
-        denoise = held + live(lambda: model(**inputs, return_dict=False)).peak
+        forward = live(lambda: model(**inputs, return_dict=False))
         clip = frames * height * width * 3
         whole, tiles = self._decoded(latents), self._tiles(latents)
         float_clip = clip * vae.dtype.itemsize
@@ -193,10 +211,11 @@ class Works:
             text=self._text,
             image=image,
             image_tiled=image_tiled,
-            denoise=denoise,
+            denoise=held + forward.peak,
             decode=2 * latents.nbytes + max(whole.peak, 2 * float_clip),
             decode_tiled=2 * latents.nbytes + decode_tiled,
             pixels=3 * float_clip + clip * 4,
+            kept=forward.kept,
             tiles=tiles.area if tiles.many else 1.0,
             operations=whole.multiplied,
         )
