@@ -7,9 +7,10 @@
 namespace mxdit {
 namespace {
 
-// AVX2's products of bytes saturate, so codes take 16 bits.
+// AVX2's products of bytes saturate, so codes take 16 bits; and two registers multiply at once where four add, so that a
+// multiplication in place of an addition pays.
 struct Int8 {
-  static constexpr int kLanes = 8, kVectors = 2, kRows = 4, kSide = 2, kQueryOffset = 0, kValueOffset = 0;
+  static constexpr int kLanes = 8, kVectors = 2, kRows = 4, kSide = 2, kTogether = 2, kQueryOffset = 0, kValueOffset = 0;
   typedef float F __attribute__((vector_size(32)));
   typedef int32_t I __attribute__((vector_size(32)));
   typedef int16_t Code;
@@ -18,12 +19,17 @@ struct Int8 {
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
-  static I dot_keys(I sum, I x, const Code* two) {
-    int32_t both;
-    memcpy(&both, two, 4);
-    return sum + (I)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi32(both));
+  static __m256i broadcast(const Code* codes) {
+    int32_t two;
+    memcpy(&two, codes, 4);
+    return _mm256_set1_epi32(two);
   }
-  static I dot_values(I sum, I x, const Code* two) { return dot_keys(sum, x, two); }
+  static I dot_keys(I sum, const I* x, const Code* four) {
+    const __m256i a = _mm256_add_epi16((__m256i)x[0], broadcast(four + 2)), b = _mm256_add_epi16((__m256i)x[1], broadcast(four));
+    return sum + (I)_mm256_madd_epi16(a, b);
+  }
+  static I dot_values(I sum, const I* x, const Code* four) { return dot_keys(sum, x, four); }
+  static I dot_paired(I sum, const I* x) { return sum + (I)_mm256_madd_epi16((__m256i)x[0], (__m256i)x[1]); }
   static I add_codes(I sum, I x) { return sum + (I)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1)); }
 };
 

@@ -7,8 +7,10 @@
 //   kQueryOffset       what is added to q's codes, for instructions that want one operand unsigned
 //   kValueOffset       what is added to v's codes, likewise
 //   F, I               registers of fp32 and int32, with load, store, fma, max of F
+//   kTogether          registers of q's codes, or P's, that a dot product takes: 1, or 2 where it adds what paired() says
 //   dot_keys           adds to int32 the products of q's codes, in lanes, with a key's at an address
 //   dot_values         the same of P and v
+//   dot_paired         with kTogether 2: adds the products of one register with the other
 //   add_codes          adds to int32 the codes of P that lie side by side
 // In an unnamed namespace on purpose, see kernels.h.
 #pragma once
@@ -25,6 +27,7 @@ struct Int8Tile {
   using I = typename V::I;
   using Code = typename V::Code;
   static constexpr int kLanes = V::kLanes, kVectors = V::kVectors, kSide = V::kSide, kQueries = kLanes * kVectors;
+  static constexpr int kTogether = V::kTogether;
   static constexpr float kLowest = -32.0f, kNoKey = -0x1.fffffep127f;  // of E; what can be subtracted where no key is seen
 
   const MxAttention& job;
@@ -32,13 +35,14 @@ struct Int8Tile {
   const int64_t batch, head, first, last;  // queries
   // Scratch, each (.., kQueries):
   float *logits, *bias, *acc, *q_scale, *highest, *total, *old_factor, *new_factor, *local;
-  int32_t *q, *p, *sums;  // q: (k_width / kSide), p: (kKeys / kSide), of kSide codes side by side
+  int32_t *q_start, *p_start;  // what sums begin with, for what dot products add beside the products
+  int32_t *q, *p;  // q: (k_width / kSide), p: (kKeys / kSide), of kSide codes side by side
   float* row;  // of numbers, with room for codes behind those of q
   bool undefined[kQueries];
 
   static int64_t floats(const MxAttention& job) {
-    const int64_t channels = up_to(job.v_width, V::kRows), q_groups = up_to(job.width, kSide) / kSide;
-    return (2 * kKeys + channels + 8 + q_groups + kKeys / kSide) * kQueries + 2 * up_to(job.width, 16) + job.v_width;
+    const int64_t channels = up_to(job.v_width, V::kRows), q_groups = up_to(job.width, kSide * kTogether) / kSide;
+    return (2 * kKeys + channels + 9 + q_groups + kKeys / kSide) * kQueries + 2 * up_to(job.width, 16) + job.v_width;
   }
 
   Int8Tile(const MxAttention& job, int64_t batch, int64_t head, int64_t first, int64_t last, const uint8_t* prepared, uint8_t* scratch)
@@ -51,7 +55,7 @@ struct Int8Tile {
     };
     logits = take(kKeys), bias = take(kKeys), acc = take(keys.channels), q_scale = take(1), highest = take(1), total = take(1);
     old_factor = take(1), new_factor = take(1), local = take(1);
-    sums = reinterpret_cast<int32_t*>(take(1));
+    q_start = reinterpret_cast<int32_t*>(take(1)), p_start = reinterpret_cast<int32_t*>(take(1));
     q = reinterpret_cast<int32_t*>(take(keys.k_width / kSide)), p = reinterpret_cast<int32_t*>(take(kKeys / kSide));
     row = at;
     load_queries();
@@ -74,6 +78,7 @@ struct Int8Tile {
       }
       undefined[i] = scale != scale;
       q_scale[i] = undefined[i] ? 0.0f : scale * log2_scale(job);
+      q_start[i] = -paired<V>(codes, keys.k_width);
       for (int64_t d = 0; d < keys.k_width; d += kSide) {
         Code side[kSide];
         for (int s = 0; s < kSide; s++) side[s] = static_cast<Code>(codes[d + s] + V::kQueryOffset);
@@ -151,7 +156,11 @@ struct Int8Tile {
     F most[kVectors];
     for (int v = 0; v < kVectors; v++) most[v] = all(-HUGE_VALF);
     F scale[kVectors];
-    for (int v = 0; v < kVectors; v++) scale[v] = V::load(q_scale + v * kLanes);
+    I start[kVectors];
+    for (int v = 0; v < kVectors; v++) {
+      scale[v] = V::load(q_scale + v * kLanes);
+      start[v] = kTogether > 1 ? load_int(q_start + v * kLanes) : I{};
+    }
     for (int64_t j = 0; j < here; j += V::kRows) {
       const int64_t key = block * kKeys + j;
       const Code* const k = keys.k + key * keys.k_width;
@@ -159,11 +168,13 @@ struct Int8Tile {
 #pragma GCC unroll 16
       for (int r = 0; r < V::kRows; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; v++) sum[r][v] = I{} + keys.start[key + r];
-      for (int64_t g = 0; g < groups; g++) {
-        I x[kVectors];
+        for (int v = 0; v < kVectors; v++) sum[r][v] = start[v] + keys.start[key + r];
+      for (int64_t g = 0; g < groups; g += kTogether) {
+        I x[kVectors][kTogether];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; v++) x[v] = load_int(q + g * kQueries + v * kLanes);
+        for (int v = 0; v < kVectors; v++)
+#pragma GCC unroll 2
+          for (int t = 0; t < kTogether; t++) x[v][t] = load_int(q + (g + t) * kQueries + v * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < V::kRows; r++)
 #pragma GCC unroll 8
@@ -195,19 +206,23 @@ struct Int8Tile {
   void block_weights(int64_t here) {
     for (int v = 0; v < kVectors; v++) {
       const F most = V::load(local + v * kLanes), finite = V::max(most, all(kNoKey));
-      I sum = {};
-      for (int64_t j = 0; j < here; j += kSide) {
-        I side = {};
+      I sum = {}, beside = {};
+      for (int64_t j = 0; j < here; j += kSide * kTogether) {
+        I side[kTogether] = {};
+#pragma GCC unroll 2
+        for (int t = 0; t < kTogether; t++) {
 #pragma GCC unroll 4
-        for (int s = 0; s < kSide; s++) {
-          const F x = V::load(logits + (j + s) * kQueries + v * kLanes) - finite;
-          const I code = (I)V::fma(exp2(V::max(x, all(kLowest))), all(255.0f), all(0x1p23f));  // in the low bits
-          side |= s == 0 ? code & 255 : code << (s * (32 / kSide));
+          for (int s = 0; s < kSide; s++) {
+            const F x = V::load(logits + (j + t * kSide + s) * kQueries + v * kLanes) - finite;
+            const I code = (I)V::fma(exp2(V::max(x, all(kLowest))), all(255.0f), all(0x1p23f));  // in the low bits
+            side[t] |= s == 0 ? code & 255 : code << (s * (32 / kSide));
+          }
+          store_int(p + (j / kSide + t) * kQueries + v * kLanes, side[t]);
+          sum = V::add_codes(sum, side[t]);
         }
-        store_int(p + j / kSide * kQueries + v * kLanes, side);
-        sum = V::add_codes(sum, side);
+        if constexpr (kTogether > 1) beside = V::dot_paired(beside, side);
       }
-      store_int(sums + v * kLanes, sum);
+      store_int(p_start + v * kLanes, -(kTogether > 1 ? beside : sum * V::kValueOffset));
       const F before = V::load(total + v * kLanes);
       const F after = V::fma(to_float(sum), V::load(new_factor + v * kLanes), before * V::load(old_factor + v * kLanes));
       V::store(total + v * kLanes, kBias ? most > -HUGE_VALF ? after : before : after);
@@ -216,10 +231,10 @@ struct Int8Tile {
 
   template <bool kBias>
   void block_values(int64_t block, int64_t here) {
-    I offset[kVectors];
+    I start[kVectors];
     F old[kVectors], now[kVectors];
     for (int v = 0; v < kVectors; v++) {
-      offset[v] = load_int(sums + v * kLanes) * V::kValueOffset;
+      start[v] = kTogether > 1 || V::kValueOffset ? load_int(p_start + v * kLanes) : I{};
       old[v] = V::load(old_factor + v * kLanes), now[v] = V::load(new_factor + v * kLanes);
     }
     for (int64_t e = 0; e < keys.channels; e += V::kRows) {
@@ -228,11 +243,13 @@ struct Int8Tile {
 #pragma GCC unroll 16
       for (int r = 0; r < V::kRows; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; v++) sum[r][v] = I{};
-      for (int64_t g = 0; g < here / kSide; g++) {
-        I x[kVectors];
+        for (int v = 0; v < kVectors; v++) sum[r][v] = kTogether > 1 ? start[v] + keys.v_start[block * keys.channels + e + r] : start[v];
+      for (int64_t g = 0; g < here / kSide; g += kTogether) {
+        I x[kVectors][kTogether];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; v++) x[v] = load_int(p + g * kQueries + v * kLanes);
+        for (int v = 0; v < kVectors; v++)
+#pragma GCC unroll 2
+          for (int t = 0; t < kTogether; t++) x[v][t] = load_int(p + (g + t) * kQueries + v * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < V::kRows; r++)
 #pragma GCC unroll 8
@@ -243,8 +260,7 @@ struct Int8Tile {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; v++) {
           float* const at = acc + (e + r) * kQueries + v * kLanes;
-          const I whole = V::kValueOffset ? sum[r][v] - offset[v] : sum[r][v];
-          const F part = to_float(whole) * keys.v_scale[block * keys.channels + e + r];
+          const F part = to_float(sum[r][v]) * keys.v_scale[block * keys.channels + e + r];
           const F before = V::load(at), after = V::fma(part, now[v], before * old[v]);
           V::store(at, kBias ? V::load(local + v * kLanes) > -HUGE_VALF ? after : before : after);
         }

@@ -43,6 +43,18 @@ float quantize_row(const float* x, int64_t width, Code* codes) {
   return to.scale;
 }
 
+// Where dot products take two registers (a, a') of codes at once and two neighbours (b, b') of the other side, they multiply
+// (a + b')(a' + b), half as many products: ab + a'b', and beside that aa', which this sums, and bb' (Winograd's inner product,
+// IEEE Transactions on Computers C-17, 1968).
+template <class V>
+int32_t paired(const typename V::Code* codes, int64_t count) {
+  int32_t sum = 0;
+  if constexpr (V::kTogether > 1)
+    for (int64_t i = 0; i < count; i += 2 * V::kSide)
+      for (int s = 0; s < V::kSide; s++) sum += codes[i + s] * codes[i + V::kSide + s];
+  return sum;
+}
+
 // One head's keys and values.
 template <class V>
 struct Int8Head {
@@ -51,18 +63,20 @@ struct Int8Head {
   Code* k;             // (key, k_width)
   Code* v;             // (block, channel, kKeys), with V::kValueOffset added
   float* k_scale;      // (key)
-  int32_t* start;      // (key): undoes V::kQueryOffset
+  int32_t* start;      // (key): undoes V::kQueryOffset, and what is beside the products
+  int32_t* v_start;    // (block, channel), likewise; only with V::kTogether 2
   float* v_scale;      // (block, channel)
   float* sums;         // (block, width), of k
   int32_t* undefined;  // (block): whether a key has no finite scale
   int64_t bytes = 64;  // some, also without keys
 
   Int8Head(const MxAttention& job, uint8_t* memory) {
-    blocks = (job.keys + kKeys - 1) / kKeys, k_width = up_to(job.width, V::kSide), channels = up_to(job.v_width, V::kRows);
+    blocks = (job.keys + kKeys - 1) / kKeys, k_width = up_to(job.width, V::kSide * V::kTogether), channels = up_to(job.v_width, V::kRows);
     take(k, blocks * kKeys * k_width, memory);
     take(v, blocks * kKeys * channels, memory);
     take(k_scale, blocks * kKeys, memory);
     take(start, blocks * kKeys, memory);
+    take(v_start, V::kTogether > 1 ? blocks * channels : 0, memory);
     take(v_scale, blocks * channels, memory);
     take(sums, blocks * job.width, memory);
     take(undefined, blocks, memory);
@@ -121,7 +135,7 @@ void int8_keys(const MxAttention& job, const Int8Head<V>& head, int64_t batch, i
       head.k_scale[key] = defined ? scale : 0.0f;
       int32_t sum = 0;
       for (int64_t d = 0; d < job.width; d++) sum += codes[d];
-      head.start[key] = -V::kQueryOffset * sum;
+      head.start[key] = -V::kQueryOffset * sum - paired<V>(codes, head.k_width);
     }
   });
 }
@@ -164,6 +178,9 @@ void int8_values(const MxAttention& job, const Int8Head<V>& head, int64_t batch,
         }
       for (int64_t e = 0; e < head.channels; e++) memcpy(codes + e * kKeys + i, sides + e, 4);
     }
+    if constexpr (V::kTogether > 1)
+      for (int64_t e = 0; e < head.channels; e++)
+        head.v_start[block * head.channels + e] = -paired<V>(codes + e * kKeys, up_to(here, V::kRows));
   }
 }
 

@@ -134,7 +134,7 @@ struct Neon {
 };
 
 struct Int8 {
-  static constexpr int kLanes = 4, kVectors = 4, kRows = 4, kSide = 4, kQueryOffset = 0, kValueOffset = 128;
+  static constexpr int kLanes = 4, kVectors = 4, kRows = 4, kSide = 4, kTogether = 1, kQueryOffset = 0, kValueOffset = 128;
   typedef float32x4_t F;
   typedef int32x4_t I;
   typedef int8_t Code;
@@ -148,11 +148,11 @@ struct Int8 {
     memcpy(&four, codes, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
   }
-  static I dot_keys(I sum, I x, const Code* codes) { return vdotq_s32(sum, vreinterpretq_s8_s32(x), broadcast(codes)); }
+  static I dot_keys(I sum, const I* x, const Code* codes) { return vdotq_s32(sum, vreinterpretq_s8_s32(x[0]), broadcast(codes)); }
   static I dot_unsigned(I sum, I x, uint8x16_t y) {
     return vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(sum), vreinterpretq_u8_s32(x), y));
   }
-  static I dot_values(I sum, I x, const Code* codes) { return dot_unsigned(sum, x, vreinterpretq_u8_s8(broadcast(codes))); }
+  static I dot_values(I sum, const I* x, const Code* codes) { return dot_unsigned(sum, x[0], vreinterpretq_u8_s8(broadcast(codes))); }
   static I add_codes(I sum, I x) { return dot_unsigned(sum, x, vdupq_n_u8(1)); }
 };
 

@@ -27,13 +27,13 @@ struct Plain {
 };
 
 struct PlainInt8 : Plain {
-  static constexpr int kRows = 4, kSide = 2, kQueryOffset = 0, kValueOffset = 0;
+  static constexpr int kRows = 4, kSide = 2, kTogether = 1, kQueryOffset = 0, kValueOffset = 0;
   typedef int16_t Code;
   typedef int32_t I __attribute__((vector_size(16)));
 
   static F max(F a, F b) { return a > b ? a : b; }
-  static I dot_keys(I sum, I x, const Code* two) { return sum + (x << 16 >> 16) * two[0] + (x >> 16) * two[1]; }
-  static I dot_values(I sum, I x, const Code* two) { return dot_keys(sum, x, two); }
+  static I dot_keys(I sum, const I* x, const Code* two) { return sum + (x[0] << 16 >> 16) * two[0] + (x[0] >> 16) * two[1]; }
+  static I dot_values(I sum, const I* x, const Code* two) { return dot_keys(sum, x, two); }
   static I add_codes(I sum, I x) { return sum + (x & 0xFFFF) + (x >> 16); }
 };
 
