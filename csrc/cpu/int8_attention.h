@@ -79,6 +79,7 @@ struct Int8Tile {
       undefined[i] = scale != scale;
       q_scale[i] = undefined[i] ? 0.0f : scale * log2_scale(job);
       q_start[i] = -paired<V>(codes, keys.k_width);
+#pragma GCC unroll 8
       for (int64_t d = 0; d < keys.k_width; d += kSide) {
         Code side[kSide];
         for (int s = 0; s < kSide; s++) side[s] = static_cast<Code>(codes[d + s] + V::kQueryOffset);
@@ -282,6 +283,7 @@ struct Int8Tile {
         T* const out = static_cast<T*>(job.out) + ((batch * job.queries + first + i) * job.heads + head) * job.v_width;
         const bool sees = total[i] > 0.0f, nan = none || undefined[i];
         const float inverse = sees ? nan ? float_of(0x7FC00000u) : 1.0f / total[i] : 0.0f;
+#pragma GCC unroll 8
         for (int64_t e = 0; e < job.v_width; e++) row[e] = sees ? acc[e * kQueries + i] * inverse : 0.0f;
         for (int64_t e = 0; e < job.v_width; e++) narrow(row[e], out + e);
       }

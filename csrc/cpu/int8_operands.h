@@ -118,7 +118,7 @@ void int8_keys(const MxAttention& job, const Int8Head<V>& head, int64_t batch, i
   for (int64_t d = 0; d < job.width; d++) mean[d] *= share;
   with_dtype(job.dtype, [&](auto* type) {
     const auto* from = static_cast<decltype(type)>(job.k) + batch * job.k_strides[0] + kv_head * job.k_strides[2];
-    for (int64_t key = first; key < up_to(last, kKeys); key++) {
+    for (int64_t key = first; key < up_to(last, V::kRows); key++) {  // no more are read
       typename V::Code* codes = head.k + key * head.k_width;
       if (key % kKeys == 0) head.undefined[key / kKeys] = 0;
       for (int64_t d = job.width; d < head.k_width; d++) codes[d] = 0;
@@ -128,7 +128,7 @@ void int8_keys(const MxAttention& job, const Int8Head<V>& head, int64_t batch, i
         for (int64_t d = 0; d < job.width; d++) row[d] = widen(x[d]) - mean[d];
         scale = quantize_row(row, job.width, codes);
       } else {
-        for (int64_t d = 0; d < job.width; d++) codes[d] = 0;
+        memset(codes, 0, static_cast<size_t>(job.width) * sizeof *codes);
       }
       const bool defined = scale == scale;
       head.undefined[key / kKeys] |= !defined;
