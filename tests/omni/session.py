@@ -22,10 +22,11 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 def main(folder: Path) -> None:
     wanted = json.loads((folder / "session.json").read_text())
     begun = time.perf_counter()
-    omni = Omni(model=wanted["model"], enforce_eager=True, **wanted["options"])
+    omni = Omni(**{"model": wanted["model"], "enforce_eager": True, **wanted["options"]})
     times: dict[str, Any] = {"start": time.perf_counter() - begun, "requests": []}
     try:
-        omni.engine.collective_rpc("watch")
+        if wanted["options"].get("enforce_eager", True):  # what is compiled cannot be watched
+            omni.engine.collective_rpc("watch")
         for index, request in enumerate(wanted["requests"]):
             begun = time.perf_counter()
             video = generate(omni, **request)

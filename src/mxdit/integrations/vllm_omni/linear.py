@@ -37,6 +37,9 @@ class MXLinearMethod(LinearMethodBase):
         assert decision.method is not None and decision.activation is not None
         self.method, self.activation, self.prefix = decision.method, decision.activation, prefix
         self._config, self._rule = config, config.rule_of(decision.method)
+        # Looked up once, not at each call and in each graph of a block that the engine compiles.
+        schemes = {name: scheme_for(self.method, name) for name in ACTIVATIONS[self.method]}
+        self._schemes = {name: (one.name, one.output_dtypes(self.method)) for name, one in schemes.items()}
         self._layout: Layout | None = None
         self._loader: Loader | None = None
         self._phase = 0
@@ -86,8 +89,8 @@ class MXLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) bf16, fp16 or fp32 to (..., N) in x's dtype, as `mxdit.MXLinear.forward`."""
-        scheme = scheme_for(self.method, self.activation_now())
-        outputs = scheme.output_dtypes(self.method)
+        activation = self.activation_now()
+        scheme, outputs = self._schemes[activation]
         if x.dtype not in outputs:
             if x.dtype is not torch.float32:
                 raise FormatError(
@@ -108,8 +111,8 @@ class MXLinearMethod(LinearMethodBase):
             None if dual is None else dual.squeeze(-1),
             getattr(held, "mul_scale", None),
             bias,
-            scheme.name,
-            self._rule if scheme.activation == "mxfp4" and self._rule else "ocp",
+            scheme,
+            self._rule if activation == "mxfp4" and self._rule else "ocp",
             "packed" if self._layout is None else self._layout.name,
         )
 
@@ -120,4 +123,4 @@ class MXLinearMethod(LinearMethodBase):
             return self.activation
         at = current_step(self.prefix)
         asked = None if at is None else policy.activation_at(*at)
-        return asked if asked in ACTIVATIONS[self.method] else self.activation
+        return asked if asked in self._schemes else self.activation

@@ -33,7 +33,8 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):
 
     @classmethod
     def supports_torch_inductor(cls) -> bool:
-        return False
+        """The engine compiles blocks where this is so, and `enforce_eager` is not given."""
+        return True
 
     @classmethod
     def supports_cpu_offload(cls) -> bool:
