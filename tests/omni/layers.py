@@ -13,7 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 from vllm_omni.diffusion.config import set_current_diffusion_config
-from vllm_omni.diffusion.data import TransformerConfig
+from vllm_omni.diffusion.data import TransformerConfig, parse_attention_config
 
 import tiny
 from mxdit.integrations.vllm_omni.config import MXOmniConfig
@@ -23,16 +23,25 @@ MODEL = {"_class_name": "WanTransformer3DModel", **tiny.transformer().config}
 
 @contextmanager
 def building(
-    model: Mapping[str, Any] = MODEL, degree: int = 1, rank: int = 0, active: Any = None, detected: bool = False
+    model: Mapping[str, Any] = MODEL,
+    degree: int = 1,
+    rank: int = 0,
+    active: Any = None,
+    detected: bool = False,
+    attention: Any = None,
+    ring: int = 1,
 ) -> Iterator[None]:
     """While it lasts, the engine builds a transformer on a rank.
 
     active: the `quantization_config` that a user gave, or that the engine read itself where it is ``detected``.
+    attention: the `diffusion_attention_config` that a user gave.
+    ring: the degree of ring attention.
     """
     engine: Any = SimpleNamespace(
         model="nowhere",
         tf_model_config=TransformerConfig(params=dict(model)),
-        parallel_config=SimpleNamespace(use_hsdp=False),
+        parallel_config=SimpleNamespace(use_hsdp=False, ring_degree=ring),
+        diffusion_attention_config=parse_attention_config(attention),
         quantization_config=active,
         quantization_config_is_auto_detected=detected,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 from vllm.platforms.cpu import CpuPlatform
+from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum
 from vllm_omni.platforms.interface import OmniPlatform, OmniPlatformEnum
 
 RANKS = 8  # that a test may start, whatever the number of cores
@@ -19,9 +20,10 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):
     def get_diffusion_attn_backend_cls(
         cls, selected_backend: str | None, head_size: int, allow_trtllm_default: bool = False
     ) -> str:
-        if selected_backend not in (None, "TORCH_SDPA"):
-            raise ValueError(f"attention on a CPU is TORCH_SDPA, not {selected_backend}")
-        return "mxdit_omni_cpu.attention.CpuSDPABackend"
+        if selected_backend in (None, "TORCH_SDPA"):
+            return "mxdit_omni_cpu.attention.CpuSDPABackend"
+        cls.validate_diffusion_attn_backend(selected_backend)  # as the engine's own platforms do
+        return DiffusionAttentionBackendEnum[selected_backend.upper()].get_path()
 
     @classmethod
     def get_diffusion_worker_cls(cls) -> str:
