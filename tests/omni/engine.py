@@ -72,9 +72,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Rank:
-    """One worker. loading: bytes of anonymous memory ``before`` the model was loaded, at its ``peak``, and ``after``."""
+    """One worker.
+
+    loading   bytes of anonymous memory ``before`` the model was loaded, at its ``peak``, and ``after``.
+    compiled  how many ``graphs`` torch.compile made, and how often one broke, by the reason (``breaks``).
+    """
 
     loading: Mapping[str, int]
+    compiled: Mapping[str, Any]
     linears: Mapping[str, Linear]
 
 
@@ -111,7 +116,8 @@ def run(
     Args:
         folder: an empty one, where the record is kept.
         options: keyword arguments of `Omni`. Tensor parallelism is ``tensor_parallel_size``: what is given as
-            ``parallel_config`` is dropped without a word.
+            ``parallel_config`` is dropped without a word. Blocks are compiled where ``enforce_eager`` is False; no call of a
+            linear is recorded then.
         image: the first frame, for I2V.
         environment: variables of the engine's processes. The engine reads some while it is imported, so that takes a
             Python from the start; without, it is forked from one that has imported it.
@@ -191,4 +197,4 @@ def _rank(path: Path) -> Rank:
         )
         for name, kind in said["linears"].items()
     }
-    return Rank(said["loading"], linears)
+    return Rank(said["loading"], said["compiled"], linears)

@@ -241,12 +241,14 @@ def test_a_layer_has_its_own_method(on_npu, main, other, pattern):
 
 @pytest.mark.parametrize(("asked", "taken"), [("bf16", ["bf16", "bf16"]), ("mxfp4", ["mxfp4", "mxfp8"])])
 def test_at_a_step_a_layer_takes_what_goes_with_its_weight(monkeypatch, asked, taken):
-    monkeypatch.setattr("mxdit.integrations.vllm_omni.linear.current_step", lambda prefix: (0, 4))
+    monkeypatch.setattr("mxdit.integrations.vllm_omni.steps.current_step", lambda where: (0, 4))
     keys = {"layer_methods": {"mxfp8": [DOWN]}, "activation": "mxfp8", "activation_steps": {asked: [0]}}
     with building():
         methods = [
             made(ReplicatedLinear, K, K, name=name, method="mxfp4", keys=keys).quant_method for name in (UP, DOWN)
         ]
+    for method in methods:
+        method._switch.begin_step()
     assert [method.activation_now() for method in methods] == taken
 
 

@@ -13,6 +13,7 @@ from vllm_omni.diffusion.forward_context import DenoiseProgressMixin, set_forwar
 import engine
 import quantized
 from layers import MODEL, building, made
+from mxdit.config.steps import StepPolicy
 from mxdit.errors import BackendError
 from mxdit.integrations.vllm_omni import steps
 from mxdit.integrations.vllm_omni.linear import MXLinearMethod
@@ -116,6 +117,8 @@ def test_a_pipeline_that_does_not_say_its_step_is_refused(pipeline):
         steps.current_step("layer")
     with set_forward_context(denoise_step_idx=0), pytest.raises(BackendError, match="got step 0 of None"):
         steps.current_step("layer")
+    with pytest.raises(BackendError, match=r"^layer: .* got step None of None"):
+        steps.StepSwitch(StepPolicy({"bf16": [0]})).asked("layer")
 
 
 def test_a_step_counts_before_a_layer_and_a_layer_before_all(pipeline):

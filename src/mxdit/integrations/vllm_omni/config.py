@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mxdit.config import STEPS_OF_W4A8, MXConfig
 from mxdit.config.choices import check_choice
 from mxdit.errors import ConfigError
 from mxdit.integrations.vllm_omni.linear import MXLinearMethod
-from mxdit.integrations.vllm_omni.steps import LOGGER, count_steps
+from mxdit.integrations.vllm_omni.steps import LOGGER, StepSwitch
 from mxdit.models import SPECS, spec_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.quantize.plan import Decision, plan
@@ -169,7 +169,7 @@ class MXOmniConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if why_not is None:
             return self._engines(prefix, decision).get_quant_method(layer, prefix)
-        return MXLinearMethod(self.config, decision, prefix)
+        return MXLinearMethod(self.config, decision, prefix, self._switch)
 
     def _engines(self, prefix: str, decision: Decision) -> QuantizationConfig:
         """The engine's own config for one linear that is quantized: which are is decided here, by all the names it takes."""
@@ -196,6 +196,11 @@ class MXOmniConfig(QuantizationConfig):
             if self.config.activation_steps or self.config.w4a8_fallback_layers:
                 return "its dual-scale linears have no other activations"
         return None
+
+    @cached_property
+    def _switch(self) -> StepSwitch | None:
+        """Of linears of ours, where activations differ by step."""
+        return StepSwitch(self.config.activation_steps) if self.config.activation_steps else None
 
     def _decide(self) -> dict[str, Decision]:
         """What becomes of every linear, by its name in the engine.
@@ -227,8 +232,6 @@ class MXOmniConfig(QuantizationConfig):
             w4a8_fallback_layers=tuple(_paths(self.config.w4a8_fallback_layers, names)),
         )
         decisions = {names[path]: decision for path, decision in plan(skeleton, config).items()}
-        if config.activation_steps:
-            count_steps()
         counts = Counter(f"{d.method} {d.scheme}" for d in decisions.values() if d.scheme)
         how = "quantized already" if self.is_checkpoint_serialized else "quantized while they load"
         logger.info("mxdit: %s linears by layer of the engine, %s", in_words(counts), how)

@@ -14,7 +14,7 @@ from mxdit.backends import Layout, layout_for
 from mxdit.config import ACTIVATIONS, MXConfig
 from mxdit.errors import FormatError
 from mxdit.integrations.vllm_omni.loading import Loader
-from mxdit.integrations.vllm_omni.steps import current_step
+from mxdit.integrations.vllm_omni.steps import StepSwitch
 from mxdit.numerics.formats import PARTS, block_format, scheme_for
 from mxdit.quantize.plan import Decision
 
@@ -31,11 +31,13 @@ class MXLinearMethod(LinearMethodBase):
         config: of the linear's transformer.
         decision: what becomes of the linear.
         prefix: its name in the engine.
+        switch: of the transformer, where its activations differ by step.
     """
 
-    def __init__(self, config: MXConfig, decision: Decision, prefix: str) -> None:
+    def __init__(self, config: MXConfig, decision: Decision, prefix: str, switch: StepSwitch | None = None) -> None:
         assert decision.method is not None and decision.activation is not None
         self.method, self.activation, self.prefix = decision.method, decision.activation, prefix
+        self._switch = switch
         self._config, self._rule = config, config.rule_of(decision.method)
         # Looked up once, not at each call and in each graph of a block that the engine compiles.
         schemes = {name: scheme_for(self.method, name) for name in ACTIVATIONS[self.method]}
@@ -118,9 +120,7 @@ class MXLinearMethod(LinearMethodBase):
 
     def activation_now(self) -> str:
         """What activations are quantized to: what the request's step asks for, if it goes with the weight, or the layer's own."""
-        policy = self._config.activation_steps
-        if not policy:
+        if self._switch is None:
             return self.activation
-        at = current_step(self.prefix)
-        asked = None if at is None else policy.activation_at(*at)
+        asked = self._switch.asked(self.prefix)
         return asked if asked in self._schemes else self.activation

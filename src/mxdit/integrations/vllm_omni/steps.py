@@ -1,17 +1,56 @@
-"""Which denoising step of how many a request of the engine is at."""
+"""Which denoising step of how many a request of the engine is at, and what activations a policy asks for there."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
-from mxdit.errors import BackendError
+from mxdit.config.steps import FIELD, StepPolicy
+from mxdit.errors import BackendError, ConfigError
 
 LOGGER = "vllm_omni.mxdit"  # below a name whose messages the engine shows
 logger = logging.getLogger(LOGGER)
 WARM_UP = 2
 """Steps of the request that the engine makes of its own when it starts, as the first of a process."""
 _begun = 0  # requests of this process
+
+
+class StepSwitch:
+    """What a policy asks for at the request's step.
+
+    It is set as a step begins. A linear that asked for the step itself would do so inside a block, and where the engine compiles
+    blocks, each step would be another graph; so there is one for each activation.
+    """
+
+    def __init__(self, policy: StepPolicy) -> None:
+        self._policy = policy
+        self._set = False
+        self._asked: str | None = None
+        _SWITCHES.add(self)
+        count_steps()
+
+    def begin_step(self) -> None:
+        """Take what the policy says of the step that the engine is at. Where that is an error, it is the next linear's."""
+        self._set = False
+        with suppress(BackendError, ConfigError):
+            self._asked = self._now(FIELD)
+            self._set = True
+
+    def asked(self, where: str) -> str | None:
+        """The activation of every quantized linear now; None: each its own.
+
+        Raises ConfigError where the policy is for another number of steps, BackendError as `current_step`.
+        """
+        return self._asked if self._set else self._now(where)
+
+    def _now(self, where: str) -> str | None:
+        at = current_step(where)
+        return None if at is None else self._policy.activation_at(*at)
+
+
+_SWITCHES: WeakSet[StepSwitch] = WeakSet()
 
 
 def current_step(where: str) -> tuple[int, int] | None:
@@ -35,7 +74,7 @@ def current_step(where: str) -> tuple[int, int] | None:
 
 
 def count_steps() -> None:
-    """Have pipelines that publish a request's step publish how many there are, too.
+    """Have pipelines that publish a request's step publish how many there are, too, and switches know of each step.
 
     In 0.30 Wan's call `record_denoise_step` without `total_steps`, which that function has an argument for; a policy that was
     written for another number of steps could not be told from one that fits. This fills the argument in from the
@@ -59,6 +98,8 @@ def count_steps() -> None:
             if _begun == 1 and kwargs.get("total_steps") == WARM_UP:
                 logger.info("the first request has %d steps: taken for the engine's warm-up, without a policy", WARM_UP)
         own(self, step_idx, timestep, scheduler, *args, **kwargs)
+        for switch in _SWITCHES:
+            switch.begin_step()
 
     record_denoise_step.counts_steps = True  # type: ignore[attr-defined]
     DenoiseProgressMixin.record_denoise_step = record_denoise_step  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from vllm.model_executor.layers.linear import LinearBase
 from vllm_omni.diffusion.worker.diffusion_worker import DiffusionWorker
@@ -55,7 +56,8 @@ class RecordingWorker(DiffusionWorker):
             _watch(layer, self.calls.setdefault(name, {}))
 
     def write(self, folder: str) -> None:
-        """`rank<r>.json` says what the linears are; `rank<r>.safetensors` has their tensors and what `watch` kept."""
+        """`rank<r>.json` says what the linears are, and what was compiled; `rank<r>.safetensors` has the linears' tensors and
+        what `watch` kept."""
         linears = self.linears()
         tensors = {
             f"{name}.{key}": tensor
@@ -68,7 +70,9 @@ class RecordingWorker(DiffusionWorker):
         }
         stem = Path(folder) / f"rank{self.rank}"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, stem.with_suffix(".safetensors"))
-        stem.with_suffix(".json").write_text(json.dumps({"loading": self.loading, "linears": kinds}))
+        compiled = {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
+        said = {"loading": self.loading, "linears": kinds, "compiled": compiled}
+        stem.with_suffix(".json").write_text(json.dumps(said))
 
 
 def _watch(watched: LinearBase, call: dict[str, Tensor]) -> None:
