@@ -118,7 +118,7 @@ def test_a_pipeline_that_does_not_say_its_step_is_refused(pipeline):
     with set_forward_context(denoise_step_idx=0), pytest.raises(BackendError, match="got step 0 of None"):
         steps.current_step("layer")
     with pytest.raises(BackendError, match=r"^layer: .* got step None of None"):
-        steps.StepSwitch(StepPolicy({"bf16": [0]})).asked("layer")
+        steps.StepSwitch(StepPolicy({"bf16": (0,)})).asked("layer")
 
 
 def test_a_step_counts_before_a_layer_and_a_layer_before_all(pipeline):
