@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxdit.backends import triton_attention, triton_attention_int8, triton_codec, triton_matmul
+from mxdit.backends import triton_attention, triton_attention_int8, triton_codec, triton_matmul, triton_rowwise
 
 OUTER = {"a_outer_ptr": "*fp32", "w_outer_ptr": "*fp32"}
 BASES = {"a_base_ptr": "*u8", "w_base_ptr": "*u8"}
@@ -90,7 +90,7 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             if not own:
                 floating(f"w8a16 product {dtype}", types, a_element=None, w_element="e4m3", precision=precision, **wide)
                 del found[f"w8a16 product {dtype}"][1]["a_scale_ptr"]
-    return found | exact_attention(arch) | int8_attention(arch)
+    return found | exact_attention(arch) | int8_attention(arch) | between_linears()
 
 
 def int8_attention(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -137,6 +137,21 @@ def exact_attention(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str,
     return found
 
 
+def between_linears() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Norms over all of Wan's heads with rotary embedding, and over one head; GELU."""
+    found: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {}
+    sizes = dict.fromkeys(("count", "width", "x_stride", "out_stride", "tokens"), "i32") | {"eps": "fp32"}
+    for dtype in DTYPES:
+        for rows, turned in ((1, True), (8, False)):
+            types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "out")} | sizes
+            types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32"} if turned else {}
+            constants = {"head": 128, "rounded": not turned, "token_rows": 1, **triton_rowwise.NORM}
+            constants |= {"rows": rows, "step": triton_rowwise.SIZE // rows}
+            found[f"rms_norm {dtype}{', rotary' if turned else ''}"] = (triton_rowwise._rms_norm, types, constants)
+        found[f"gelu {dtype}"] = (triton_rowwise._gelu, {"x_ptr": f"*{dtype}", "count": "i32"}, triton_rowwise.GELU)
+    return found
+
+
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> dict[str, Any]:
     """What the compiler made of it: counts of instructions, the tensor cores' ones by name, bytes of memory."""
     launch = triton_codec.LAUNCH | {name: value for name, value in constants.items() if name not in kernel.arg_names}
@@ -145,7 +160,8 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if types.get(name, "").startswith("*") or name in ("m", "n", "k", "width", "stride", *PLACES)
+        if types.get(name, "").startswith("*")
+        or name in ("m", "n", "k", "width", "stride", "x_stride", "out_stride", "count", *PLACES)
     }
     source = ASTSource(
         kernel,

@@ -11,10 +11,12 @@ from diffusers.models.activations import GELU
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxdit
 import tiny
+from mxdit.backends import cuda
 from mxdit.integrations import diffusers_attention, diffusers_fused
 
 OPS = torch.ops.mxdit
@@ -157,6 +159,21 @@ def test_modules_of_other_families():
         assert mxdit.fuse_(model).paths == ("0.0", "0.1", "0.2", "1.0")
         for module, expected in zip((*norms, *gelus), want, strict=True):
             torch.testing.assert_close(module(x), expected, rtol=2**-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("reason", [None, "no CUDA device"])
+def test_on_a_gpu_it_asks_for_kernels(monkeypatch, reason):
+    """Fake tensors of one: the ops are called where kernels answer, and torch's own computes where the reference would."""
+    monkeypatch.setattr(cuda, "why_not", lambda index: reason)
+    model = nn.Sequential(nn.RMSNorm(64, 1e-6), GELU(64, 64, approximate="tanh"), RMSNorm(64, 1e-6))
+    mxdit.fuse_(model)
+    mode = FakeTensorMode()
+    place = torch.device("cuda", 0)
+    there = {name: FakeTensor(mode, value.detach().to("meta"), place) for name, value in model.state_dict().items()}
+    with mode, Ops() as seen:
+        out = torch.func.functional_call(model, there, FakeTensor(mode, torch.empty(2, 64, device="meta"), place))
+    assert (out.device, out.shape) == (place, (2, 64))
+    assert seen.calls == ({} if reason else {OPS.rms_norm.default: 2, OPS.gelu_.default: 1})
 
 
 def test_what_a_new_diffusers_may_have_changed_is_left_alone(monkeypatch, caplog):

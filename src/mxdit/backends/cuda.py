@@ -1,5 +1,5 @@
 """NVIDIA GPUs: the ops of mxdit as Triton kernels (triton_codec.py, triton_matmul.py, triton_attention.py,
-triton_attention_int8.py), registered on torch's CUDA device.
+triton_attention_int8.py, triton_rowwise.py), registered on torch's CUDA device.
 
 docs/cuda.md says which way a product takes and why it is exact. The environment variable MXDIT_CUDA_ROUTE forces one. Nothing
 here waits for the device, so that CUDA graphs capture the ops.
@@ -10,6 +10,7 @@ Triton is imported by the functions of this file, and nowhere else.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from mxdit.numerics.formats import FORMATS
 from mxdit.ops import attention as attention_ops
 from mxdit.ops import implement, products
 from mxdit.ops import quantize as quantize_ops
+from mxdit.ops import rowwise as rowwise_ops
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +238,62 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return result
 
 
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, rounded: bool
+) -> Tensor:
+    """`mxdit.ops.rms_norm`."""
+    if _referred(x):
+        return rowwise_ops.rms_norm(x, weight, eps, cos, sin, rounded)
+    result = rowwise_ops.prepare_rms_norm(x, weight, eps, cos, sin, rounded)
+    _norm(_rows(x), weight, eps, cos, sin, rounded, x.shape, result.view(-1, x.shape[-1]))
+    return result
+
+
+def rms_norm_(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, rounded: bool
+) -> None:
+    """`mxdit.ops.rms_norm_`."""
+    if _referred(x):
+        return rowwise_ops.rms_norm_(x, weight, eps, cos, sin, rounded)
+    rowwise_ops.prepare_rms_norm_(x, weight, eps, cos, sin, rounded)
+    rows = _rows(x)
+    _norm(rows, weight, eps, cos, sin, rounded, x.shape, rows)
+    if rows.data_ptr() != x.data_ptr():  # x had no such rows, these are a copy
+        x.copy_(rows.view(x.shape))
+
+
+def gelu_(x: Tensor) -> None:
+    """`mxdit.ops.gelu_`."""
+    if _referred(x):
+        return rowwise_ops.gelu_(x)
+    rowwise_ops.prepare_gelu_(x)
+    dense = x.contiguous()
+    if dense.numel():
+        with _on(x):
+            _kernels("rowwise").gelu_(dense)
+    if dense is not x:
+        x.copy_(dense)
+
+
+def _norm(
+    rows: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rounded: bool,
+    shape: torch.Size,
+    out: Tensor,
+) -> None:
+    if not rows.numel():
+        return
+    _check_together(rows, weight, cos, sin)
+    weight, cos, sin = (None if part is None else part.contiguous() for part in (weight, cos, sin))
+    tokens = 1 if cos is None else len(cos)
+    with _on(rows):
+        _kernels("rowwise").rms_norm(rows, weight, eps, cos, sin, rounded, tokens, math.prod(shape[2:-1]), out)
+
+
 def _encode(
     x: Tensor,
     mul_scale: Tensor | None,
@@ -248,8 +306,7 @@ def _encode(
 ) -> None:
     if not x.numel():
         return
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = _rows(x)
     mul = None if mul_scale is None else mul_scale.to(x.dtype).contiguous()
     with _on(x):
         _kernels("codec").encode(rows, mul, codes, scale, outer, FORMATS[fmt], rule, round_mode)
@@ -299,6 +356,12 @@ def _check_together(*operands: Tensor | None) -> None:
 def _on(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which may be another."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (rows, K) whose K is contiguous, the same memory where that can be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _flat(x: Tensor | None) -> Any:

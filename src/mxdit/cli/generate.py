@@ -121,9 +121,7 @@ def generate(
     ] = False,
     fused: Annotated[
         bool,
-        typer.Option(
-            "--fused", help="Norms, rotary embeddings and GELU in one pass each, on a CPU: faster, in less memory."
-        ),
+        typer.Option("--fused", help="Norms, rotary embeddings and GELU in one pass each: faster, in less memory."),
     ] = False,
     output: Annotated[
         Path | None,

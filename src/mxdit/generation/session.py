@@ -138,7 +138,7 @@ class Session:
                 are faster, and numbers differ from those of the model as it is by rounding.
             parts: components of the pipeline, by name, that are taken as they are in place of the directory's or of what the
                 pipeline makes by itself, such as a `safety_checker`.
-            fused: let ops of mxdit compute the transformers' norms, rotary embeddings and GELU on a CPU, as `fuse_` does: faster,
+            fused: let ops of mxdit compute the transformers' norms, rotary embeddings and GELU, as `fuse_` does: faster,
                 in less memory, and numbers differ by last bits.
 
         Raises:

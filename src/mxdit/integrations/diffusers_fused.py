@@ -20,6 +20,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
+from mxdit.backends import cuda
 from mxdit.models import uncompiled
 
 logger = logging.getLogger("mxdit")
@@ -99,13 +100,20 @@ def _normed(linear: nn.Module, norm: Any, x: Tensor, turn: tuple[Any, ...]) -> T
 
 
 def _answers(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the ops are for these: on a CPU, of one dtype, and nobody needs a gradient."""
-    if x.device.type != "cpu" or x.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
+    """Whether the ops are for these: where kernels of ours answer, of one dtype, and nobody needs a gradient."""
+    kind = x.device.type
+    if x.dtype not in _DTYPES or not _has_kernels(kind, x.device.index or 0) or torch.is_autocast_enabled(kind):
         return False
     tensors = (x, *(weight for weight in weights if weight is not None))
     if any(each.device != x.device or each.dtype is not x.dtype for each in tensors):
         return False
     return not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(kind: str, index: int) -> bool:
+    """Elsewhere the reference would answer, in more passes than torch's own."""
+    return kind == "cpu" or (kind == "cuda" and cuda.why_not(index) is None)
 
 
 def _turns(rotary: tuple[Tensor, Tensor] | None, x: Tensor) -> bool:
@@ -188,10 +196,11 @@ class Fused:
 
 
 def fuse_(model: nn.Module) -> Fused:
-    """Let a transformer of diffusers compute its RMS norms, Wan's rotary embedding, and GELU (tanh) by ops of mxdit on a CPU.
+    """Let a transformer of diffusers compute its RMS norms, Wan's rotary embedding, and GELU (tanh) by ops of mxdit.
 
-    Numbers differ from those before by last bits, as docs/numerics.md section 11 says. On other devices, in training, under
-    autocast and where something else is in between, it computes as before. Quantize before, and compile after it.
+    Numbers differ from those before by last bits, as docs/numerics.md section 11 says. In training, under autocast, where
+    something else is in between, and on what is neither a CPU nor a GPU that mxdit has kernels for, it computes as before.
+    Quantize before, and compile after it.
 
         >>> fused = mxdit.fuse_(pipe.transformer)
         >>> fused.remove()

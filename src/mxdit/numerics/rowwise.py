@@ -10,15 +10,15 @@ from torch import Tensor
 
 LANES = 32  # sums that a row's squares are spread over
 
-_LOG2_E, _LN2_HIGH, _LN2_LOW = map(float.fromhex, ("0x1.715476p+0", "0x1.62e8p-1", "-0x1.e8082ep-16"))
-_EXP = tuple(
+LOG2_E, LN2_HIGH, LN2_LOW = map(float.fromhex, ("0x1.715476p+0", "0x1.62e8p-1", "-0x1.e8082ep-16"))
+EXP = tuple(
     map(
         float.fromhex,
         ("0x1.6a2434p-10", "0x1.1239e2p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2", "0x1p+0", "0x1p+0"),
     )
 )
-_SQRT_2_OVER_PI, _CUBE = float.fromhex("0x1.988454p-1"), float.fromhex("0x1.6e4e26p-5")
-_SATURATED = 20.0  # where tanh(x/2) is 1 in fp32
+SQRT_2_OVER_PI, CUBE = float.fromhex("0x1.988454p-1"), float.fromhex("0x1.6e4e26p-5")
+SATURATED = 20.0  # where tanh(x/2) is 1 in fp32
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, rounded: bool) -> Tensor:
@@ -49,17 +49,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """x times (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, in x's dtype."""
     wide = x.float()
-    inner = _SQRT_2_OVER_PI * (wide + _CUBE * ((wide * wide) * wide))
-    e = _exp((inner + inner).nan_to_num(0.0).clamp(-_SATURATED, _SATURATED))
+    inner = SQRT_2_OVER_PI * (wide + CUBE * ((wide * wide) * wide))
+    e = _exp((inner + inner).nan_to_num(0.0).clamp(-SATURATED, SATURATED))
     tanh = (e + e) / (e + 1.0) - 1.0
     return ((0.5 * wide) * (1.0 + tanh)).to(x.dtype)
 
 
 def _exp(x: Tensor) -> Tensor:
     """e^x within 2e-7 of it, for x of magnitude 20 at most."""
-    n = (x * _LOG2_E).round()
-    s = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = torch.full_like(s, _EXP[0])
-    for coefficient in _EXP[1:]:
+    n = (x * LOG2_E).round()
+    s = (x - n * LN2_HIGH) - n * LN2_LOW
+    p = torch.full_like(s, EXP[0])
+    for coefficient in EXP[1:]:
         p = p * s + coefficient
     return p * (n.int() + 127).bitwise_left_shift(23).view(torch.float32)
