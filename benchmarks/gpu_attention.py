@@ -6,8 +6,9 @@ last head, all queries of a small case and 64 of a large one. A method is right 
 of its reference's on the CPU and torch's; "same" is the share of outputs that are the reference's bits. In each round every call
 is made once; ratios are of medians, torch's over the method's.
 
-    python benchmarks/gpu_attention.py [--device cuda] [--quick] [--rounds 10] [--json FILE]
+    python benchmarks/gpu_attention.py [--device cuda] [--method exact] [--quick] [--rounds 10] [--json FILE]
 
+    --method  one of them, beside torch
     --quick   the small cases only
 
 Prints a line a call, and writes the file anew after each case. Exits with 1 when a method is wrong.
@@ -46,8 +47,8 @@ LARGE = tuple(
 
 
 @torch.inference_mode()
-def measure(device: str, quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for torch and for each method on each case."""
+def measure(device: str, methods: Sequence[str], quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for torch and for each of these methods on each case."""
     place = torch.device(device)
     for dtype, queries, keys, heads, sources, width, kind, causal in SMALL if quick else SMALL + LARGE:
         torch.manual_seed(0)
@@ -62,20 +63,20 @@ def measure(device: str, quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
         calls = {
             "torch": partial(scaled_dot_product_attention, *first, mask, is_causal=causal, enable_gqa=heads > sources)
         }
-        for method in METHODS:
+        for method in methods:
             calls[method] = partial(torch.ops.mxdit.attention, q, k, v, mask, width**-0.5, causal, method)
         rows = torch.arange(queries) if queries < 512 else torch.linspace(0, queries - 1, 64).long()
         here = {name: call() for name, call in calls.items()}
         here["torch"] = here["torch"].transpose(1, 2)
-        square, errors, same = 0.0, dict.fromkeys([*here, *(f"{method}, reference" for method in METHODS)], 0.0), {}
+        square, errors, same = 0.0, dict.fromkeys([*here, *(f"{method}, reference" for method in methods)], 0.0), {}
         for head in (0, heads - 1):
             operands = (q[0, rows.to(place), head].cpu(), *(x[0, :, head // (heads // sources)].cpu() for x in (k, v)))
             own = None if mask is None else mask.expand(1, heads, queries, keys)[0, head].cpu()
             true = in_float64(*operands, own, causal)
             square += float(true.pow(2).mean())
             got = {name: out[0, rows.to(place), head].cpu() for name, out in here.items()}
-            for method, reference in METHODS.items():
-                expected = got[f"{method}, reference"] = reference(*operands, own, width**-0.5, causal).to(dtype)
+            for method in methods:
+                expected = got[f"{method}, reference"] = METHODS[method](*operands, own, width**-0.5, causal).to(dtype)
                 same[method] = min(same.get(method, 1.0), float((got[method] == expected).double().mean()))
             for name, out in got.items():
                 errors[name] += float((out.double() - true).pow(2).mean())
@@ -86,7 +87,7 @@ def measure(device: str, quick: bool, rounds: int) -> Iterator[dict[str, Any]]:
         for name, taken in times.items():
             row = {"dtype": str(dtype), **size, "mask": kind, "causal": causal, "method": name, "error": errors[name]}
             row |= {"times": asdict(taken), "ratio": times["torch"].median / taken.median}
-            if name in METHODS:
+            if name in methods:
                 row |= {"reference_error": (reference := errors[f"{name}, reference"]), "same": same[name]}
                 row["right"] = errors[name] <= 2 * max(errors["torch"], reference)
             yield row
@@ -104,12 +105,14 @@ def in_float64(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
-    for row in measure(args.device, args.quick, args.rounds):
+    methods = [args.method] if args.method else list(METHODS)
+    for row in measure(args.device, methods, args.quick, args.rounds):
         rows.append(row)
         if args.json:
             settings = {"quick": args.quick, "rounds": args.rounds}

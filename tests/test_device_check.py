@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mxdit.backends import cpu
 from mxdit.ops.attention import METHODS
 from test_docs import parsed
 
@@ -25,14 +26,18 @@ def test_the_parts_that_need_no_diffusers_pass_on_a_cpu(tool, tmp_path, capsys):
     parts = [part for part in tool.parts_of("cpu", True) if not part.name.startswith(("block", "generate"))]
     assert tool.check(parts, 600, tmp_path / "check.json", "cpu"), capsys.readouterr().out
     report = json.loads((tmp_path / "check.json").read_text())
-    found = {part["part"].partition(":")[0]: part["result"] for part in report["parts"]}
-    assert list(found) == ["environment", "conformance", "attention", "gemm"]
+    found = {part["part"]: part["result"] for part in report["parts"]}
+    conformance, *attention = (name for name in found if ":" in name)
+    assert list(found) == ["environment", conformance, *attention, "norms, GELU", "gemm"]
     assert found["environment"]["versions"]["torch"]
-    assert found["conformance"]["totals"]["pass"] > 1
-    assert {row["method"] for row in found["attention"]["rows"]} == {"torch", *METHODS}
-    assert {row["right"] for row in found["attention"]["rows"] if row["method"] != "torch"} == {True}
+    assert found[conformance]["totals"]["pass"] > 1
+    rows = [row for name in attention for row in found[name]["rows"]]
+    assert {row["method"] for row in rows} == {"torch", *METHODS}
+    assert {row["right"] for row in rows if row["method"] != "torch"} == {True}
+    assert {row["right"] for row in found["norms, GELU"]["rows"]} == {True}
     assert any(row["right"] and row["method"] == "mxfp4" for row in found["gemm"]["rows"])
-    assert "exact x" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "exact x" in said and cpu.BACKEND.about() in said
 
 
 @pytest.mark.parametrize(("device", "quick"), [("cuda", False), ("cpu", True)])
@@ -59,11 +64,30 @@ def test_a_crash_and_a_hang_cost_their_own_part_only(tool, tmp_path, capsys):
     assert not tool.check(parts, 61, output, "cpu")
     crashed, hung, failed, read = json.loads(output.read_text())["parts"]
     assert (crashed["status"], crashed["exit_code"], crashed["result"]) == ("crashed", -6, {"so far": 1})
-    assert hung["status"] == "timed out" and hung["stderr"] == "waiting\n" and hung["seconds"] < 15
+    assert hung["status"] == "timed out" and hung["seconds"] < 15
+    assert hung["stderr"].startswith("waiting\n") and "line 1 in <module>" in hung["stderr"]  # where it was
+    assert "line 1 in <module>" in crashed["stderr"]
     assert failed["status"] == "failed" and "wrong results" in failed["stderr"]
     assert read["status"] == "passed"
     assert [part["status"] for part in read["result"]["parts"]] == ["crashed", "timed out", "failed"]  # written at once
-    assert "wrong results" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "wrong results" in said and said.count('File "<string>", line 1 in <module>') == 2
+
+
+def test_without_the_kernels_nothing_is_right(tool, tmp_path, capsys):
+    """The reference passes everything where they do not answer: the environment says that they do not."""
+    backends = [{"name": "cuda (triton)", "device": "cuda", "why_not": "no triton", "about": None}]
+    part = tool.Part("environment", ("-c", f"import json; print(json.dumps({{'backends': {backends}}}))"), 1)
+    assert not tool.check([part], 60, tmp_path / "check.json", "cuda:0")
+    assert "cuda (triton) does not answer: no triton" in capsys.readouterr().out
+    assert tool.check([part], 60, tmp_path / "check.json", "cpu")
+
+
+def test_what_is_wrong_is_counted(tool, tmp_path, capsys):
+    rows = [{"method": "gelu", "ratio": 2.0, "right": right} for right in (True, False)]
+    program = f"import json, sys; print(json.dumps({{'rows': {rows}}})); sys.exit(1)"
+    assert not tool.check([tool.Part("norms", ("-c", program), 1)], 60, tmp_path / "check.json", "cpu")
+    assert "gelu x 2.00 to 2.00, 1 of 2 wrong" in capsys.readouterr().out
 
 
 def test_what_there_was_no_time_for_is_said(tool, tmp_path):

@@ -3,9 +3,11 @@
     python tools/device_check.py [--device cuda] [--budget 480] [--output device_check.json]
 
 In at most ``--budget`` seconds: the environment; `mxdit conformance`; attention, by each method, against float64 and torch's;
-`mxdit bench gemm` on Wan2.2-A14B's products; one of its blocks at 4,096 and 32,760 tokens by `mxdit bench pipeline`; and clips of
-the bundled model. Each part is a process of its own and gets a share of the time that is left, so that a crash or a hang costs
-that part only. The report is written anew after each of them; it has versions, results, times, and what failing parts printed.
+norms and GELU; `mxdit bench gemm` on Wan2.2-A14B's products; one of its blocks at 4,096 and 32,760 tokens by `mxdit bench
+pipeline`; and clips of the bundled model. Each part is a process of its own and gets a share of the time that is left, so that
+a crash, a hang or a device context that is lost costs that part only. The report is written anew after each of them; it has
+versions, results, times, and what failing parts printed, with the Python lines at which they crashed or were when their time
+was over.
 
 ``--device`` is the first CUDA device or NPU where none is named. ``--quick`` has the same parts in sizes for a CPU.
 Exit code 0: all is right; 1: something is not, or was not run; 2: no device is there.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -29,10 +32,16 @@ from typing import Any
 
 import torch
 
+from mxdit.conformance import cases
+
 PASSED, FAILED, CRASHED, TIMED_OUT, NOT_RUN = "passed", "failed", "crashed", "timed out", "not run"
 GRACE = 5  # seconds that a killed process has to go; one that waits for a driver may not
+SPEAKING = {
+    "PYTHONFAULTHANDLER": "1",
+    "PYTHONUNBUFFERED": "1",
+}  # what is aborted prints where it was, and loses no line
 LEAST = 1.0  # seconds: with less nothing is begun
-TAIL = 4000  # characters
+TAIL = 20_000  # characters: what is aborted lists all modules that it has loaded
 JSON = "{json}"  # in a command: the file that it writes; one without it prints JSON
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SHAPES = ("19800,5120,15360", "32760,5120,5120", "32760,5120,13824", "32760,13824,5120", "512,5120,10240")
@@ -49,17 +58,17 @@ class Part:
 
 def parts_of(device: str, quick: bool) -> list[Part]:
     to, cli = ("--device", device, "--json"), ("-m", "mxdit.cli")
-    attention = (str(BENCHMARKS / "gpu_attention.py"), *(["--quick", "--rounds", "1"] if quick else []), *to, JSON)
+    less = ["--quick", "--rounds", "1"] if quick else []
     clip = (*cli, "generate", "--method", "mxfp4", "--steps", "2" if quick else "8", "--output", "clip.mp4", *to)
-    items = (
-        ["quantize mxfp4 uos rint"]
-        if quick
-        else ["quantize", "matmul", "linear", "rms_norm", "gelu", "attention", "Wan block"]
-    )
+    kinds = dict.fromkeys(case.name.partition(" ")[0] for case in cases())
+    items = ["quantize mxfp4 uos rint"] if quick else list(kinds)
     shapes = [text for shape in (["64,256,128"] if quick else SHAPES) for text in ("--shape", shape)]
-    found = [Part("environment", (*cli, "info", "--json"), 2)]
+    found = [Part("environment", (*cli, "info", "--json"), 4)]  # and what a first import of everything takes
     found += [Part(f"conformance: {item}", (*cli, "conformance", "--only", item, *to, JSON), 4) for item in items]
-    found.append(Part("attention", attention, 5))
+    for method in ("exact", "int8"):
+        command = (str(BENCHMARKS / "gpu_attention.py"), "--method", method, *less, *to, JSON)
+        found.append(Part(f"attention: {method}", command, 3))
+    found.append(Part("norms, GELU", (str(BENCHMARKS / "gpu_rowwise.py"), *less, *to, JSON), 3))
     found.append(Part("gemm", (*cli, "bench", "gemm", *shapes, "--rounds", "1" if quick else "5", *to, JSON), 5))
     name, forwards = ("TI2V-5B", "1") if quick else ("A14B", "3")
     ours = ("--mode", "mxfp4", "--attention", "int8")
@@ -80,14 +89,17 @@ def run(part: Part, limit: float, scratch: Path) -> dict[str, Any]:
     command = [sys.executable, *(str(result) if text == JSON else text for text in part.arguments)]
     started, code = time.monotonic(), None
     with printed.open("wb") as out, errors.open("wb") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=scratch, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, cwd=scratch, env=os.environ | SPEAKING, start_new_session=True
+        )
         try:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(limit)
         finally:
-            if code is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                with suppress(subprocess.TimeoutExpired):
+            # It says where it is, and goes, and so do its children.
+            for last in (signal.SIGABRT, signal.SIGKILL) if code is None else (signal.SIGKILL,):
+                with suppress(subprocess.TimeoutExpired, ProcessLookupError):
+                    os.killpg(process.pid, last)
                     process.wait(GRACE)
     status = TIMED_OUT if code is None else CRASHED if code < 0 else FAILED if code else PASSED
     found = {"part": part.name, "status": status, "exit_code": code, "seconds": round(time.monotonic() - started, 1)}
@@ -101,32 +113,50 @@ def run(part: Part, limit: float, scratch: Path) -> dict[str, Any]:
 
 def check(parts: Sequence[Part], budget: float, output: Path, device: str) -> bool:
     """Run them, and write and print what was found. Returns whether all is right."""
-    ends = time.monotonic() + budget
+    ends, kind = time.monotonic() + budget, device.partition(":")[0]
     report: dict[str, Any] = {"schema": 1, "device": device, "budget": budget, "date": time.strftime("%F %T%z")}
-    report["parts"] = []
+    report |= {"nvidia_smi": nvidia_smi(), "parts": []}
+    print(f"{len(parts)} parts on {device}, {budget:.0f} s at most; {output} has what is known after each", flush=True)
     with tempfile.TemporaryDirectory(prefix="mxdit-check-", ignore_cleanup_errors=True) as folder:
         for at, part in enumerate(parts):
             limit = (ends - time.monotonic()) * part.share / sum(later.share for later in parts[at:])
             found = {"part": part.name, "status": NOT_RUN, "seconds": 0.0}
             if limit >= LEAST:
                 found = run(part, limit, Path(folder))
+            backend = next((b for b in (found.get("result") or {}).get("backends", ()) if b["device"] == kind), None)
+            if backend and backend["why_not"]:  # then the reference would pass everything in its place
+                found |= {"status": FAILED, "stderr": f"{backend['name']} does not answer: {backend['why_not']}"}
             report["parts"].append(found)
             unfinished = output.with_name(f".{output.name}.partial")
             unfinished.write_text(json.dumps(report, indent=1) + "\n")
             unfinished.replace(output)
-            print(f"{found['status']:<10} {found['seconds']:>6.1f} s  {part.name:<24}  {in_short(found)}", flush=True)
+            said = in_short(found, kind)
+            print(f"{found['status']:<10} {found['seconds']:>6.1f} s  {part.name:<24}  {said}", flush=True)
     return all(found["status"] == PASSED for found in report["parts"])
 
 
-def in_short(found: dict[str, Any]) -> str:
-    """Ratios to torch's by method, counts of a conformance's items, or what a part that failed said last."""
+def nvidia_smi() -> str | None:
+    """Driver, clocks, limits, and who else is on the GPUs; None where nobody says so."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, timeout=30, check=True).stdout
+    return None
+
+
+def in_short(found: dict[str, Any], kind: str) -> str:
+    """Who answers, ratios to torch's by method, counts of a conformance's items, what is wrong, and what a part that failed said
+    last."""
     result, ratios = found.get("result") or {}, {}
+    said = [b["about"] for b in result.get("backends", ()) if b["device"] == kind and b["about"]]
     for row in result.get("rows", ()):
         if row.get("ratio") not in (None, 1.0) and "reference" not in row.get("backend", ""):  # torch's own has 1
             ratios.setdefault(row.get("mode") or row["method"], []).append(row["ratio"])
-    said = [f"{name} x {min(values):.2f} to {max(values):.2f}" for name, values in ratios.items()]
+    said += [f"{name} x {min(values):.2f} to {max(values):.2f}" for name, values in ratios.items()]
     said += [f"{count} {name}" for name, count in result.get("totals", {}).items() if name != "elements" and count]
-    said += found.get("stderr", "").strip().splitlines()[-1:]
+    wrong = [row for row in result.get("rows", ()) if row.get("right") is False]
+    said += [f"{len(wrong)} of {len(result['rows'])} wrong"] if wrong else []
+    lines = found.get("stderr", "").strip().splitlines()
+    where = [i + 1 for i, line in enumerate(lines[:-1]) if line.startswith("Current thread")]  # of what was aborted
+    said += [lines[(where or [-1])[-1]].strip()] if lines else []
     return ", ".join(said)
 
 
@@ -142,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device is None:
         print("error: torch sees no CUDA device and no NPU; name another with --device", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a part's process goes, too
+    for last in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(last, lambda *_: sys.exit(1))  # so that a part's process goes, too
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # nobody asked for dumps
     return 0 if check(parts_of(device, args.quick), args.budget, args.output, device) else 1
 
 
