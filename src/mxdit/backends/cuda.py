@@ -13,7 +13,8 @@ import logging
 import math
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -245,7 +246,7 @@ def rms_norm(
     if _referred(x):
         return rowwise_ops.rms_norm(x, weight, eps, cos, sin, rounded)
     result = rowwise_ops.prepare_rms_norm(x, weight, eps, cos, sin, rounded)
-    _norm(_rows(x), weight, eps, cos, sin, rounded, x.shape, result.view(-1, x.shape[-1]))
+    _norm(x, weight, eps, cos, sin, rounded, result)
     return result
 
 
@@ -256,10 +257,7 @@ def rms_norm_(
     if _referred(x):
         return rowwise_ops.rms_norm_(x, weight, eps, cos, sin, rounded)
     rowwise_ops.prepare_rms_norm_(x, weight, eps, cos, sin, rounded)
-    rows = _rows(x)
-    _norm(rows, weight, eps, cos, sin, rounded, x.shape, rows)
-    if rows.data_ptr() != x.data_ptr():  # x had no such rows, these are a copy
-        x.copy_(rows.view(x.shape))
+    _norm(x, weight, eps, cos, sin, rounded, x)
 
 
 def gelu_(x: Tensor) -> None:
@@ -276,22 +274,19 @@ def gelu_(x: Tensor) -> None:
 
 
 def _norm(
-    rows: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    rounded: bool,
-    shape: torch.Size,
-    out: Tensor,
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, rounded: bool, out: Tensor
 ) -> None:
-    if not rows.numel():
+    if not x.numel():
         return
-    _check_together(rows, weight, cos, sin)
+    _check_together(x, weight, cos, sin)
     weight, cos, sin = (None if part is None else part.contiguous() for part in (weight, cos, sin))
-    tokens = 1 if cos is None else len(cos)
-    with _on(rows):
-        _kernels("rowwise").rms_norm(rows, weight, eps, cos, sin, rounded, tokens, math.prod(shape[2:-1]), out)
+    tokens, token_rows = 1 if cos is None else len(cos), math.prod(x.shape[2:-1])
+    rows = _rows(x)
+    to = rows if out is x else _rows(out)
+    with _on(x):
+        _kernels("rowwise").rms_norm(rows, weight, eps, cos, sin, rounded, tokens, token_rows, to)
+    if to.data_ptr() != out.data_ptr():  # x had no such rows, these are a copy
+        out.copy_(to.view(out.shape))
 
 
 def _encode(
@@ -302,14 +297,14 @@ def _encode(
     outer: Tensor | None,
     fmt: str,
     rule: str,
-    round_mode: str,
+    mode: str,
 ) -> None:
     if not x.numel():
         return
     rows = _rows(x)
     mul = None if mul_scale is None else mul_scale.to(x.dtype).contiguous()
     with _on(x):
-        _kernels("codec").encode(rows, mul, codes, scale, outer, FORMATS[fmt], rule, round_mode)
+        _kernels("codec").encode(rows, mul, codes, scale, outer, FORMATS[fmt], rule, mode)
 
 
 def _multiply(a: Packed | Tensor, w: Packed, bias: Tensor | None, result: Tensor) -> None:
@@ -353,9 +348,15 @@ def _check_together(*operands: Tensor | None) -> None:
         )
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which may be another."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+@contextmanager
+def _on(x: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which may be another. What it does not compile or launch raises what a kernel of
+    torch's would."""
+    try:
+        with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+            yield
+    except import_module("triton.errors").TritonError as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _rows(x: Tensor) -> Tensor:
