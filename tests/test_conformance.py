@@ -552,6 +552,19 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return mxdit_command(monkeypatch, capsys, "conformance", *args)
 
 
+def test_what_was_found_is_in_the_file_whatever_comes_after(monkeypatch, capsys, tmp_path):
+    class Ended(BaseException):
+        pass
+
+    def ends(*args):
+        raise Ended
+
+    with Broken("matmul_dual", ends), pytest.raises(Ended):
+        command(monkeypatch, capsys, "--only", "K = 96", "--json", tmp_path / "cpu.json")
+    found = json.loads((tmp_path / "cpu.json").read_text())["items"]
+    assert found[0]["name"] == "matmul w4a4 mxfp4: K = 96" and found[0]["verdict"] == conformance.PASS
+
+
 def test_a_table_a_file_and_code_0(monkeypatch, capsys, tmp_path):
     file = tmp_path / "cpu.json"
     code, out, _ = command(monkeypatch, capsys, "--only", "w8a8", "--json", file)

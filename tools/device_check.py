@@ -72,7 +72,10 @@ def parts_of(device: str, quick: bool) -> list[Part]:
     found.append(Part("gemm", (*cli, "bench", "gemm", *shapes, "--rounds", "1" if quick else "5", *to, JSON), 5))
     name, forwards = ("TI2V-5B", "1") if quick else ("A14B", "3")
     ours = ("--mode", "mxfp4", "--attention", "int8")
-    blocks = {"16": ours} if quick else {"4096": (), "32760": (), "32760, int8 attention": ours}
+    blocks: dict[str, Sequence[str]] = {"16": ours}
+    if not quick:
+        fused = ("--mode", "mxfp4", "--fused")
+        blocks = {"4096": (), "32760": (), "32760, int8 attention": ours, "32760, fused": fused}
     for tokens, modes in blocks.items():
         size = ("--block", name, "--tokens", tokens.partition(",")[0], "--rounds", forwards)
         found.append(Part(f"block, {tokens}", (*cli, "bench", "pipeline", *size, *modes, *to, JSON), 4))

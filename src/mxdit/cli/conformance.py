@@ -56,7 +56,7 @@ def conformance(
     _show_environment(where)
 
     started = time.perf_counter()
-    results = []
+    results, figures = [], {}
     columns = (
         TextColumn("Comparing"),
         BarColumn(),
@@ -70,9 +70,9 @@ def conformance(
             progress.update(bar, description=case.name)
             results.append(case.run(device))
             progress.advance(bar)
-    figures = suite.report(where, results, time.perf_counter() - started)
-    if report is not None:
-        report.write_text(json.dumps(figures, indent=1) + "\n")
+            figures = suite.report(where, results, time.perf_counter() - started)
+            if report is not None:  # anew, so that a case that takes the process with it leaves the others
+                report.write_text(json.dumps(figures, indent=1) + "\n")
     _show(results)
     counts = figures["totals"]
     verdicts = ", ".join(f"{counts[key]} {key}" for key in (suite.PASS, suite.FAIL, suite.REFUSED, suite.SKIPPED))

@@ -80,12 +80,22 @@ def gemm(
     tell("measuring what a copy and a matrix product of torch's reach")
     baseline = say_baseline(device)
     best, rows = ceilings(place, rounds, baseline), []
+    settings = {
+        "scale": str(fraction),
+        "rounds": rounds,
+        "quick": quick,
+        "inputs": "gaussian",
+        "baseline": baseline,
+    }
     columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err) as shown:
         bar = shown.add_task("", total=len(wanted))
         for found in measure.run(wanted, methods, place, rounds):
             rows += found
             shown.advance(bar)
+            if report is not None:  # anew, so that a product that takes the process with it leaves the others
+                figures = as_json("gemm", device, settings, [row.to_dict() for row in rows], ceilings=vars(best))
+                report.write_text(json.dumps(figures, indent=1) + "\n")
     say_machine(device)
     if fraction != 1:
         say(f"M is {fraction} of the video's tokens; small M and the text's 512 tokens are not scaled.")
@@ -106,16 +116,6 @@ def gemm(
         if row.note:
             notes.setdefault(f"{row.backend}: {row.note}", []).append(str(row.product))
     say("\n".join(["", *(f"{note}: {'; '.join(dict.fromkeys(sizes))}" for note, sizes in notes.items())]))
-    if report is not None:
-        settings = {
-            "scale": str(fraction),
-            "rounds": rounds,
-            "quick": quick,
-            "inputs": "gaussian",
-            "baseline": baseline,
-        }
-        figures = as_json("gemm", device, settings, [row.to_dict() for row in rows], ceilings=vars(best))
-        report.write_text(json.dumps(figures, indent=1) + "\n")
     if plot is not None:
         from mxdit.bench.plot import gemm as draw
 
