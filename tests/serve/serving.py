@@ -109,6 +109,11 @@ def png(width: int = 32, height: int = 32, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
+def pixels_of(data: bytes) -> np.ndarray:
+    """(height, width, 3) uint8 of an image file."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
 def wait_for(condition: Any, deadline: float = DEADLINE) -> Any:
     """What `condition` gives once it is true."""
     until = time.monotonic() + deadline
@@ -146,8 +151,8 @@ class Process:
         self.address, self.url = ("127.0.0.1", port), f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
 
-    def ready(self) -> Process:
-        wait_for(lambda: self.process.poll() is not None or self._is_ready())
+    def ready(self, deadline: float = DEADLINE) -> Process:
+        wait_for(lambda: self.process.poll() is not None or self._is_ready(), deadline)
         assert self.process.poll() is None, self.process.stderr.read()
         return self
 

@@ -18,14 +18,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import serving
 import tiny
 from mxdit.generation.session import Session
 from mxdit.serve.app import PAGE
-from serving import KEY, SMALL, ended, png
+from serving import KEY, SMALL, ended, pixels_of, png
 from tiny_families import flux
 
 pytestmark = pytest.mark.slow
@@ -67,10 +66,6 @@ def listening(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 def frames_of(data: bytes) -> np.ndarray:
     with av.open(io.BytesIO(data)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def pixels_of(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:

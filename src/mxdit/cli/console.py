@@ -83,6 +83,16 @@ Attention = Annotated[
         metavar="METHOD[;...]",
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the transformers' blocks: the first step takes longer, others are faster."),
+]
+Fused = Annotated[
+    bool,
+    typer.Option(
+        "--fused", help="Norms, rotary embeddings and GELU in one pass each, on a CPU: faster, in less memory."
+    ),
+]
 Loras = Annotated[
     list[str] | None,
     typer.Option(

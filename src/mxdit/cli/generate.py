@@ -16,11 +16,13 @@ from mxdit.cli.console import (
     METHODS,
     ActivationSteps,
     Attention,
+    Compile,
     Config,
     Device,
     Dtype,
     FallbackBlocks,
     Frames,
+    Fused,
     IgnoredLayers,
     LayerMethods,
     Loras,
@@ -113,16 +115,8 @@ def generate(
     dtype: Dtype = "bf16",
     memory: Memory = None,
     variant: Variant = None,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile", help="Compile the transformers' blocks: the first step takes longer, others are faster."
-        ),
-    ] = False,
-    fused: Annotated[
-        bool,
-        typer.Option("--fused", help="Norms, rotary embeddings and GELU in one pass each: faster, in less memory."),
-    ] = False,
+    compiled: Compile = False,
+    fused: Fused = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The MP4 to write, or PNG of an image. Default: video.mp4, or image.png."),

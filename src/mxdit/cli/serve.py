@@ -13,8 +13,11 @@ import typer
 
 from mxdit.cli.console import (
     DTYPES,
+    Attention,
+    Compile,
     Config,
     FallbackBlocks,
+    Fused,
     IgnoredLayers,
     Memory,
     app,
@@ -52,6 +55,9 @@ def serve(
     config: Config = None,
     ignored_layers: IgnoredLayers = None,
     num_bf16_fallback_layers: FallbackBlocks = None,
+    attention: Attention = None,
+    compiled: Compile = False,
+    fused: Fused = False,
     device: Annotated[
         str | None, typer.Option(help="Torch devices, separated by commas; each gets a worker. Default: cpu.")
     ] = None,
@@ -110,7 +116,9 @@ def serve(
     import uvicorn
 
     from mxdit.client.protocol import root_of
+    from mxdit.config.attention import AttentionPolicy
     from mxdit.generation.plan import budget_of
+    from mxdit.serve import trial
     from mxdit.serve.access import Access
     from mxdit.serve.adapters import Shelf
     from mxdit.serve.app import make_app
@@ -126,11 +134,20 @@ def serve(
     if engine is None:
         devices = [device_of(part.strip()) for part in (device or "cpu").split(",")]
         keys, own = read_keys(config, ignored_layers=ignored_layers, num_bf16_fallback_layers=num_bf16_fallback_layers)
-        how = {"keys": keys, "components": own, "dtype": dtype_of(dtype or "bf16"), "offload": offload}
-        how["memory"] = None if memory is None else budget_of(memory)
-        if offload and memory is not None:
-            raise InputError("a plan of memory decides what is offloaded", field="offload", hint="Leave it out.")
+        how: dict[str, Any] = {
+            "keys": keys,
+            "components": own,
+            "dtype": dtype_of(dtype or "bf16"),
+            "offload": offload,
+            "memory": None if memory is None else budget_of(memory),
+            "attention": AttentionPolicy.of_value(attention),
+            "compile": compiled,
+            "fused": fused,
+        }
         offer = Catalog(_served(directories, method, **how), Shelf(data / "adapters"))
+        if compiled or memory is not None:  # what is missing is said here, and not in a job
+            tell("trying whether the models run so")
+            trial.check([*offer.served.values()], devices)
         runners: list[Runner] = [DeviceRunner(offer, device) for device in devices]
         what, where = ", ".join(offer.served), ", ".join(devices)
         tell_slow(how["dtype"], devices[0])
@@ -143,6 +160,9 @@ def serve(
             config=config,
             ignored_layers=ignored_layers,
             num_bf16_fallback_layers=num_bf16_fallback_layers,
+            attention=attention,
+            compile=compiled or None,
+            fused=fused or None,
             offload=offload or None,
             memory=memory,
         )

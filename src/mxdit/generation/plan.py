@@ -146,13 +146,15 @@ class Planner:
         """Bytes that the process has of its own; measured when it is first asked for, with the libraries imported."""
         if not self._cpu:
             return CONTEXT
-        self._works.at(*self._smallest)  # imports what it needs
+        size, frames = self.smallest
+        self._works.at(*size, frames)  # imports what it needs
         return status("VmRSS") + FIRST_RUN + PRODUCT + PRODUCT_THREAD * usable_threads()
 
     @property
-    def _smallest(self) -> tuple[int, int, int]:
+    def smallest(self) -> tuple[tuple[int, int], int]:
+        """((height, width), frames) of the smallest clip."""
         side = self.model.geometry.multiple
-        return side, side, 1
+        return (side, side), 1
 
     def refused(self) -> dict[str, str]:
         """What cannot be done with this model here -> why not."""

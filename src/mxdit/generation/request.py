@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mxdit.config import MXConfig, check_activation
 from mxdit.config.loras import LoraFile, LoraLike, assigned
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import ConfigError, InputError
@@ -166,6 +167,35 @@ def policy_of(given: StepPolicy | Mapping[str, Any] | None, steps: int, where: s
             error.what, field=error.field, where=where, got=error.got, expected=error.expected, hint=error.hint
         ) from None
     return policy
+
+
+def policies_of(
+    model: ModelDirectory, configs: Mapping[str, MXConfig | None], asked: StepPolicy | None
+) -> dict[str, StepPolicy]:
+    """Transformer -> what its activations are at some steps: as a request asked, or else as its config states.
+
+    Args:
+        configs: transformer -> the config it is quantized with while it loads, or None.
+
+    Raises InputError and ConfigError as `Session.policies` does.
+    """
+    stored = model.stored
+    runs = {
+        name: stored[name].run_as(config) if config and name in stored else config or stored.get(name)
+        for name, config in configs.items()
+    }
+    quantized = {name: config for name, config in runs.items() if config is not None}
+    if asked is None:
+        stated = {name: config.activation_steps for name, config in quantized.items()}
+        return {name: policy for name, policy in stated.items() if policy}
+    if asked and not quantized:
+        raise InputError(
+            "activations by step, and no transformer is quantized", field="activation_steps", hint="Name a method."
+        )
+    for activation in asked.activations:
+        for config in quantized.values():
+            check_activation(config.methods, activation, where=None, field="activation_steps")
+    return dict.fromkeys(quantized, asked) if asked else {}
 
 
 def _check(model: ModelDirectory, request: Request) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mxdit.config import MXConfig, check_activation
+from mxdit.config import MXConfig
 from mxdit.config.attention import AttentionPolicy
 from mxdit.config.components import split_keys
 from mxdit.config.loras import LoraLike
@@ -23,7 +23,7 @@ from mxdit.generation.directory import ModelDirectory, bundled, open_model
 from mxdit.generation.measures import Held
 from mxdit.generation.plan import Plan, Planner, Policy, budget_of
 from mxdit.generation.recording import transformers_of
-from mxdit.generation.request import Request, make_request, policy_of
+from mxdit.generation.request import Request, make_request, policies_of, policy_of
 from mxdit.generation.running import Result, Watch, check_stop
 from mxdit.models import TEXT_ENCODERS
 from mxdit.quantize.report import QuantReport, report_of
@@ -162,22 +162,21 @@ class Session:
             raise InputError(
                 "blocks whose weights come and go are not compiled", field="compile", hint="Leave it out, or offload."
             )
-        policy = AttentionPolicy.of_value(attention)
         return cls(
             model,
             task,
             configs,
             dtype,
             device,
-            variant,
-            offload,
-            encoders,
-            loras,
-            budget,
-            policy,
-            compile,
-            parts,
-            fused,
+            variant=variant,
+            offload=offload,
+            encoders=encoders,
+            loras=loras,
+            memory=budget,
+            attention=AttentionPolicy.of_value(attention),
+            compile=compile,
+            parts=parts,
+            fused=fused,
         )
 
     def request(self, *, loras: Sequence[LoraLike] | None = None, **fields: Any) -> Request:
@@ -200,24 +199,7 @@ class Session:
         Raises InputError where the request asks for it and no transformer is quantized, and ConfigError where its activations
         do not go with their weights.
         """
-        stored = self.model.stored
-        configs = {
-            name: stored[name].run_as(asked) if asked and name in stored else asked or stored.get(name)
-            for name, asked in self.configs.items()
-        }
-        quantized = {name: config for name, config in configs.items() if config is not None}
-        asked = None if request is None else request.activation_steps
-        if asked is None:
-            stated = {name: config.activation_steps for name, config in quantized.items()}
-            return {name: policy for name, policy in stated.items() if policy}
-        if asked and not quantized:
-            raise InputError(
-                "activations by step, and no transformer is quantized", field="activation_steps", hint="Name a method."
-            )
-        for activation in asked.activations:
-            for config in quantized.values():
-                check_activation(config.methods, activation, where=None, field="activation_steps")
-        return dict.fromkeys(quantized, asked) if asked else {}
+        return policies_of(self.model, self.configs, None if request is None else request.activation_steps)
 
     def plan(self, request: Request | None = None) -> Plan:
         """How a run of a request, or of the model's own default size, is held in memory, before anything is loaded.
@@ -234,6 +216,11 @@ class Session:
     def plans(self, request: Request | None = None) -> list[Plan]:
         """The same for every way to hold the model, whether it fits or not, those that cost least time first."""
         return self._planner.plans(*self._asked(request), budget=self.memory)
+
+    def check_memory(self) -> None:
+        """Raise InputError, as `plan` does, where no clip at all fits into `memory`."""
+        if self.memory is not None:
+            self._planner.choose(self.memory, *self._planner.smallest)
 
     def _asked(self, request: Request | None) -> tuple[tuple[int, int], int, int, int]:
         """(size, frames, steps, bytes of its LoRA files)."""

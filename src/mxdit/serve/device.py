@@ -29,7 +29,7 @@ class DeviceRunner:
         while not desk.stopping.is_set():
             ours, theirs = context.Pipe()
             warm = next(iter(served), None)
-            told = (theirs, served, self._device, warm, self._catalog.shelf)
+            told = (theirs, served, self._device, warm, self._catalog.shelf, logging.getLogger().getEffectiveLevel())
             process = context.Process(target=main, args=told, daemon=True)
             process.start()
             desk.workers[self.name] = process.pid or 0

@@ -66,11 +66,9 @@ class Engines:
         """As the engines tell them; of one that tells no more than a name, every field is taken, and no default is known."""
         with self._lock:
             told = list(self._models.values())
-        blank = {"object": "model", "created": 0, "owned_by": "engine", "mode": "none", "task": None, "loaded": True}
-        return [
-            {**blank, "name": model["id"], "experts": None, "takes": list(TAKES), "defaults": {}, **model}
-            for model in told
-        ]
+        blank = {"object": "model", "created": 0, "owned_by": "engine", "mode": "none", "loaded": True}
+        blank |= dict.fromkeys(("attention", "compile", "fused", "task", "experts"))  # which vLLM-Omni does not say
+        return [{**blank, "name": model["id"], "takes": list(TAKES), "defaults": {}, **model} for model in told]
 
     def adapters(self) -> list[dict[str, Any]]:
         """None: those of an engine are its own, and it says which they are."""

@@ -111,6 +111,9 @@ class Model(_Answer):
     owned_by: str
     name: str
     mode: str
+    attention: str | None = Field(description="How attention is computed; null where an engine does not say.")
+    compile: bool | None = Field(description="Whether the transformers' blocks are compiled, or null.")
+    fused: bool | None = Field(description="Whether norms, rotary embeddings and GELU are fused, or null.")
     task: str | None = Field(description="t2v, i2v or t2i; null where an engine does not say.")
     loaded: bool
     experts: dict[str, dict[str, int]] | None = Field(description="Transformer -> how many linears run as what.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mxdit.config.attention import AttentionPolicy
 from mxdit.errors import InputError
 from mxdit.generation.directory import ModelDirectory, open_model
 from mxdit.generation.session import Session
@@ -32,6 +33,7 @@ class Served:
     dtype   of everything that is not quantized.
     offload whether weights are on the device only while they are used.
     memory  bytes that a run may take; None where nobody says.
+    attention, compile, fused  as `Session.open` takes them.
     """
 
     name: str
@@ -43,6 +45,9 @@ class Served:
     dtype: torch.dtype
     offload: bool = False
     memory: int | None = None
+    attention: AttentionPolicy = field(default_factory=AttentionPolicy)
+    compile: bool = False
+    fused: bool = False
 
     @property
     def id(self) -> str:
@@ -73,6 +78,9 @@ class Served:
             device=device,
             offload=self.offload,
             memory=self.memory,
+            attention=self.attention,
+            compile=self.compile,
+            fused=self.fused,
         )
 
 
@@ -176,6 +184,9 @@ class Catalog:
             "owned_by": "mxdit",
             "name": served.name,
             "mode": served.mode,
+            "attention": str(served.attention),
+            "compile": served.compile,
+            "fused": served.fused,
             "task": served.task,
             "loaded": linears is not None,
             "experts": linears,
@@ -199,17 +210,12 @@ class Catalog:
 
 
 def modes_of(path: Path, name: str, tasks: Sequence[str], modes: Sequence[str], **how: Any) -> list[Served]:
-    """A directory as what it makes, in each of these modes."""
+    """A directory as what it makes, in each of these modes; `how` are the other fields of `Served`."""
     model = open_model(path)
     found = []
     for task in tasks or model.tasks[:1]:
         model.check_task(task)
-        found += [
-            Served(
-                name, mode, path, task, how["keys"], how["components"], how["dtype"], how["offload"], how.get("memory")
-            )
-            for mode in modes
-        ]
+        found += [Served(name, mode, path, task, **how) for mode in modes]
     return found
 
 

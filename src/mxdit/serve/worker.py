@@ -23,6 +23,7 @@ import torch
 
 from mxdit.checkpoint.writer import sync
 from mxdit.errors import Cancelled, InputError, MXDiTError
+from mxdit.generation import compiling
 from mxdit.generation.media import read_image
 from mxdit.generation.request import Request
 from mxdit.generation.session import Session
@@ -83,13 +84,19 @@ class Ended:
     message: str
 
 
-def main(pipe: Connection, served: Mapping[str, Served], device: str, warm: str | None, shelf: Shelf) -> None:
+def main(
+    pipe: Connection, served: Mapping[str, Served], device: str, warm: str | None, shelf: Shelf, level: int
+) -> None:
     """Carry out what comes through the pipe, until it is closed.
 
     Args:
         shelf: adapters that jobs name.
         warm: model to load before the first job, if any.
+        level: from which on things are logged to stderr, which is the server's.
     """
+    logging.basicConfig(level=level, format=f"worker of {device}: %(message)s")
+    if any(one.compile for one in served.values()):
+        compiling.logger.setLevel(logging.INFO)  # why a step takes minutes
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to all by a terminal and by systemd; the server decides here

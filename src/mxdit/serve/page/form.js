@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { byId, el, showText, whileBusy } from "./dom.js";
 import { FirstFrame } from "./firstframe.js";
-import { FIELDS, byName, linearsOf, offerOf, offers, takesFrame, titleOf } from "./models.js";
+import { FIELDS, byName, linearsOf, methodsOf, offerOf, offers, takesFrame, titleOf } from "./models.js";
 
 const SHOWN = ["model", "input_reference", ...FIELDS];
 const TEXTS = ["model", "prompt", "negative_prompt", "size", "seed"]; // others are numbers
@@ -93,7 +93,7 @@ export class RequestForm {
     byId("advanced").hidden = !ADVANCED.some((name) => offers(model, name));
     this.#frame.wanted = takesFrame(model);
     byId("prompt").required = !model.defaults.prompt;
-    byId("linears").textContent = linearsOf(model);
+    byId("linears").textContent = `${linearsOf(model)} ${methodsOf(model)}`.trim();
     this.#showLength();
   }
 

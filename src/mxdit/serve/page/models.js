@@ -40,6 +40,14 @@ export function linearsOf({ loaded, experts }) {
   return `Linears${kinds.length > 1 ? " of each transformer" : ""}: ${kinds[0][1]}.`;
 }
 
+/** How else a model computes, in words; none where that is as always, or an engine's affair. */
+export function methodsOf({ attention, compile, fused }) {
+  const said = attention && attention !== "torch" ? [`attention in ${attention}`] : [];
+  if (fused) said.push("fused norms, rotary embeddings and GELU");
+  if (compile) said.push("compiled blocks");
+  return said.length ? `With ${said.join(", ")}.` : "";
+}
+
 /** Equal for two lists that offer the same; what is loaded does not count. */
 export function offerOf(models) {
   return JSON.stringify(models.map(({ id, name, mode, task }) => [id, name, mode, task]));
