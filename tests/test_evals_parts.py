@@ -139,6 +139,8 @@ def test_modes_are_named():
         "bf16", "mxfp8 online", "mxfp8 offline", "mxfp4 w4a8 online", "mxfp4 w4a16 online",
     ]  # fmt: skip
     assert [mode.name for mode in modes.choose(["bf16"], ['x={"quant_method": "mxfp8"}'])] == ["bf16", "x"]
+    _, both = modes.choose([], ['x={"quant_method": "mxfp8", "fused": true}'])
+    assert (both.method, both.keys, both.fused) == ("mxfp8", {}, True)
     with pytest.raises(InputError, match="Did you mean 'mxfp8 online'"):
         modes.choose(["mxfp8 onlin"])
     with pytest.raises(InputError, match="two modes of one name"):
@@ -151,6 +153,7 @@ def test_modes_are_named():
         '{"activation": "mxfp8"}',
         '{"quant_method": "mxfp4", "ignored": 1}',
         '{"quant_method": "fp4"}',
+        '{"quant_method": "mxfp4", "fused": "yes"}',
     ):
         with pytest.raises(ConfigError):
             modes.choose(None, [f"x={keys}"])

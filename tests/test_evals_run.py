@@ -174,6 +174,16 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, capsys, models, tm
     assert code == 0 and len(made) == 13
 
 
+def test_a_fused_mode_is_another_one_over_equal_weights(monkeypatch, capsys, models, tmp_path):
+    args = [models["t2v"], *SMALL, "--prompts", models["t2v"].parent / "t2v.txt", "--count", 1, "--seeds", 1]
+    args += ["--dtype", "fp32", "--modes", "bf16", "--cache", tmp_path / "cache", "--json", tmp_path / "r.json"]
+    code, _, _ = command(monkeypatch, capsys, *args, "--mode", 'own={"fused": true}')
+    assert code == 0
+    plain, own = json.loads((tmp_path / "r.json").read_text())["modes"]
+    assert (plain["fused"], own["fused"], own["same_as"]) == (False, True, None)
+    assert 0 < own["summary"]["velocity_error"]["mean"] < 1e-5  # the last bits of sums in FP32
+
+
 def test_parts_that_are_not_quantized_are_seen_when_they_change(monkeypatch, capsys, models, tmp_path):
     """With the same cache, a run over another VAE or scheduler makes its own videos, and its own offline checkpoints."""
     model = tmp_path / "model"

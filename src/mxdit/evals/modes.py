@@ -28,6 +28,7 @@ class Mode:
         method: format of the weights; None for BF16, and for a directory, which says its own.
         keys: keys of MXConfig, for every transformer.
         attention: how the transformers compute it.
+        fused: whether ops of mxdit compute their norms, rotary embeddings and GELU.
         components: transformer -> keys that differ there, or None to leave it as it is; text encoder -> what it is quantized to.
         how: "float"; "online", quantized while the BF16 model loads; "offline", quantized on disk before.
         directory: the quantized model, where the mode is one.
@@ -40,6 +41,7 @@ class Mode:
     directory: Path | None = None
     components: Mapping[str, Any] = field(default_factory=dict)
     attention: AttentionPolicy = field(default_factory=AttentionPolicy)
+    fused: bool = False
 
 
 BF16 = Mode("bf16", None, how="float")  # the reference, first in every evaluation
@@ -65,7 +67,7 @@ def choose(patterns: Sequence[str] | None, custom: Sequence[str] = ()) -> tuple[
         custom: each NAME=DIR, a directory that holds the model quantized, or NAME={...}, JSON of MXConfig's keys, also per
             expert under "transformer" and "transformer_2", and of a text encoder under "text_encoder", "text_encoder_2", ...,
             which is quantized while it loads; a text encoder alone, where there is no "quant_method". "attention" is a policy
-            of attention, also of BF16.
+            of attention and "fused" true or false, also of BF16.
 
     Raises:
         InputError: a pattern that names nothing, a custom mode that is neither, or two of one name.
@@ -102,14 +104,16 @@ def _custom(text: str) -> Mode:
     except ValueError as error:
         raise InputError("not JSON", field="mode", where=name, got=str(error), expected=form) from None
     method = keys.pop("quant_method", None)
-    attention = AttentionPolicy.of_value(keys.pop(ATTENTION, None))
+    attention, fused = AttentionPolicy.of_value(keys.pop(ATTENTION, None)), keys.pop("fused", False)
+    if not isinstance(fused, bool):
+        raise ConfigError("neither true nor false", field="fused", where=name, got=repr(fused))
     keys, encoders = split_keys(keys, TEXT_ENCODERS)
     for component, of in encoders.items():
         encoder_config(of, component)
-    if method is None and not keys and (encoders or attention):
-        return Mode(name, None, components=encoders, attention=attention)
+    if method is None and not keys and (encoders or attention or fused):
+        return Mode(name, None, components=encoders, attention=attention, fused=fused)
     if method is None:
         raise ConfigError("no quant_method", field="mode", where=name, expected=" or ".join(FORMATS))
     shared, own = split_keys(keys, COMPONENTS)
     configs_of(COMPONENTS, method, shared, own)  # a wrong key is said before anything runs
-    return Mode(name, method, shared, components={**own, **encoders}, attention=attention)
+    return Mode(name, method, shared, components={**own, **encoders}, attention=attention, fused=fused)

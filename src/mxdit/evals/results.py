@@ -46,6 +46,7 @@ def describe(mode: Mode, pipeline: Any, reports: Mapping[str, QuantReport]) -> d
         "activation_steps": {name: policy.to_dict() for name, policy in policies.items() if policy},
         "rule": all_of("rule"),
         "attention": str(mode.attention),
+        "fused": mode.fused,
         "how": mode.how,
         "weights_bytes": sum(tensor.nbytes for model in experts for tensor in model.state_dict().values()),
         "layers_quantized": sum(len(report.quantized) for report in reports.values()),

@@ -86,6 +86,7 @@ class Run:
             dtype=settings.dtype,
             device=settings.device,
             attention=mode.attention,
+            fused=mode.fused,
             **online,
         )
         pipeline = session.load()
@@ -157,6 +158,7 @@ class Run:
                 "dtype": str(self.settings.dtype),
                 "pipeline": [type(pipeline).__name__, config],
                 "attention": session.attention.to_dict(),
+                "fused": session.fused,
                 "parts": self._digests[directory],
                 "experts": digest_of_experts(
                     {**transformers_of(pipeline), **{name: getattr(pipeline, name) for name in encoders}}

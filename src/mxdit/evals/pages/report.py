@@ -246,6 +246,7 @@ def _method(results: Mapping[str, Any]) -> list[Text | Table | Picture]:
             "activations",
             "scale rule",
             "attention",
+            "fused",
             "quantized",
             "linears quantized",
             "kept",
@@ -258,6 +259,7 @@ def _method(results: Mapping[str, Any]) -> list[Text | Table | Picture]:
                 str(mode["activation"] or "bf16") + (" but for some steps" if mode.get("activation_steps") else ""),
                 str(mode["rule"] or "-"),
                 str(mode.get("attention", "torch")),
+                "yes" if mode.get("fused") else "no",
                 "not" if mode["how"] == "float" else str(mode["how"]),
                 str(mode["layers_quantized"]),
                 str(mode["layers_kept"]),
@@ -265,7 +267,7 @@ def _method(results: Mapping[str, Any]) -> list[Text | Table | Picture]:
             ]
             for mode in results["modes"]
         ],
-        words=frozenset(range(1, 6)),
+        words=frozenset(range(1, 7)),
     )
     return [Text(tuple(facts)), modes]
 
