@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mxdit.errors import InputError
-from mxdit.serve.jobs import ATTEMPTS, COMPLETED, FAILED, MIGRATIONS, QUEUED, RUNNING, Full, Job, Jobs, KeyReused
+from mxdit.serve.job import COMPLETED, FAILED, QUEUED, RUNNING, Job
+from mxdit.serve.jobs import ATTEMPTS, MIGRATIONS, Full, Jobs, KeyReused
 from mxdit.serve.lock import only_one
 
 MODELS = {"a": None, "b": None}

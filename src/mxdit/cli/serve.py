@@ -145,7 +145,7 @@ def serve(
             "fused": fused,
         }
         offer = Catalog(_served(directories, method, **how), Shelf(data / "adapters"))
-        if compiled or memory is not None:  # what is missing is said here, and not in a job
+        if compiled or how["attention"] or memory is not None:  # what is wrong is said here, and not in a job
             tell("trying whether the models run so")
             trial.check([*offer.served.values()], devices)
         runners: list[Runner] = [DeviceRunner(offer, device) for device in devices]

@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 
 from mxdit.errors import ConfigError, InputError, MXDiTError
 from mxdit.serve.engine import NoEngine
-from mxdit.serve.jobs import CANCELLED, INVALID_IMAGE, Full, Job, KeyReused
+from mxdit.serve.job import CANCELLED, INVALID_IMAGE, Job
+from mxdit.serve.jobs import Full, KeyReused
 from mxdit.serve.schema import FIELDS
 from mxdit.serve.served import NoSuchModel
 

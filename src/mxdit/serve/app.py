@@ -30,7 +30,8 @@ from mxdit.serve.docs import mount_docs
 from mxdit.serve.engine import Engines
 from mxdit.serve.files import Files
 from mxdit.serve.images import ImageBody
-from mxdit.serve.jobs import COMPLETED, FAILED, Full, Job, Jobs
+from mxdit.serve.job import COMPLETED, FAILED, Job
+from mxdit.serve.jobs import Full, Jobs
 from mxdit.serve.metrics import Figures
 from mxdit.serve.openapi import document
 from mxdit.serve.schema import VideoBody, data_of, shown

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from mxdit.serve.dispatch import GRACE, LOOK, Desk
-from mxdit.serve.jobs import CANCELLED, Job
+from mxdit.serve.job import CANCELLED, Job
 from mxdit.serve.served import Catalog
 from mxdit.serve.worker import Done, Ended, Loaded, Stepped, Task, main
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from prometheus_client import Histogram
 
 from mxdit.serve.files import Files
-from mxdit.serve.jobs import CANCELLED, Job, Jobs
+from mxdit.serve.job import CANCELLED, Job
+from mxdit.serve.jobs import Jobs
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from mxdit.client import Client, ServerError, Unreachable, Video
 from mxdit.errors import InputError
 from mxdit.serve.adapters import FIELD
 from mxdit.serve.dispatch import LOOK, Desk
-from mxdit.serve.jobs import CANCELLED, Job
+from mxdit.serve.job import CANCELLED, Job
 from mxdit.serve.schema import FIELDS, TAKES, VideoBody, stand_in
 from mxdit.serve.served import NoSuchModel, Order
 

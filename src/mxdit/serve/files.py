@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mxdit.checkpoint.writer import sync, write_synced
-from mxdit.serve.jobs import Job
+from mxdit.serve.job import Job
 
 SUFFIX = {"video/mp4": ".mp4", "image/png": ".png"}
 

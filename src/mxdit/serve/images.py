@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mxdit.errors import InputError
-from mxdit.serve.jobs import Job
+from mxdit.serve.job import Job
 from mxdit.serve.schema import LONGEST, NamedAdapters, VideoBody
 from mxdit.serve.served import NoSuchModel
 

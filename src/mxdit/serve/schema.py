@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from mxdit.errors import InputError
 from mxdit.generation.request import Request
 from mxdit.serve.adapters import MOST, lora_of
-from mxdit.serve.jobs import COMPLETED, Job
+from mxdit.serve.job import COMPLETED, Job
 
 # Field of a request of ours -> the protocol's.
 FIELDS = {

@@ -8,13 +8,15 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from mxdit.generation import compiling
+from mxdit.models.skeleton import skeleton_of
 from mxdit.serve.served import Served
 
 
 def check(served: Sequence[Served], devices: Sequence[str]) -> None:
-    """Try what every job would need of a device. Takes seconds, and where code is compiled for the first time a minute.
+    """Try what every job would need. Takes seconds.
 
-    Raises InputError for a model of which no clip at all fits into its `memory`, and where nothing can be compiled.
+    Raises InputError for a model of which no clip at all fits into its `memory`, and where nothing can be compiled; ModelError
+    for one whose attention cannot be chosen, and ConfigError for layers of attention that it does not have.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         process.submit(_check, served, devices).result()
@@ -22,6 +24,11 @@ def check(served: Sequence[Served], devices: Sequence[str]) -> None:
 
 def _check(served: Sequence[Served], devices: Sequence[str]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from mxdit.integrations.diffusers_attention import attend  # imports diffusers
+
+    for one in served:
+        for name, config in one.open().model.components.items() if one.attention else ():
+            attend(skeleton_of(config, name), one.attention)
     for device in devices:
         if any(one.compile for one in served):
             compiling.prepare(device)  # before memory is planned, because it takes some, as in a worker

@@ -28,7 +28,7 @@ from mxdit.generation.media import read_image
 from mxdit.generation.request import Request
 from mxdit.generation.session import Session
 from mxdit.serve.adapters import FIELD, Shelf
-from mxdit.serve.jobs import CANCELLED, INVALID_IMAGE
+from mxdit.serve.job import CANCELLED, INVALID_IMAGE
 from mxdit.serve.schema import again
 from mxdit.serve.served import Served
 
