@@ -89,7 +89,7 @@ def test_a_worker_opens_a_model_as_it_was_told(model):
 
 def test_the_command_compiles_in_its_worker_and_says_so(model, tmp_path, monkeypatch):
     monkeypatch.setenv(compiling.CACHE, str(tmp_path / "compiled"))
-    args = ("--compile", "--fused", "--attention", "exact", "--method", "mxfp4", "--memory", "1TiB")
+    args = ("--compile", "--fused", "--attention", "exact", "--method", "mxfp4")
     server = Process(tmp_path / "data", model, args=args).ready(600)  # three processes import torch's compiler
     shown = server.client.get("/v1/models").json()["data"][0]
     assert (shown["attention"], shown["compile"], shown["fused"]) == ("exact", True, True)
