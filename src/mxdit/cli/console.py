@@ -90,7 +90,7 @@ Compile = Annotated[
 Fused = Annotated[
     bool,
     typer.Option(
-        "--fused", help="Norms, rotary embeddings and GELU in one pass each, on a CPU: faster, in less memory."
+        "--fused", help="Norms, rotary embeddings and GELU in one pass each: faster, in less memory."
     ),
 ]
 Loras = Annotated[
