@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import tiny
-from mxdit.models import spec_of
+from mxdit.models import SPECS, spec_of
 
 RANK = 4
 
@@ -62,9 +62,9 @@ def original(
     bias: bool = False,
 ) -> dict[str, Tensor]:
     """As ComfyUI and lightx2v's releases name them: the model's own names behind `diffusion_model.`."""
-    found = {}
+    found, spec = {}, SPECS["WanTransformer3DModel"]
     for path, of in made.items():
-        name = f"diffusion_model.{spec_of(tiny.transformer()).to_original(path)}"
+        name = f"diffusion_model.{spec.to_original(path)}"
         found[f"{name}.{down}.weight"], found[f"{name}.{up}.weight"] = of["A"], of["B"]
         if alpha is not None:
             found[f"{name}.alpha"] = torch.tensor(alpha, dtype=of["A"].dtype)
