@@ -37,7 +37,7 @@ from mxdit.bench.timing import Times, alternate
 from mxdit.bench.variants import variants
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.errors import BackendError, InputError
-from mxdit.generation.memory import Sampler, status
+from sampled import taken
 
 pytestmark = pytest.mark.slow
 
@@ -150,17 +150,6 @@ def test_the_plot_is_a_picture(tmp_path):
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------
-
-
-def taken() -> tuple[int, int]:
-    """RssAnon and RSS over what was there before, of 64 MiB that were taken and given back."""
-    before = status("RssAnon")
-    with Sampler() as sampler:
-        held, deadline = torch.ones(64 << 20, dtype=torch.uint8), time.monotonic() + 20
-        while sampler.anon - before <= 60 << 20 and time.monotonic() < deadline:
-            time.sleep(0.001)  # on a busy machine its thread comes late
-        del held
-    return sampler.anon - before, sampler.rss - before
 
 
 def test_memory_that_is_taken_and_given_back_is_seen():
