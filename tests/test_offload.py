@@ -15,6 +15,7 @@ import mxdit
 import tiny
 from command import mxdit_command
 from mxdit.backends import native
+from mxdit.calibrate import settings
 from mxdit.calibrate.experts import linear_at
 from mxdit.calibrate.sensitivity import sensitivities
 from mxdit.calibrate.walk import Walk
@@ -171,14 +172,13 @@ def test_a_walk_there_and_back_is_the_same(monkeypatch):
 
 
 def test_a_calibration_writes_the_same_bytes(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "LEAST_HELD", 1)  # nobody relies on the verdict
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text(
-        "\n".join(f"a {color} seven moving left" for color in ("red", "blue", "green", "seven", "three"))
-    )
+    prompts.write_text("a red seven moving left\na blue seven moving left")
     for name, more in (("whole", []), ("parts", ["--offload"])):
         code, _, said = mxdit_command(
             monkeypatch, capsys, "calibrate", model, tmp_path / name, "--device", "npu", "--dtype", "fp32",
-            "--preset", "fast", "--step-budget", "0", "--without", "smooth,gptq,refit", "--prompts", prompts, "--held", 4,
+            "--preset", "fast", "--step-budget", "0", "--without", "smooth,gptq,refit", "--prompts", prompts, "--held", 1,
             "--size", "16x16", "--frames", "1", "--steps", "2", "--force", "--cache", tmp_path / f"cache-{name}", *more,
         )  # fmt: skip
         assert code == 0, said
