@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -15,6 +16,7 @@ from PIL import Image
 import mxdit
 import tiny
 from command import mxdit_command
+from mxdit.cli import families
 from mxdit.models import SPECS
 
 pytestmark = pytest.mark.slow
@@ -317,11 +319,20 @@ def test_info_lists_versions_and_backends(monkeypatch, capsys):
 
 
 def test_info_lists_the_families(monkeypatch, capsys):
+    """Three of them; that all can be sized is said by test_supported_models."""
+    few = {
+        name: SPECS[name] for name in ("WanTransformer3DModel", "FluxTransformer2DModel", "LTXVideoTransformer3DModel")
+    }
+    unpublished = replace(SPECS["WanTransformer3DModel"], title="Another", published=())
+    monkeypatch.setattr(families, "SPECS", few | {"Another": unpublished})
     code, out, _ = mxdit_command(monkeypatch, capsys, "info", "--families", "--json")
-    found = {family["transformer"]: family for family in json.loads(out)["families"]}
-    assert code == 0 and found.keys() == SPECS.keys()
-    assert found["FluxTransformer2DModel"]["pipelines"] == {"FluxPipeline": "t2i"}
-    assert found["FluxTransformer2DModel"]["quantized"] == 0.7232
+    listed = json.loads(out)["families"]
+    assert code == 0 and [family["title"] for family in listed] == sorted(
+        ("Another", *(spec.title for spec in few.values())), key=str.casefold
+    )
+    found = {family["title"]: family for family in listed}
+    assert found["FLUX.1"]["pipelines"] == {"FluxPipeline": "t2i"} and found["FLUX.1"]["quantized"] == 0.7232
+    assert found["Another"]["quantized"] is None
     code, out, _ = mxdit_command(monkeypatch, capsys, "info", "--families")
     assert code == 0 and "FLUX.1" in out and "72.3%" in out and "supported-models.md" in out
 
