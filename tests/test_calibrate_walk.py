@@ -81,6 +81,7 @@ def kept(model: nn.Module, path: str) -> bool:
 
 
 @pytest.fixture(
+    scope="module",  # no test changes it
     params=[
         (name, more)
         for name in TINY
@@ -106,29 +107,29 @@ def test_models_of_other_orders_are_refused():
 # -- forward ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", (False, True))
-def test_every_block_gives_what_the_whole_model_s_gives(family, keep):
+def test_every_block_gives_what_the_whole_model_s_gives(family):
     model, calls = family
     before = dict(model.named_modules())
-    walk = Walk(model, calls, keep=keep)
-    paths = [path for path, _ in walk.blocks]
+    paths = [path for path, _ in Walk(model, []).blocks]
     wanted = []
     for call in calls:
         with outputs_of(model, paths) as found, torch.no_grad():
             model(**call["inputs"])
         assert list(found) == paths  # in the order in which they run
         wanted.append(found)
-    for index, (path, block, run) in enumerate(walk):
-        assert block is before[path]
-        with outputs_of(model, [path]) as found:
-            for number, call in enumerate(run()):
-                assert call is calls[number]
-                ours, theirs = tensors(found[path]), tensors(wanted[number][path])
-                assert len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
-        assert number == CALLS - 1
-        lists = {passed.rpartition(".")[0] for passed in paths[: index + 1]}
-        assert sum(map(bool, walk._given)) == (index + 1 if keep else len(lists))  # what is not needed is not kept
-        assert dict(model.named_modules()) == before
+    for keep in (False, True):
+        walk = Walk(model, calls, keep=keep)
+        for index, (path, block, run) in enumerate(walk):
+            assert block is before[path] and path == paths[index]
+            with outputs_of(model, [path]) as found:
+                for number, call in enumerate(run()):
+                    assert call is calls[number]
+                    ours, theirs = tensors(found[path]), tensors(wanted[number][path])
+                    assert len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+            assert number == CALLS - 1
+            lists = {passed.rpartition(".")[0] for passed in paths[: index + 1]}
+            assert sum(map(bool, walk._given)) == (index + 1 if keep else len(lists))  # what is not needed is not kept
+            assert dict(model.named_modules()) == before
 
 
 @sequential
