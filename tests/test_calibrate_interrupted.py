@@ -17,6 +17,7 @@ import pytest
 import mxdit
 import processes
 import tiny
+from mxdit import cli
 from mxdit.errors import MXDiTError
 from safefiles import contents
 
@@ -42,10 +43,16 @@ def arguments(model: Path, root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint and cache of a run that nothing interrupts."""
+    """Checkpoint and cache of a run that nothing interrupts, in this process and with its seed of hashes."""
     root = tmp_path_factory.mktemp("whole")
-    processes.output_of("-m", "mxdit.cli", *arguments(model, root), PYTHONHASHSEED="1")
+    calibrate(model, root)
     return root
+
+
+def calibrate(model: Path, root: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
+        patch.setattr(sys, "argv", ["mxdit", *arguments(model, root)])
+        cli.main()
 
 
 def calibrated(root: Path) -> dict[str, int]:
@@ -69,7 +76,7 @@ def test_killed_among_the_linears(model, whole, tmp_path):
     assert KILLED <= len(before) < GROUPS and not (tmp_path / "made").exists()
     assert len(list((tmp_path / "cache").glob(".*"))) <= 1  # what it was at: that alone is done twice
 
-    processes.output_of("-m", "mxdit.cli", *arguments(model, tmp_path), PYTHONHASHSEED="3")
+    calibrate(model, tmp_path)
     after = calibrated(tmp_path)
     assert before.items() <= after.items() and after.keys() == calibrated(whole).keys() and len(after) == GROUPS
     assert contents(tmp_path / "made") == contents(whole / "made")
@@ -101,7 +108,7 @@ def test_killed_while_the_checkpoint_is_written(model, whole, tmp_path):
     with pytest.raises(MXDiTError):
         mxdit.Session.open(tmp_path / ".made.partial").load()
 
-    processes.output_of("-m", "mxdit.cli", *arguments(model, tmp_path))
+    calibrate(model, tmp_path)
     assert contents(tmp_path / "made") == contents(whole / "made")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "made"]
     assert calibrated(tmp_path).keys() == calibrated(whole).keys()
