@@ -30,6 +30,7 @@ PACKED = {"a_ptr": "*u8", "a_scale_ptr": "*u8", "w_ptr": "*u8", "w_scale_ptr": "
 CODES = {"codes_ptr": "*u8", "scale_ptr": "*u8", "m": "i32", "k": "i32"}
 E2M1 = {"a_element": "e2m1", "w_element": "e2m1", "operands": tl.bfloat16, "precision": "ieee"}
 
+HOPPER = ("int8 product", "int8 product, dual", "bf16 product", "mxfp8 product", "w4a16 product fp16")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ATTENTION = {  # by architecture, each once: the dtype, the width of heads, the mask, causal
     80: (
@@ -83,6 +84,8 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     for name, own in (("", {}), (", dual", {"w_outer_ptr": "*fp32"})):  # the weight's outer scales alone
         floating(f"w4a8 product{name}", own, a_element="e4m3")
         for dtype, precision in (("bf16", "ieee"), ("fp16", "tf32"), ("fp32", "ieee")):
+            if own and dtype != "bf16":
+                continue  # outer scales multiply sums, which are in fp32 whatever is summed
             wide = {} if dtype == "bf16" else {"operands": tl.float32, "step": 32, "num_stages": 2}
             types = {"a_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **own}
             floating(f"w4a16 product{name} {dtype}", types, a_element=None, precision=precision, **wide)
@@ -90,6 +93,8 @@ def kernels(arch: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             if not own:
                 floating(f"w8a16 product {dtype}", types, a_element=None, w_element="e4m3", precision=precision, **wide)
                 del found[f"w8a16 product {dtype}"][1]["a_scale_ptr"]
+    if arch == 90:  # between the others: what its own tensor cores multiply, once for each kind of operands
+        found = {name: kernel for name, kernel in found.items() if name in HOPPER}
     return found | exact_attention(arch) | int8_attention(arch) | between_linears()
 
 

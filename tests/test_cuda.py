@@ -8,6 +8,8 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxdit.backends import backends, cuda
-from mxdit.conformance import cases
+from mxdit.conformance import Case, cases
+from mxdit.conformance.block import BlockCase
 from mxdit.conformance.calls import ByReference
 from mxdit.errors import BackendError
 from mxdit.numerics.codec import Packed, decode, encode
@@ -37,7 +40,17 @@ SLOW = [f"mxfp4_dualscale {mode}" for mode in ("round", "floor", "rint: every fp
 SLOW += [f"mxfp4 {rule} {mode}" for rule in ("even6", "even7") for mode in ("round", "floor")] + ["K = 13824"]
 SLOW += [f"linear {scheme} {fmt}: Wan's K" for scheme in SCHEMES for fmt in FORMATS]  # K = 96 has the same kernels
 SLOW += ["attention", "rms_norm", "gelu_"]  # smaller ones are interpreted where these ops have their tests
-CASES = [case for case in cases() if not any(name in case.name for name in SLOW)]
+
+
+def shorter(case: Case | BlockCase) -> Case | BlockCase:
+    """Products without K = 13824, which test_shard_products has: it differs from 5120 in length alone."""
+    if not isinstance(case, Case) or not case.name.startswith("matmul"):
+        return case
+    *given, ks = case.calls.args
+    return replace(case, calls=partial(case.calls.func, *given, tuple(k for k in ks if k != 13824)))
+
+
+CASES = [shorter(case) for case in cases() if not any(name in case.name for name in SLOW)]
 
 
 @pytest.fixture(autouse=True)
@@ -336,7 +349,7 @@ def test_kernels_compile_for_gpus(arch, tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
     kernels = json.loads(found.stdout)
-    assert len(kernels) >= 14
+    assert len(kernels) == {80: 34, 90: 12, 100: 32}[arch]
     for name, kernel in kernels.items():
         exact = name.startswith("exact attention")  # whose exponentials are approximate, and flush
         assert kernel["flushing"] == kernel["approximate"] == kernel["exponentials"], name
