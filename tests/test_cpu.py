@@ -202,12 +202,13 @@ def test_odd_numbers_of_eight_bit_inputs():
         assert_close(OPS.matmul(*args), expected, x, b)
 
 
-@pytest.mark.parametrize(("scheme", "fmt"), LINEARS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "fmt", "dtype"),
+    [(scheme, fmt, dtype) for scheme, fmt in LINEARS for dtype in SCHEMES[scheme].output_dtypes(fmt)],
+    ids=str,
+)
 def test_special_blocks(scheme, fmt, dtype):
     """Inf and NaN beside ordinary numbers, zeros, subnormals, numbers whose products leave the range."""
-    if dtype not in SCHEMES[scheme].output_dtypes(fmt):
-        return
     k = 1184
     x = spread(12, k, 4, dtype)
     x[0, 5], x[1, 700], x[2, 40] = torch.inf, -torch.inf, torch.nan
