@@ -23,7 +23,7 @@ from torch import nn
 import mxdit
 import tiny
 from command import mxdit_command
-from mxdit.backends import native
+from mxdit.backends import cpu, native
 from mxdit.bench.memory import tensor_bytes
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.config.encoders import encoder_config
@@ -205,7 +205,7 @@ def test_attention_holds_no_scores():
         assert live(call).peak == q.nbytes
 
 
-@pytest.mark.skipif(not cpu.paths(), reason="without native kernels")
+@pytest.mark.skipif(not native.paths(), reason="without native kernels")
 @pytest.mark.parametrize("method", ["exact", "int8"])
 def test_kernels_of_attention_keep_no_more_than_is_counted(method, monkeypatch):
     """In threads of their own, whose buffers are new, and which live until all are measured. The plan counts what fp32 units
@@ -223,8 +223,8 @@ def test_kernels_of_attention_keep_no_more_than_is_counted(method, monkeypatch):
         over.wait()
 
     try:
-        for path in cpu.paths():
-            with cpu.using(path):
+        for path in native.paths():
+            with native.using(path):
                 done = threading.Event()
                 threading.Thread(target=attend, args=(path, done), daemon=True).start()
                 assert done.wait(60)

@@ -89,9 +89,7 @@ Compile = Annotated[
 ]
 Fused = Annotated[
     bool,
-    typer.Option(
-        "--fused", help="Norms, rotary embeddings and GELU in one pass each: faster, in less memory."
-    ),
+    typer.Option("--fused", help="Norms, rotary embeddings and GELU in one pass each: faster, in less memory."),
 ]
 Loras = Annotated[
     list[str] | None,
