@@ -34,6 +34,8 @@ from mxdit.serve.served import Served
 
 log = logging.getLogger(__name__)
 
+FAULTS = (RuntimeError, ValueError, OSError)  # torch's own; what else is raised ends the process, and another one is started
+
 
 @dataclass(frozen=True)
 class Task:
@@ -116,7 +118,7 @@ class _Worker:
         if warm is not None:
             try:
                 self._session(warm)
-            except MXDiTError as error:
+            except (MXDiTError, MemoryError, *FAULTS) as error:
                 log.warning("%s: %s", warm, error)  # its jobs say so again
         while True:
             with self._told:
@@ -201,11 +203,7 @@ class _Worker:
             self._pipe.send(Ended(task.id, "failed", str(placeless)))
         except MemoryError as error:
             self._pipe.send(Ended(task.id, "out_of_memory", str(error) or "there was not enough memory"))
-        except (
-            RuntimeError,
-            ValueError,
-            OSError,
-        ) as error:  # torch's own; what else ends a run is a fault, and ends the process
+        except FAULTS as error:
             log.exception("job %s failed", task.id)
             said = error.strerror if isinstance(error, OSError) else error  # an OSError's own text names the file
             self._pipe.send(Ended(task.id, "internal_error", f"{type(error).__name__}: {said}"))
