@@ -34,7 +34,7 @@ from mxdit.serve.served import Served
 
 log = logging.getLogger(__name__)
 
-FAULTS = (RuntimeError, ValueError, OSError)  # torch's own; what else is raised ends the process, and another one is started
+FAULTS = (RuntimeError, ValueError, OSError)  # torch's own; others end the process, and the next one is started
 
 
 @dataclass(frozen=True)
