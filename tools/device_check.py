@@ -139,9 +139,10 @@ def check(parts: Sequence[Part], budget: float, output: Path, device: str) -> bo
 
 
 def nvidia_smi() -> str | None:
-    """Driver, clocks, limits, and who else is on the GPUs; None where nobody says so."""
+    """Driver, clocks, limits and what the GPUs are busy with, but nothing of whose they are; None where nobody says so."""
+    command = ["nvidia-smi", "-q", "-d", "CLOCK,POWER,TEMPERATURE,PERFORMANCE,UTILIZATION,MEMORY"]
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, timeout=30, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     return None
 
 
