@@ -27,6 +27,7 @@ from test_rowwise import (  # noqa: F401  # with `path` as it is here
     test_in_place_whatever_the_strides,
     test_norm_is_as_defined,
     test_refused,
+    test_rows_that_share_memory_are_not_normed_twice,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]  # numpy's

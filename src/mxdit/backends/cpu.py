@@ -192,11 +192,7 @@ def rms_norm_(
     if native.by_reference:
         return _refer(rowwise_ops.rms_norm_, x, weight, eps, cos, sin, rounded)
     rowwise_ops.prepare_rms_norm_(x, weight, eps, cos, sin, rounded)
-    rows = _rows(x)
-    if (
-        len(rows) > 1 and rows.stride(0) < rows.shape[1]
-    ):  # they share memory: torch's copy below refuses, or settles, that
-        rows = rows.clone(memory_format=torch.contiguous_format)
+    rows = rowwise_ops.own_rows(x)
     _norm(rows, weight, eps, cos, sin, rounded, x.shape, rows)
     if rows.data_ptr() != x.data_ptr():  # x had no such rows, these are a copy
         x.copy_(rows.view(x.shape))

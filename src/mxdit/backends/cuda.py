@@ -281,7 +281,7 @@ def _norm(
     _check_together(x, weight, cos, sin)
     weight, cos, sin = (None if part is None else part.contiguous() for part in (weight, cos, sin))
     tokens, token_rows = 1 if cos is None else len(cos), math.prod(x.shape[2:-1])
-    rows = _rows(x)
+    rows = rowwise_ops.own_rows(x) if out is x else _rows(x)
     to = rows if out is x else _rows(out)
     with _on(x):
         _kernels("rowwise").rms_norm(rows, weight, eps, cos, sin, rounded, tokens, token_rows, to)

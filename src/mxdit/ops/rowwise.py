@@ -92,6 +92,14 @@ def prepare_rms_norm_(
         )
 
 
+def own_rows(x: Tensor) -> Tensor:
+    """x as (rows, K), each row's numbers side by side, to be written: x's memory, or else a copy, to be copied back. That raises
+    torch's error where rows share memory, of which each would be normed again."""
+    rows = x.reshape(-1, x.shape[-1])
+    shared = len(rows) > 1 and rows.stride(0) < rows.shape[1]
+    return rows.clone(memory_format=torch.contiguous_format) if shared or rows.stride(1) != 1 else rows
+
+
 def prepare_gelu_(x: Tensor) -> None:
     """Check the argument of `gelu_`."""
     _check_dtype(x, "mxdit::gelu_")
