@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mxdit.backends import cpu
+from mxdit.conformance import cases
 from mxdit.ops.attention import METHODS
 from test_docs import parsed
 
@@ -20,6 +21,11 @@ pytestmark = pytest.mark.slow
 def tool(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
     return importlib.import_module("device_check")
+
+
+def test_each_case_of_conformance_is_in_one_part(tool):
+    items = tool.items_of_conformance()
+    assert len(items) > 5 and {sum(item in case.name for item in items) for case in cases()} == {1}
 
 
 def test_the_parts_that_need_no_diffusers_pass_on_a_cpu(tool, tmp_path, capsys):
