@@ -119,7 +119,9 @@ class _Worker:
             try:
                 self._session(warm)
             except (MXDiTError, MemoryError, *FAULTS) as error:
-                log.warning("%s: %s", warm, error)  # its jobs say so again
+                log.warning(
+                    "%s: %s", warm, str(error) or type(error).__name__, exc_info=not isinstance(error, MXDiTError)
+                )
         while True:
             with self._told:
                 self._told.wait_for(lambda: bool(self._tasks))
