@@ -7,10 +7,8 @@ import json
 import mmap
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,9 @@ from torch import nn
 import mxdit
 import tiny
 from command import mxdit_command
-from mxdit.backends import cpu, native
+from mxdit.backends import native
 from mxdit.bench.memory import tensor_bytes
+from mxdit.bench.processes import alone
 from mxdit.checkpoint import quantize_checkpoint
 from mxdit.config.encoders import encoder_config
 from mxdit.errors import InputError
@@ -32,7 +31,6 @@ from mxdit.generation import loading, offload, pages
 from mxdit.generation.directory import bundled, open_model
 from mxdit.generation.footprint import weights_of
 from mxdit.generation.loading import quantization
-from mxdit.generation.memory import status
 from mxdit.generation.plan import (
     BLOCKS,
     DROP,
@@ -49,6 +47,7 @@ from mxdit.generation.plan import (
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request
 from mxdit.generation.work import Works, attention_bytes, live
+from sampled import kept_of_attention
 from tiny_families.wan import wan_inputs
 
 pytestmark = pytest.mark.slow
@@ -207,35 +206,16 @@ def test_attention_holds_no_scores():
 
 @pytest.mark.skipif(not native.paths(), reason="without native kernels")
 @pytest.mark.parametrize("method", ["exact", "int8"])
-def test_kernels_of_attention_keep_no_more_than_is_counted(method, monkeypatch):
-    """In threads of their own, whose buffers are new, and which live until all are measured. The plan counts what fp32 units
-    keep, others half of it or less."""
-    monkeypatch.setattr(cpu, "usable_threads", lambda: 1)
+def test_kernels_of_attention_keep_no_more_than_is_counted(method):
+    """The plan counts what fp32 units keep, others half of it or less."""
     keys, width = 2**17, 128  # beyond 32 MiB malloc gives nothing out again that was freed before
-    q, k = torch.zeros(1, 1, 1, width, dtype=torch.bfloat16), torch.zeros(1, keys, 1, width, dtype=torch.bfloat16)
-    kept, counted, over = {}, attention_bytes(keys, width, width), threading.Event()
-
-    def attend(path: str, done: threading.Event) -> None:
-        before = status("VmData")
-        torch.ops.mxdit.attention(q, k, k, None, 1.0, False, method)
-        kept[path] = status("VmData") - before
-        done.set()
-        over.wait()
-
-    try:
-        for path in native.paths():
-            with native.using(path):
-                done = threading.Event()
-                threading.Thread(target=attend, args=(path, done), daemon=True).start()
-                assert done.wait(60)
-    finally:
-        over.set()
+    kept, counted = alone(kept_of_attention, keys, width, method), attention_bytes(keys, width, width)
+    assert set(kept) == set(native.paths())
     assert all(counted / 8 < nbytes < counted + PRODUCT_THREAD for nbytes in kept.values()), (counted, kept)
     if method == "exact":  # nothing is counted that no path keeps
         assert max(kept.values()) > 0.7 * counted, (counted, kept)
-    with torch.device("meta"):
-        call = partial(nn.functional.scaled_dot_product_attention, *(x.transpose(1, 2).to("meta") for x in (q, k, k)))
-    assert live(call).kept == counted
+    q, k = (torch.empty(1, 1, tokens, width, dtype=torch.bfloat16, device="meta") for tokens in (1, keys))
+    assert live(lambda: nn.functional.scaled_dot_product_attention(q, k, k)).kept == counted
 
 
 def test_what_attention_keeps_is_planned_on_a_cpu_alone(packed):
