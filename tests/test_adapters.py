@@ -19,6 +19,8 @@ from adapted import Untouched, lora, smoothed
 from mxdit.layers import MXLinear, linears_of
 from mxdit.quantize.adapters import tuners
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("mxfp4", "mxfp4_dualscale", "mxfp8")
 WAYS = ("online", "packed", "memory", "smoothed")
 

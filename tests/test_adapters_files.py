@@ -22,6 +22,8 @@ from mxdit.models.skeleton import skeleton_of
 from mxdit.quantize.loras import check_layers, layers_of, named
 from tiny_families import flux
 
+pytestmark = pytest.mark.slow
+
 ORIGINAL = {  # Wan's own names of the linears
     **{f"attn1.to_{name}": f"self_attn.{name}" for name in "qkv"},
     **{f"attn2.to_{name}": f"cross_attn.{name}" for name in "qkv"},

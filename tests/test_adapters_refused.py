@@ -21,6 +21,8 @@ from mxdit.integrations.lora_files import read_lora
 from mxdit.models import spec_of
 from mxdit.quantize.adapters import tuners, unchanged
 
+pytestmark = pytest.mark.slow
+
 PART = "transformer.blocks.0.attn1.to_q.lora_A.weight"
 LINEARS = ["to_q", "net.2", "proj_out"]
 # What is done to a LoRA's tensors, and what is then said.

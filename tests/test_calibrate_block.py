@@ -18,6 +18,8 @@ from mxdit.calibrate.gptq import gptq
 from mxdit.calibrate.linears import Recipe, _Group
 from mxdit.numerics.formats import FORMATS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -16,6 +16,8 @@ from mxdit.calibrate.scales import search
 from mxdit.errors import ConfigError, FormatError, InputError
 from mxdit.numerics.formats import SCHEMES, block_format
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [(method, row.activation, None) for row in SCHEMES.values() for method in row.weights]
 recipes = pytest.mark.parametrize("method, activation, rule", [*PAIRS, ("mxfp4", "mxfp4", "even7")])
 METHODS = ("mxfp4", "mxfp4_dualscale", "mxfp8")

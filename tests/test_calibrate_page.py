@@ -15,6 +15,8 @@ from PIL import Image
 
 from mxdit.calibrate.page import page
 
+pytestmark = pytest.mark.slow
+
 VOID = ("meta", "img")
 PROMPT = 'a <script>alert(1)</script> & "seven" moving </figcaption> left'
 

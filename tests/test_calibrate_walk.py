@@ -27,6 +27,8 @@ from mxdit.models import SPECS, spec_of
 from tiny_families import TINY, tiny_of
 from tiny_families.wan import wan_inputs
 
+pytestmark = pytest.mark.slow
+
 CALLS = 2
 FORWARD_ONLY = {"Kandinsky6SRTransformer3DModel", "AnyFlowFARTransformer3DModel"}  # on a CPU
 sequential = pytest.mark.parametrize(

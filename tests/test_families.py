@@ -29,6 +29,8 @@ from mxdit.models.skeleton import skeleton_of
 from mxdit.numerics.formats import FORMATS
 from tiny_families import TINY, families, pipelines, tiny_of
 
+pytestmark = pytest.mark.slow
+
 # What a method does to a layer has tests of its own: here the first family has all of them, and others the one that asks most
 # of their shapes.
 methods = pytest.mark.parametrize(

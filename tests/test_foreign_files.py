@@ -24,6 +24,8 @@ from mxdit.checkpoint.sources import open_source
 from mxdit.errors import CheckpointError, InputError, MXDiTError
 from mxdit.models.families.wan import WAN
 
+pytestmark = pytest.mark.slow
+
 DECODED = [kind for kind in KINDS if kind != "mxfp8"]
 PREFIXES = ("", "diffusion_model.", "model.diffusion_model.")
 

@@ -24,6 +24,8 @@ from mxdit.models.spec import MODULATION
 from tiny_families import TINY, families, tiny_of
 from tiny_families.parts import t5
 
+pytestmark = pytest.mark.slow
+
 # Transformer -> {"blocks", "groups" or "keep": why a person wrote something else than is proposed}.
 DIFFERENCES: dict[str, dict[str, str]] = {
     "Flux3Transformer2DModel": {

@@ -24,6 +24,8 @@ from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_ch
 from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.quantize.report import report_of
 
+pytestmark = pytest.mark.slow
+
 FIRST = ["blocks.0.*"]
 MIXTURES: dict[str, dict[str, Any]] = {
     "eight bits in a block": {"quant_method": "mxfp4", "layer_methods": {"mxfp8": FIRST}},

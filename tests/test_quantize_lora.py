@@ -24,6 +24,8 @@ from mxdit.integrations.lora_files import read_lora
 from mxdit.models import SPECS
 from tiny_families import flux
 
+pytestmark = pytest.mark.slow
+
 WAN = SPECS["WanTransformer3DModel"]
 EXPERTS = ("transformer", "transformer_2")
 ALL = [path for path, part in tiny.transformer().named_modules() if isinstance(part, torch.nn.Linear)]

@@ -23,6 +23,8 @@ from mxdit.generation.plan import DROP, SWAP, Planner, Policy
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.session import Session
 
+pytestmark = pytest.mark.slow
+
 SMALL: Any = {"prompt": "a red seven", "size": (16, 16), "frames": 5, "steps": 4}
 
 

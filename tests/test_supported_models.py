@@ -24,6 +24,8 @@ from mxdit.numerics.formats import FORMATS
 from mxdit.quantize.sizes import FLOAT, sizes_of
 from tiny_families import families, tiny_of
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[1] / "tools" / "supported_models.py"
 
 INSTALLED = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
