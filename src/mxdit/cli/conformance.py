@@ -27,18 +27,17 @@ def conformance(
     """Check that a device computes what docs/numerics.md defines, bit for bit, in less than a minute.
 
     Every op that the device's backend has runs there and, in plain torch, on the CPU: all bf16 patterns through every
-    quantizer, special blocks, products and whole linears in Wan2.2's shapes, norms, GELU, attention by each method, and a
-    small block of Wan2.2. Each row says how many codes and
-    outputs were compared, how many codes, scales and outputs differ, by how many units in the last place at most, and what
-    they were held to (numerics.md, section 8). A failure prints a short program that shows it.
+    quantizer, special blocks, products and whole linears in Wan2.2's shapes, norms, GELU, attention by each method, and
+    a small block of Wan2.2. Each row says how many codes and outputs were compared, how many codes, scales and outputs
+    differ, by how many units in the last place at most, and what they were held to (numerics.md, section 8). A failure
+    prints a short program that shows it.
 
         mxdit conformance --device npu --json npu.json
 
         mxdit conformance --only "quantize mxfp4 uos"
 
-    Exit code 0: nothing failed; what the device refuses, what its backend leaves to the reference, or what cannot be run here
-    is counted. 1: something failed. 2: the
-    device cannot be used.
+    Exit code 0: nothing failed; what the device refuses, what its backend leaves to the reference, or what cannot be
+    run here is counted. 1: something failed. 2: the device cannot be used.
     """
     import torch
 
