@@ -118,3 +118,18 @@ def test_what_no_job_could_do(monkeypatch, capsys, tmp_path, model, options, sai
     assert code == 2 and out == "" and not (tmp_path / "data").exists()
     trying, error, end = err.split("\n")
     assert trying == "trying whether the models run so" and re.search(said, error) and end == ""
+
+
+def test_a_server_whose_default_size_does_not_fit_is_ready_for_smaller_clips(tmp_path):
+    pipeline = tiny.pipeline("t2v")
+    for transformer in (pipeline.transformer, pipeline.transformer_2):
+        transformer.register_to_config(rope_max_seq_len=64)  # as many positions as the default size has
+    pipeline.save_pretrained(tmp_path / "tiny")
+    server = Process(tmp_path / "data", tmp_path / "tiny", args=("--memory", "1GiB")).ready()
+    refused, made = (
+        ended(server.client, server.client.post("/v1/videos", json={**SMALL, **fields}).json()["id"])
+        for fields in ({"size": "832x480", "num_frames": 81}, {})
+    )
+    assert refused["status"] == "failed" and "do not fit" in refused["error"]["message"], refused
+    assert made["status"] == "completed"
+    server.kill()

@@ -226,7 +226,7 @@ def make_app(offer: Catalog | Engines, jobs: Jobs, dispatcher: Dispatcher) -> Fa
     @app.get("/ready")
     def ready() -> dict[str, str]:
         if app.state.closing or not dispatcher.ready.is_set():
-            raise HTTPException(503, "the server shuts down" if app.state.closing else "models are being loaded")
+            raise HTTPException(503, "the server shuts down" if app.state.closing else "no model is loaded yet")
         return {"status": "ready"}
 
     registry = CollectorRegistry()

@@ -12,7 +12,7 @@ from typing import Any
 from mxdit.serve.dispatch import GRACE, LOOK, Desk
 from mxdit.serve.job import CANCELLED, Job
 from mxdit.serve.served import Catalog
-from mxdit.serve.worker import Done, Ended, Loaded, Stepped, Task, main
+from mxdit.serve.worker import Done, Ended, Loaded, Stepped, Task, Unplanned, main
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ class DeviceRunner:
     def _note(self, desk: Desk, told: Any) -> None:
         if isinstance(told, Loaded):
             self._catalog.linears[told.model] = told.linears
+            desk.ready.set()
+        elif isinstance(told, Unplanned):  # a balancer that waits for a model would never send a job
             desk.ready.set()
 
 

@@ -175,7 +175,7 @@ ROUTES = {
     "GET /v1/models": Route("List the models", ModelList, (401,)),
     "GET /v1/adapters": Route("List the adapters", AdapterList, (401,)),
     "GET /health": Route("Say that the server runs", Status),
-    "GET /ready": Route("Say whether a model is loaded", Status, (503,)),
+    "GET /ready": Route("Say whether a job can run", Status, (503,)),
     "GET /metrics": Route("Give figures to Prometheus", ("text/plain",), (401,)),
 }
 WORDS = {

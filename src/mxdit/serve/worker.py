@@ -61,6 +61,13 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Unplanned:
+    """A clip of the model's default size does not fit into its memory: what is held of it is up to the first job."""
+
+    model: str
+
+
+@dataclass(frozen=True)
 class Stepped:
     """So many steps of a job are done."""
 
@@ -122,6 +129,8 @@ class _Worker:
                 log.warning(
                     "%s: %s", warm, str(error) or type(error).__name__, exc_info=not isinstance(error, MXDiTError)
                 )
+                if isinstance(error, InputError) and error.field == "memory":
+                    self._pipe.send(Unplanned(warm))
         while True:
             with self._told:
                 self._told.wait_for(lambda: bool(self._tasks))
