@@ -92,21 +92,24 @@ def run(
     device: str,
     tell: Callable[[str], None],
     how: How | None = None,
+    rounds: int = 1,
 ) -> Iterator[StepTime]:
-    """Make one clip in every mode without the profiler and one with it.
+    """Make clips in every mode without the profiler and one with it.
 
     Args:
         model: as released, or stored quantized, which is then the only mode.
         request: the clip, of at least two steps; the first does not count, since the text encoder runs before it.
-        modes: first what carries what is not quantized, of `CARRIERS`, then of `MODES`. One follows the other, so the first
-            is measured once more at the end: what it differs from the first time is the machine's.
+        modes: first what carries what is not quantized, of `CARRIERS`, then of `MODES`.
         tell: is told of each.
         how: the quantized modes run.
+        rounds: clips of each mode. With one clip a mode follows the other, so the first is measured once more at the end: what
+            it differs from the first time is the machine's. With more the modes take turns, and all are in memory at once.
     """
     show_loading(False)
     how = how or How()
     baseline = None
-    for mode in ("as stored",) if model.stored else (*modes, AGAIN.format(modes[0])):
+
+    def opened(mode: str) -> Session:
         tell(mode)
         method, activation = MODES.get(mode, (None, "mxfp4"))
         keys = {} if activation == "mxfp4" else {"activation": activation}
@@ -119,16 +122,28 @@ def run(
             model.path, task=request.task, method=method, keys=keys, dtype=CARRIERS[modes[0]], device=device, **options
         )
         session.run(replace(request, steps=2))  # does not count: allocators and thread pools begin
-        times = Times.of(session.run(request).step_seconds)
-        transformers = transformers_of(session.load()).values()
-        with marked(transformers), profile(activities=activities(device)) as profiler:
-            result = session.run(request)
-        whole = sum(result.step_seconds) / len(result.step_seconds) * request.steps
-        linear, attention, _ = split(profiler.events() or (), device)
-        baseline = times.median if mode in CARRIERS else baseline
-        ratio = None if baseline is None else baseline / times.median
-        yield StepTime(mode, times, linear / whole, attention / whole, ratio)
-        del session, transformers
+        return session
+
+    if model.stored:
+        turns = [("as stored",)]
+    else:
+        turns = [tuple(modes)] if rounds > 1 else [(mode,) for mode in (*modes, AGAIN.format(modes[0]))]
+    for together in turns:
+        sessions = {mode: opened(mode) for mode in together}
+        seconds: dict[str, list[float]] = {mode: [] for mode in together}
+        for _ in range(rounds):
+            for mode, session in sessions.items():
+                seconds[mode] += session.run(request).step_seconds
+        for mode, session in sessions.items():
+            times = Times.of(seconds[mode])
+            with marked(transformers_of(session.load()).values()), profile(activities=activities(device)) as profiler:
+                result = session.run(request)
+            whole = sum(result.step_seconds) / len(result.step_seconds) * request.steps
+            linear, attention, _ = split(profiler.events() or (), device)
+            baseline = times.median if mode in CARRIERS else baseline
+            ratio = None if baseline is None else baseline / times.median
+            yield StepTime(mode, times, linear / whole, attention / whole, ratio)
+        del sessions, session
         gc.collect()
 
 

@@ -31,7 +31,13 @@ def pipeline(
         str | None, typer.Option(help="One block of random weights instead: A14B or TI2V-5B.", metavar="MODEL")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Video tokens that the block sees.")] = 1024,
-    rounds: Annotated[int, typer.Option(help="Forwards of the block that count.")] = 5,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Clips of each mode, in turn, with all modes in memory at once; or forwards of the block, also in turn.",
+            show_default="one mode after the other; 5 forwards",
+        ),
+    ] = None,
     attention: Attention = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks of the modes; not those of the baseline.")
@@ -49,6 +55,8 @@ def pipeline(
     that it has to move and compute, at what a copy and a matrix product reach in the same run.
 
         mxdit bench pipeline --steps 5
+
+        mxdit bench pipeline --mode mxfp4 --attention exact --fused --rounds 20
 
         mxdit bench pipeline Wan2.2-T2V-A14B-Diffusers --mode mxfp4_dualscale --device npu
 
@@ -72,10 +80,10 @@ def pipeline(
         choices("--block", [block], PUBLISHED)
         if not 1 <= tokens <= 1 << 20:
             raise InputError("no such number of tokens", where="--tokens", got=tokens, expected="1 to 1048576")
-        rounds = rounds_of(rounds, rounds)
         need("diffusers")
     elif steps < 2:
         raise InputError("the first step does not count", where="--steps", got=steps, expected="at least 2")
+    rounds = rounds_of(rounds, 1 if block is None else 5)
     check_outputs(report)
     device_of(device)
     how = measure.How(AttentionPolicy.of_value(attention), compiled, fused)
@@ -94,7 +102,8 @@ def pipeline(
         request = clip(session, steps, size, frames)
         what = f"{session.model.path}, {request.width}x{request.height}, {request.frames} frames; a step"
         settings = {"directory": directory, "task": session.task, "steps": steps, "frames": request.frames}
-        rows = list(measure.run(session.model, request, modes, device, progress, how))
+        settings["rounds"] = rounds
+        rows = list(measure.run(session.model, request, modes, device, progress, how, rounds))
     say_machine(device)
     say(f"{what}; ms. Shares are the profiler's, seconds are without it.")
     cells: list[tuple[str, ...]] = [("mode", "median", "min", "IQR", "rounds", "linear", "attention", "rest")]
