@@ -73,8 +73,15 @@ def parts_of(device: str, quick: bool) -> list[Part]:
     ours = ("--mode", "mxfp4", "--attention", "int8")
     blocks: dict[str, Sequence[str]] = {"16": ours}
     if not quick:
-        fused = ("--mode", "mxfp4", "--fused")
-        blocks = {"4096": (), "32760": (), "32760, int8 attention": ours, "32760, fused": fused}
+        one = ("--mode", "mxfp4")
+        blocks = {
+            "4096": (),
+            "32760": (),
+            "32760, exact attention": (*one, "--attention", "exact"),
+            "32760, int8 attention": ours,
+            "32760, fused": (*one, "--fused"),
+            "32760, compiled": (*one, "--compile"),
+        }
     for tokens, modes in blocks.items():
         size = ("--block", name, "--tokens", tokens.partition(",")[0], "--rounds", forwards)
         found.append(Part(f"block, {tokens}", (*cli, "bench", "pipeline", *size, *modes, *to, JSON), 4))
