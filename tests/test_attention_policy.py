@@ -9,16 +9,17 @@ import pytest
 import torch
 from diffusers import WanVACETransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxdit
 import tiny
 from mxdit import AttentionPolicy, Session
-from mxdit.errors import ConfigError, ModelError
+from mxdit.errors import ConfigError, InputError, ModelError
 from mxdit.evals.modes import choose
 from mxdit.evals.probe import velocity_errors
 from mxdit.generation.recording import Recorder
-from mxdit.integrations.diffusers_attention import BACKENDS, attention_layers
+from mxdit.integrations.diffusers_attention import BACKENDS, attend, attention_layers
 
 STEPS = 4
 CALLS = 2 * tiny.BLOCKS  # of attention, in a forward: of the video itself, and of the text
@@ -88,11 +89,18 @@ def test_what_a_backend_does_not_do(inputs):
     with pytest.raises(ModelError, match="no gradient"):
         model(**inputs)
     q = torch.randn(1, 3, 2, 8)
-    attend = _AttentionBackendRegistry._backends["mxdit"]
-    with pytest.raises(ModelError, match=r"dropout_p=0\.5"):
-        attend(q, q, q, dropout_p=0.5)
+    called = _AttentionBackendRegistry._backends["mxdit"]
+    more: Any
+    for more, says in (
+        ({"dropout_p": 0.5}, r"dropout_p=0\.5"),
+        ({"return_lse": True}, "return_lse=True"),
+        ({"_parallel_config": object()}, "parallel: True"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            called(q, q, q, **more)
     padding = torch.tensor([[True, True, False]])
-    torch.testing.assert_close(attend(q, q, q, padding), attend(q, q[:, :2], q[:, :2]))
+    torch.testing.assert_close(called(q, q, q, padding), called(q, q[:, :2], q[:, :2]))
+    torch.testing.assert_close(called(q, q, q, is_causal=True)[:, :1], q[:, :1])
 
 
 @pytest.mark.slow
@@ -121,19 +129,58 @@ def test_a_later_policy_takes_the_place_of_an_earlier_one(inputs):
     later = mxdit.attention_policy(pipe, {"transformer_2": "exact"})
     assert forward(pipe.transformer, inputs)[1] == ["torch"] * CALLS
     assert forward(pipe.transformer_2, inputs)[1] == ["exact"] * CALLS
-    pipe.transformer_2.set_attention_backend("mxdit")  # what a user set is there again afterwards
-    with mxdit.attention_policy(pipe, "exact"), pytest.raises(RuntimeError):
-        pipe.transformer_2(**{**inputs, "hidden_states": torch.randn(1, 3, 2, 8, 8)})
-    assert {
-        str(layer.processor._attention_backend.value) for layer in attention_layers(pipe.transformer_2).values()
-    } == {"mxdit"}
+    pipe.transformer_2.set_attention_backend("mxdit")  # what a user set is there again after each call
+    with mxdit.attention_policy(pipe, "int8"):
+        with pytest.raises(RuntimeError):
+            pipe.transformer_2(**{**inputs, "hidden_states": torch.randn(1, 3, 2, 8, 8)})
+        assert held(pipe.transformer_2) == {"mxdit"}
+        interrupted(pipe.transformer_2, inputs)  # of which torch tells no hook
+        assert forward(pipe.transformer_2, inputs)[1] == ["int8"] * CALLS
+        assert held(pipe.transformer_2) == {"mxdit"}
+        interrupted(pipe.transformer_2, inputs)
+    assert held(pipe.transformer_2) == {"mxdit"}
     later.remove()
+
+
+def held(model: Any) -> set[str]:
+    """The backends that a model's attention layers have, by name."""
+    return {str(layer.processor._attention_backend.value) for layer in attention_layers(model).values()}
+
+
+def interrupted(model: Any, inputs: dict[str, Any]) -> None:
+    """A forward that the keyboard ends."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.blocks[0].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        forward(model, inputs)
+    hook.remove()
+
+
+def test_of_a_compiled_model_too():
+    pipe = tiny_single()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")  # not called here
+    mxdit.attention_policy(pipe, "int8")
+    mxdit.attention_policy(pipe, "torch")
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def test_for_good():
+    block = tiny.transformer().blocks[0]
+    attend(block, AttentionPolicy.parse("int8;attn2=torch"))
+    names = {path: layer.processor._attention_backend for path, layer in attention_layers(block).items()}
+    assert names == {"attn1": AttentionBackendName("mxdit_int8"), "attn2": None}
 
 
 def test_models_and_layers_that_there_are_not():
     pipe = tiny.pipeline()
     with pytest.raises(ConfigError, match="attn3"):
         mxdit.attention_policy(pipe, "exact;blocks.*.attn3=torch")
+    pipe.transformer.set_attn_processor(WanAttnProcessor())
+    with pytest.raises(InputError, match="one processor, and two methods"):
+        mxdit.attention_policy(pipe, "exact;blocks.0.*=torch")
     with pytest.raises(ConfigError, match="no such transformer"):
         mxdit.attention_policy(tiny_single(), {"transformer_2": "exact"})
     vace = WanVACETransformer3DModel(
@@ -159,6 +206,9 @@ def test_text_and_json_say_the_same(text):
     assert str(policy) == text
     assert AttentionPolicy.of_value(policy.to_dict()) == policy == AttentionPolicy.of_value(text)
     assert bool(policy) == (text != "torch")
+    if policy.of:
+        with pytest.raises(ConfigError, match="another number of steps"):
+            policy.method_at(0, policy.of + 1)
 
 
 @pytest.mark.parametrize(
