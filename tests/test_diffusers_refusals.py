@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,20 @@ def test_another_method_than_the_checkpoints(source, tmp_path, kind):
 
 def test_storage_is_the_checkpoints_and_activations_are_the_callers(source, tmp_path, caplog):
     tiny.load(source / "transformer", MXConfig("mxfp4")).save_pretrained(tmp_path)
-    model = tiny.load(tmp_path, MXConfig("mxfp4", activation="bf16", ignored_layers=("blocks.0.*",)))
-    assert {m.scheme for m in model.modules() if isinstance(m, MXLinear)} == {"w4a16"}
-    assert len(mxdit.report_of(model).quantized) == 20
-    assert "the checkpoint's own choice of quantized layers is used" in caplog.text
+    own_choice = "the checkpoint's own choice of quantized layers is used"
+    tiny.load(tmp_path, MXConfig("mxfp4", activation="bf16"))
+    assert own_choice not in caplog.text
+    asked: Any
+    for asked in (
+        {"ignored_layers": ("blocks.0.*",)},
+        {"num_bf16_fallback_layers": 1},
+        {"layer_methods": {"mxfp8": ("blocks.0.*",)}},
+    ):
+        caplog.clear()
+        model = tiny.load(tmp_path, MXConfig("mxfp4", activation="bf16", **asked))
+        assert {m.scheme for m in model.modules() if isinstance(m, MXLinear)} == {"w4a16"}
+        assert len(mxdit.report_of(model).quantized) == 20
+        assert own_choice in caplog.text
 
 
 def test_a_caller_who_names_no_activation_gets_the_stored_one(source, tmp_path):
