@@ -124,6 +124,13 @@ def test_training_computes_as_before():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+def test_under_autocast_it_computes_as_before():
+    model = tiny.transformer()
+    mxdit.fuse_(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ops_of(model)[1]
+
+
 def test_attention_of_an_image_too_stays_with_diffusers():
     model = tiny.transformer(image_dim=24, added_kv_proj_dim=64)
     call = {
