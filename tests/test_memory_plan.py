@@ -442,6 +442,15 @@ def test_pages_are_given_back_and_read_again(trained):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_pages_of_what_was_quantized_while_it_loaded_are_given_back(model):
+    transformer = mxdit.Session.open(model, method="mxfp4").load().transformer
+    starts = [tensor.data_ptr() for tensor in (*transformer.parameters(), *transformer.buffers())]
+    page = mmap.PAGESIZE
+    files = [range(a // page, b // page) for a, b in pages._clean() if any(a <= start < b for start in starts)]
+    assert sum(map(len, files)) * page > sum(p.nbytes for p in transformer.parameters())
+    assert sum(map(resident, files)) == 0
+
+
 def test_pages_that_were_written_to_stay(packed):
     model = mxdit.Session.open(packed).load().transformer
     code = model.blocks[0].ffn.net[0].proj.weight

@@ -11,6 +11,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mxdit.checkpoint.folders import choose_variant
 from mxdit.config import MXConfig
@@ -19,6 +20,7 @@ from mxdit.config.encoders import encoder_config
 from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.offload import offload
+from mxdit.generation.pages import release
 from mxdit.numerics.formats import FORMATS
 from mxdit.quantize.report import QuantReport
 
@@ -206,6 +208,9 @@ def read(
             got=" ".join(str(error).split()).rstrip("."),
             hint="A file is missing or damaged: download or convert the model again.",
         ) from error
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            release(part)  # what was cast or quantized from is not read again
     if model.called(task).tiled:
         pipeline.vae.enable_tiling()
     return pipeline

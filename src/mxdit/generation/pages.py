@@ -4,7 +4,6 @@ used, and none again once its pages are given back. What is read after that come
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,25 +15,23 @@ DONTNEED = 4  # MADV_DONTNEED of Linux: of a mapped file, the next access reads 
 
 
 def release(module: nn.Module) -> int:
-    """Give back the pages of a module's tensors that lie in mapped files, and return their bytes; other tensors stay.
+    """Give back all pages of the mapped files that a module's tensors lie in, and return their bytes; other tensors stay.
 
-    A mapping with a page that was written to, whose new content no file has, is left alone. 0 where the system does not say
-    what is mapped.
+    These are also the pages that tensors were cast or quantized from while they loaded: a file's mapping lasts for as long as
+    one tensor lies in it. A mapping with a page that was written to, whose new content no file has, is left alone. 0 where the
+    system does not say what is mapped.
     """
     if not MAPS.is_file():
         return 0
-    page, mapped, released = mmap.PAGESIZE, list(_clean()), 0
+    released, tensors = 0, (*module.parameters(), *module.buffers())
+    starts = [tensor.data_ptr() for tensor in tensors if tensor.device.type == "cpu"]
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type != "cpu":
-            continue
-        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        start, stop = -(-start // page) * page, stop // page * page  # pages that hold nothing of a neighbour
-        if start < stop and any(low <= start and stop <= high for low, high in mapped):
-            if madvise(start, stop - start, DONTNEED):
+    for low, high in list(_clean()):
+        if any(low <= start < high for start in starts):
+            if madvise(low, high - low, DONTNEED):
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            released += stop - start
+            released += high - low
     return released
 
 
