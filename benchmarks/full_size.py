@@ -1,7 +1,8 @@
 """Whether Wan2.2-T2V-A14B runs in the memory that a plan says: made at full size with random weights, and run under a hard limit.
 
-    python benchmarks/full_size.py make DIR [--scale full|mid|tiny] [--method mxfp4] [--text mxfp4] [--table mxfp8]
-    python benchmarks/full_size.py run DIR [--memory 12GiB | --tiles] [--limit 9GiB] [--size 832x480] [--frames 5] [--steps 2]
+    python benchmarks/full_size.py make DIR [--scale full|mid|wide|tiny] [--method mxfp4] [--text mxfp4] [--table mxfp8]
+    python benchmarks/full_size.py run DIR [--memory 12GiB | --tiles] [--limit 9GiB] [--size 832x480] [--frames 5]
+        [--steps 2] [--attention exact] [--fused] [--compile]
     python benchmarks/full_size.py configs DIR [--scale full] [--method mxfp4] [--text mxfp4] [--table mxfp8]
 
 `make` writes the pipeline in packed form, one tensor at a time, 20 GB at full size: both experts, UMT5-XXL, the VAE in FP32, the
@@ -60,6 +61,11 @@ SCALES: dict[str, tuple[Wan, dict[str, Any], dict[str, Any]]] = {  # expert, tex
         {**TEXT_ENCODER, "vocab_size": 32000, "d_model": 1024, "d_ff": 2816, "num_heads": 16, "num_layers": 12},
         {"base_dim": 16},
     ),
+    "wide": (  # of which activations take the most: blocks of A14B's own width, only two of them, and little else
+        replace(A14B, blocks=2),
+        {**TEXT_ENCODER, "vocab_size": 512, "d_model": 256, "d_ff": 512, "num_heads": 4, "num_layers": 1},
+        {"base_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    ),
     "tiny": (
         replace(A14B, dim=256, ffn=512, heads=2, blocks=2),
         {**TEXT_ENCODER, "vocab_size": 512, "d_model": 64, "d_ff": 128, "num_heads": 1, "num_layers": 1},
@@ -83,6 +89,11 @@ def main() -> int:
     parser.add_argument("--size", default="832x480", help="WIDTHxHEIGHT")
     parser.add_argument("--frames", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument(
+        "--attention", help="as `mxdit generate` takes it, such as exact or int8; torch's own without it"
+    )
+    parser.add_argument("--fused", action="store_true", help="norms, rotary embeddings and GELU in one pass each")
+    parser.add_argument("--compile", action="store_true", help="the transformers' blocks are compiled")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--json", type=Path, help="write the numbers of a run there as well")
     args = parser.parse_args()
@@ -254,7 +265,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         limit = budget_of(args.limit) + files
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     width, height = map(int, args.size.split("x"))
-    session = Session.open(args.directory, memory=args.memory)
+    how = {"attention": args.attention, "fused": args.fused, "compile": args.compile}
+    session = Session.open(args.directory, memory=args.memory, **how)
     # The schedule's middle: half of the steps are each expert's.
     steps = {"steps": args.steps, "guidance": 4.0, "boundary_ratio": boundary(session, args.steps)}
     request = session.request(prompt="a red seven moving left", size=(height, width), frames=args.frames, **steps)
@@ -275,6 +287,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "directory": str(args.directory),
         "request": {"size": args.size, "frames": args.frames, "steps": args.steps},
+        **how,
         "memory": args.memory,
         "limit": args.limit,
         "plan": planned.to_dict(),
