@@ -1,6 +1,6 @@
 """Whether Wan2.2-T2V-A14B runs in the memory that a plan says: made at full size with random weights, and run under a hard limit.
 
-    python benchmarks/full_size.py make DIR [--scale full|mid|wide|tiny] [--method mxfp4] [--text mxfp4] [--table mxfp8]
+    python benchmarks/full_size.py make DIR [--scale full|mid|shallow|tiny] [--method mxfp4] [--text mxfp4] [--table mxfp8]
     python benchmarks/full_size.py run DIR [--memory 12GiB | --tiles] [--limit 9GiB] [--size 832x480] [--frames 5]
         [--steps 2] [--attention exact] [--fused] [--compile]
     python benchmarks/full_size.py configs DIR [--scale full] [--method mxfp4] [--text mxfp4] [--table mxfp8]
@@ -61,8 +61,8 @@ SCALES: dict[str, tuple[Wan, dict[str, Any], dict[str, Any]]] = {  # expert, tex
         {**TEXT_ENCODER, "vocab_size": 32000, "d_model": 1024, "d_ff": 2816, "num_heads": 16, "num_layers": 12},
         {"base_dim": 16},
     ),
-    "wide": (  # of which activations take the most: blocks of A14B's own width, only two of them, and little else
-        replace(A14B, blocks=2),
+    "shallow": (  # of which activations take the most: A14B's proportions in two blocks, for many tokens
+        replace(A14B, dim=2048, ffn=5632, heads=16, blocks=2),
         {**TEXT_ENCODER, "vocab_size": 512, "d_model": 256, "d_ff": 512, "num_heads": 4, "num_layers": 1},
         {"base_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
     ),

@@ -33,6 +33,7 @@ from mxdit.generation.footprint import weights_of
 from mxdit.generation.loading import quantization
 from mxdit.generation.plan import (
     BLOCKS,
+    COMPILER,
     DROP,
     PRODUCT,
     PRODUCT_THREAD,
@@ -230,6 +231,12 @@ def test_what_attention_keeps_is_planned_on_a_cpu_alone(packed):
         assert floors[1] - floors[0] == more
 
 
+def test_a_compiler_is_planned_where_the_process_counts(packed):
+    for device, more in (("cpu", COMPILER), ("cuda", 0)):
+        plain, compiled = (planner(packed, device, compiled=compiled).floor for compiled in (False, True))
+        assert compiled - plain == pytest.approx(more, abs=1 << 20)
+
+
 def test_a_forward_without_data_takes_what_one_with_data_takes():
     real = tiny.transformer().bfloat16()
     inputs = {key: value for key, value in wan_inputs(real).items() if value is not None}
@@ -258,9 +265,9 @@ def test_the_vae_is_traced_in_part(size, frames, tiles, model):
 # -- choices -----------------------------------------------------------------------------------------------------------
 
 
-def planner(path: Path, device: str = "cpu", method: str | None = None) -> Planner:
+def planner(path: Path, device: str = "cpu", method: str | None = None, compiled: bool = False) -> Planner:
     model = open_model(path)
-    return Planner(model, "t2v", quantization(model, method, {}), torch.bfloat16, device)
+    return Planner(model, "t2v", quantization(model, method, {}), torch.bfloat16, device, compiled=compiled)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

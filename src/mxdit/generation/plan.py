@@ -35,6 +35,7 @@ DECODE_ELSEWHERE = 2e13
 # What a process's first run takes beside what is counted: code of the libraries that is first used, and their own room.
 FIRST_RUN = 32 * MIB
 PRODUCT, PRODUCT_THREAD = 35 * MIB, 2 * MIB  # most scratch of a quantized product (mxdit.backends.cpu)
+COMPILER = 96 * MIB  # what torch.compile and its graphs keep of the process (docs/memory.md)
 CONTEXT = 512 * MIB  # of a device: its context, and what its allocator cannot fill
 
 STAY, DROP, SWAP, BLOCKS, WHOLE, TILES = "resident", "dropped", "one at a time", "a block at a time", "whole", "tiled"
@@ -148,7 +149,7 @@ class Planner:
             return CONTEXT
         size, frames = self.smallest
         self._works.at(*size, frames)  # imports what it needs
-        return status("VmRSS") + FIRST_RUN + PRODUCT + PRODUCT_THREAD * usable_threads()
+        return status("VmRSS") + FIRST_RUN + PRODUCT + PRODUCT_THREAD * usable_threads() + COMPILER * self._compiled
 
     @property
     def smallest(self) -> tuple[tuple[int, int], int]:
