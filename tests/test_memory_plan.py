@@ -196,6 +196,17 @@ def test_live_tensors_are_counted_while_they_live():
     assert live(call).peak == 8000 and live(lambda: torch.empty(10, device="meta")).peak == 40
 
 
+@pytest.mark.parametrize("channels, rows", [(16, 256), (16, 427), (96, 71), (96, 72)])
+def test_a_small_convolution_holds_its_input_once_for_each_place_of_the_kernel(channels, rows):
+    x, weight = torch.empty(1, channels, 3, rows, 8), torch.empty(4, channels, 3, 3, 3)
+    none, one = [0] * 3, [1] * 3
+    unfolds = torch._C._select_conv_backend(x, weight, None, one, none, one, False, none, 1, None).name == "Slow3d"
+    x, weight = x.to("meta"), weight.to("meta")
+    result = 4 * 4 * (rows - 2) * 6
+    beside = result * weight[0].numel() // 4 if unfolds else x.nbytes
+    assert live(lambda: nn.functional.conv3d(x, weight)).peak == result + beside
+
+
 def test_attention_holds_no_scores():
     q = torch.empty(1, 2, 4096, 64, device="meta", dtype=torch.bfloat16)
     for call in (

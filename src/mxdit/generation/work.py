@@ -24,6 +24,7 @@ from mxdit.errors import InputError
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.footprint import component_of
 
+ONEDNN = 20480  # batch, channels, frames and rows of a convolution over which oneDNN does it on a CPU
 PANEL = 64  # the widest panel that a kernel of attention lays keys or columns of values out in
 
 
@@ -52,7 +53,7 @@ class Live(TorchDispatchMode):
                 self._add(x.untyped_storage())
         beside = 0
         if func is torch.ops.aten.convolution.default:
-            beside = args[0].nbytes
+            beside = _beside(args[0], args[1], result)
             self.multiplied += 2 * result.numel() * args[1].numel() // args[1].shape[0]
         self.peak = max(self.peak, self.now + beside)
         return result
@@ -66,6 +67,14 @@ class Live(TorchDispatchMode):
 
         self.now += nbytes
         self._known[key] = weakref.ref(storage, gone)
+
+
+def _beside(x: Tensor, weight: Tensor, result: Tensor) -> int:
+    """What a convolution holds beside its result: see `Live`. A small one in FP32 and three dimensions torch does itself on a
+    CPU, with its input laid out once for each place of the kernel (`use_mkldnn` of its Convolution.cpp, 2.13)."""
+    if x.dim() == 5 and x.dtype is torch.float32 and x.shape[:4].numel() <= ONEDNN and x.shape[0] == 1:
+        return result.nbytes // weight.shape[0] * weight[0].numel()
+    return x.nbytes
 
 
 class _Attention(TorchFunctionMode):
