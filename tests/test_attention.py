@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from mxdit.backends import native
 from mxdit.conformance.calls import one_thread
 from mxdit.errors import FormatError
 
@@ -71,20 +72,25 @@ def near(got, want):
     torch.testing.assert_close(got.double(), want, rtol=half, atol=2e-5 if got.dtype is torch.float32 else 4 * half)
 
 
-@on_every_path
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_farther_from_float64_than_torch(dtype):
-    """Where torch has its fused kernel, which is one width and no shared heads."""
-    for spread, middle, mask in ((1, 0, None), (3, 0, None), (1, 1, None), (2, 0, torch.randn(97, 700))):
+def test_no_farther_from_float64_than_torch(path, dtype):
+    """Where torch has its fused kernel, which is one width and no shared heads. Both are given the mask in one dtype."""
+    allowed = 1.0
+    if dtype is torch.bfloat16 and path in ("avx512bf16", "amx"):
+        allowed = (
+            1.01  # weights are rounded as torch's are, but to other numbers: draws of this size give 0.99 to 1.006
+        )
+    elif dtype is torch.float32:  # other orders of sums: up to 1.008, and up to 1.047 where each product is rounded
+        allowed = 1.05 if path in ("scalar", native.REFERENCE) else 1.01
+    for spread, middle, mask in ((1, 0, None), (3, 0, None), (1, 1, None), (2, 0, torch.randn(97, 700).to(dtype))):
         q, k, v = inputs(dtype, 1, 97, 700, 2, 2, 64, 64)
         q, v = q * spread / 2, v + middle
         want = exactly(q, k, v, mask, 0.125)
         got = OPS.attention(q, k, v, mask, 0.125, False, "exact")
         heads = [x.transpose(1, 2) for x in (q, k, v)]
-        added = None if mask is None else mask.to(dtype)
-        by_torch = scaled_dot_product_attention(*heads, attn_mask=added, scale=0.125).transpose(1, 2)
+        by_torch = scaled_dot_product_attention(*heads, attn_mask=mask, scale=0.125).transpose(1, 2)
         error, of_torch = ((x.double() - want).pow(2).mean().sqrt() for x in (got, by_torch))
-        assert error <= 1.05 * of_torch, (spread, middle, error, of_torch)  # path scalar rounds each product, too
+        assert error <= allowed * of_torch, (spread, middle, error, of_torch)
 
 
 @on_every_path
