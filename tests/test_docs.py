@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import shlex
+import subprocess
 import textwrap
 import unicodedata
 from itertools import pairwise
@@ -184,3 +186,12 @@ def test_the_tree_is_the_repository():
         modules = [path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
         missing = [path.name for path in modules if not path.name.startswith("__") and path.name not in tree]
         assert not missing, folder
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_what_is_tracked_stays_small():
+    """Below 60 MiB, of which the bundled models are 51.5: what somebody copies to a borrowed device is all of it."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
+    paths = [ROOT / os.fsdecode(name) for name in tracked if name]
+    assert len(paths) > 500
+    assert sum(path.lstat().st_size for path in paths if path.is_symlink() or path.exists()) < 60 << 20
