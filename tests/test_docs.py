@@ -188,6 +188,12 @@ def test_the_tree_is_the_repository():
         assert not missing, folder
 
 
+def test_make_test_omni_has_the_oldest_diffusers():
+    oldest = re.search(r'"diffusers>=([\d.]+),', (ROOT / "pyproject.toml").read_text())
+    pinned = re.search(r"^diffusers==(.+)$", (ROOT / "tests" / "omni" / "requirements.txt").read_text(), re.MULTILINE)
+    assert oldest and pinned and pinned[1] == f"{oldest[1]}.0"
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_what_is_tracked_stays_small():
     """Below 60 MiB, of which the bundled models are 51.5: what somebody copies to a borrowed device is all of it."""
