@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanVACETransformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +24,7 @@ from mxdit.evals.modes import choose
 from mxdit.evals.probe import velocity_errors
 from mxdit.generation.recording import Recorder
 from mxdit.integrations.diffusers_attention import BACKENDS, attend, attention_layers
+from tiny_families import TINY
 
 STEPS = 4
 CALLS = 2 * tiny.BLOCKS  # of attention, in a forward: of the video itself, and of the text
@@ -183,13 +188,64 @@ def test_models_and_layers_that_there_are_not():
         mxdit.attention_policy(pipe, "exact;blocks.0.*=torch")
     with pytest.raises(ConfigError, match="no such transformer"):
         mxdit.attention_policy(tiny_single(), {"transformer_2": "exact"})
-    vace = WanVACETransformer3DModel(
-        num_attention_heads=2, attention_head_dim=32, ffn_dim=64, num_layers=2, vace_layers=[0], text_dim=32
-    )
-    if not attention_layers(vace):
-        pipe.transformer = vace
-        with pytest.raises(ModelError, match="without looking up"):
-            mxdit.attention_policy(pipe, "exact")
+
+
+class Masked(WanAttnProcessor):
+    """As processors that have masks of FlexAttention's own kind in some of their calls."""
+
+    def cached(self, *qkv: torch.Tensor) -> torch.Tensor:
+        return dispatch_attention_fn(*qkv, backend="flex")  # pyright: ignore[reportArgumentType]
+
+
+class Flex(WanAttnProcessor):
+    _attention_backend = "flex"
+
+
+class Direct(WanAttnProcessor):
+    def __call__(self, attn: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+class Elsewhere:
+    _attention_backend = None
+
+    def __call__(self, attn: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return x
+
+
+Unseen = type("Unseen", (WanAttnProcessor,), {"__call__": eval("lambda *_: None")})
+
+
+@pytest.mark.parametrize(
+    ("processor", "why"),
+    [
+        (Masked, "Masked, which also takes backend='flex'"),
+        (Flex, "Flex, which is made for the backend 'flex'"),
+        (Direct, "Direct, which calls scaled_dot_product_attention"),
+        (Elsewhere, "Elsewhere, which does not call dispatch_attention_fn"),
+        (Unseen, "Unseen, which has no source to read"),
+    ],
+)
+def test_layers_that_do_not_always_take_what_is_set(processor, why):
+    pipe = tiny_single()
+    for block in pipe.transformer.blocks:
+        block.attn1.processor = processor()
+    for policy in ("int8", "torch;2=int8", "int8;blocks.1.*=torch"):
+        with pytest.raises(ModelError, match=rf"WanTransformer3DModel blocks\.0\.attn1: .*{why}") as caught:
+            mxdit.attention_policy(pipe, policy)
+        assert caught.value.field == "attention"
+    with pytest.raises(ModelError, match=r"2 of its 4 layers to diffusers.*'int8;blocks.\*.attn1=torch'"):
+        mxdit.attention_policy(pipe, "int8")
+    assert mxdit.attention_policy(pipe, "int8;blocks.*.attn1=torch").policies.keys() == {"transformer"}
+
+
+def test_a_model_without_any_such_layer():
+    pipe = tiny_single()
+    pipe.transformer = TINY["SD3Transformer2DModel"].transformer()
+    with pytest.raises(
+        ModelError, match=r"attention SD3Transformer2DModel: .*without looking up a backend; got 'exact'"
+    ):
+        mxdit.attention_policy(pipe, "exact")
 
 
 def tiny_single() -> Any:

@@ -10,20 +10,23 @@ import json
 from collections import defaultdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxdit
 import tiny
 from mxdit.checkpoint import convert_checkpoint, inspect_checkpoint, quantize_checkpoint
 from mxdit.checkpoint.folders import open_tensors
-from mxdit.errors import InputError
+from mxdit.errors import InputError, ModelError
 from mxdit.generation.recording import velocity_of
 from mxdit.generation.request import Request
+from mxdit.integrations.diffusers_attention import attention_layers
 from mxdit.models import COMPONENTS, SPECS, ModelSpec, register_family, spec_of
 from mxdit.models.skeleton import skeleton_of
 from mxdit.numerics.formats import FORMATS
@@ -152,6 +155,52 @@ def test_groups_are_the_linears_that_share_an_input_and_one_row_a_sample_stays(s
             if name in group:
                 missing = {other for other in group - shared if f"{path[: -len(name)]}{other}" in inside}
                 assert not missing, f"`groups`: {name} and {sorted(missing)} do not share an input in {place.blocks}"
+
+
+# Families whose attention diffusers computes without a table of backends, and those that take another one in some calls.
+WITHOUT_BACKENDS = {
+    "AllegroTransformer3DModel",
+    "AuraFlowTransformer2DModel",
+    "CogVideoXTransformer3DModel",
+    "CogView4Transformer2DModel",
+    "CosmosTransformer3DModel",
+    "EasyAnimateTransformer3DModel",
+    "HiDreamImageTransformer2DModel",
+    "Kandinsky6SRTransformer3DModel",
+    "Lumina2Transformer2DModel",
+    "MochiTransformer3DModel",
+    "PixArtTransformer2DModel",
+    "SanaTransformer2DModel",
+    "SD3Transformer2DModel",
+}
+OTHER_BACKENDS = {"AnyFlowFARTransformer3DModel", "QwenImage21Transformer2DModel", "WanAnimate2Transformer3DModel"}
+
+
+@families
+def test_a_policy_of_attention_reaches_every_layer_or_is_refused(spec):
+    model = tiny_of(spec).transformer()
+    pipe, layers = SimpleNamespace(transformer=model), attention_layers(model)
+    if spec.transformer in WITHOUT_BACKENDS | OTHER_BACKENDS:
+        why = "which is made for|which also takes" if spec.transformer in OTHER_BACKENDS else "without looking up"
+        with pytest.raises(ModelError, match=f"attention {spec.transformer}.*({why})"):
+            mxdit.attention_policy(pipe, "exact")
+        return
+    inside, entered, reached = list[str](), set[str](), set[str]()
+
+    class Reached(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.mxdit.attention.default:
+                reached.add(inside[-1])
+            elif inside and "scaled_dot_product" in str(func):
+                raise AssertionError(f"{inside[-1]} has torch's attention, too")
+            return func(*args, **(kwargs or {}))
+
+    for path, layer in layers.items():
+        layer.register_forward_pre_hook(lambda *_, path=path: inside.append(path))
+        layer.register_forward_hook(lambda *_: entered.add(inside.pop()))
+    with mxdit.attention_policy(pipe, "exact"), Reached():
+        forward(spec, model)
+    assert entered and reached == entered
 
 
 @families

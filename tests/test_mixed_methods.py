@@ -179,7 +179,7 @@ PLANS: dict[str, tuple[dict[str, Any], str]] = {
         r"layer_methods: a layer has two methods; got 'blocks.0.attn1.to_q' under 'mxfp4_dualscale' and 'mxfp8'",
     ),
     "nothing": ({"layer_methods": {"mxfp8": ["blocks.9.*"]}}, r"layer_methods mxfp8 'blocks.9.\*': the pattern matches nothing"),
-    "no linear": ({"layer_methods": {"mxfp8": ["blocks.0"]}}, r"matches no linear.*'blocks.0.\*'"),
+    "no linear": ({"layer_methods": {"mxfp8": ["blocks.0"]}}, r"matches no such layer.*'blocks.0.\*'"),
     "kept": (
         {"layer_methods": {"mxfp8": ["blocks.1.*", "blocks.0.ffn.*"]}, "ignored_layers": FIRST},
         r"mxfp8 'blocks.0.ffn.\*': .*none of them is quantized; got 'blocks.0.ffn.net.0.proj', which stays: ignored_layers",

@@ -97,7 +97,7 @@ def test_default_fallback_blocks(method, blocks, first):
         ({"ignored_layers": ["transformer.*"]}, "'transformer.*': the pattern matches nothing.*Paths look like"),
         (
             {"ignored_layers": ["blocks.0"]},
-            "got 'blocks.0', a WanTransformerBlock.* the 10 linears inside it, write 'blocks.0.*'",
+            "got 'blocks.0', a WanTransformerBlock.* the 10 inside it, write 'blocks.0.*'",
         ),
         (
             {"ignored_layers": ["blocks.0.norm2"]},

@@ -6,16 +6,21 @@ none, what is active) names it. Ours are "mxdit" and "mxdit_int8" there, beside 
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
+from textwrap import dedent
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
-from mxdit.config.attention import DEFAULT, AttentionPolicy
+from mxdit.config.attention import DEFAULT, FIELD, AttentionPolicy
 from mxdit.config.components import split_keys
 from mxdit.errors import ConfigError, InputError, ModelError
 from mxdit.integrations.diffusers_steps import step_of
@@ -26,6 +31,7 @@ from mxdit.quantize.plan import resolve
 BACKENDS = {method: "mxdit" if method == "exact" else f"mxdit_{method}" for method in METHODS}
 """Method -> what diffusers calls it."""
 _HELD = "_attention_backend"  # of a processor: where diffusers' own set_attention_backend writes
+_DIRECT = ("scaled_dot_product_attention", "flex_attention")  # of torch, past diffusers' table of backends
 
 
 def register() -> None:
@@ -104,11 +110,13 @@ def _methods_of(module: nn.Module, policy: AttentionPolicy) -> dict[Any, str]:
     if not layers:
         raise ModelError(
             "diffusers computes this model's attention without looking up a backend",
+            field=FIELD,
             where=type(module).__name__,
+            got=repr(str(policy)),
             expected="attention processors with a backend's name, as WanTransformer3DModel has them",
             hint='Leave the policy out, which is attention="torch".',
         )
-    named = resolve(module, list(layers), policy.layers, "layers", kind="an attention layer")
+    named = resolve(module, list(layers), policy.layers, "layers", kind="an attention layer", field=FIELD)
     methods: dict[Any, str] = {}
     for path, layer in layers.items():
         own = policy.layers[named[path]] if path in named else policy.method
@@ -116,7 +124,49 @@ def _methods_of(module: nn.Module, policy: AttentionPolicy) -> dict[Any, str]:
             raise InputError(
                 "layers with one processor, and two methods", field="attention", where=path, got=str(policy)
             )
+    stubborn = {
+        path: why
+        for path, layer in layers.items()
+        if {methods[layer.processor], *policy.steps} != {DEFAULT} and (why := _why_not(type(layer.processor)))
+    }
+    if stubborn:
+        path, why = next(iter(stubborn.items()))
+        left = dict.fromkeys((re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in stubborn), DEFAULT)
+        others = replace(policy, layers={**left, **policy.layers}, steps={}, of=None)
+        raise ModelError(
+            "diffusers does not always compute this layer's attention by the backend that is set",
+            field=FIELD,
+            where=f"{type(module).__name__} {path}",
+            got=f"{type(layers[path].processor).__name__}, which {why}",
+            expected=f"a processor whose every call of attention takes self.{_HELD}",
+            hint=f"Leave {len(stubborn)} of its {len(layers)} layers to diffusers, at every step: {str(others)!r}."
+            if others and len(stubborn) < len(layers)
+            else "Leave the policy out.",
+        )
     return methods
+
+
+@cache
+def _why_not(processor: type) -> str | None:
+    """Why a call of a processor's class may compute attention by another backend than the one set, as its source says; None
+    where it does not. Masks of one backend's own kind are why: such a processor goes past what is set, or refuses it."""
+    if wanted := getattr(processor, _HELD, None):
+        return f"is made for the backend {wanted!r}"
+    functions = [each for cls in processor.__mro__ for each in vars(cls).values() if inspect.isfunction(each)]
+    try:
+        trees = [ast.parse(dedent(inspect.getsource(function))) for function in functions]
+    except (OSError, SyntaxError):
+        return "has no source to read"
+    looks = False
+    for call in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func).rpartition(".")[2]
+        if name in _DIRECT:
+            return f"calls {name}"
+        if name == dispatch_attention_fn.__name__:
+            looks, taken = True, {each.arg: ast.unparse(each.value) for each in call.keywords}.get("backend")
+            if taken != f"self.{_HELD}":
+                return f"also takes backend={taken}"
+    return None if looks else f"does not call {dispatch_attention_fn.__name__}"
 
 
 class AppliedAttention:

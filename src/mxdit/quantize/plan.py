@@ -169,14 +169,19 @@ def block_counts(model: nn.Module, spec: ModelSpec) -> dict[str, int]:
 
 
 def resolve(
-    model: nn.Module, linears: list[str], patterns: Iterable[str], key: str, kind: str = "a linear layer"
+    model: nn.Module,
+    layers: list[str],
+    patterns: Iterable[str],
+    key: str,
+    kind: str = "a linear layer",
+    field: str | None = None,
 ) -> dict[str, str]:
-    """The linears that paths and globs name, each with the first pattern that named it; ConfigError for an idle pattern."""
+    """The layers that paths and globs name, each with the first pattern that named it; ConfigError for an idle pattern."""
     found: dict[str, str] = {}
     for pattern in patterns:
-        named = matches(linears, pattern)
+        named = matches(layers, pattern)
         if not named:
-            raise _idle_pattern(model, linears, pattern, key, kind)
+            raise _idle_pattern(model, layers, pattern, f"{key} {pattern!r}", kind, field)
         for path in named:
             found.setdefault(path, pattern)
     return found
@@ -187,16 +192,18 @@ def matches(linears: Iterable[str], pattern: str) -> list[str]:
     return [path for path in linears if path == pattern or fnmatchcase(path, pattern)]
 
 
-def _idle_pattern(model: nn.Module, linears: list[str], pattern: str, key: str, kind: str) -> ConfigError:
+def _idle_pattern(
+    model: nn.Module, layers: list[str], pattern: str, where: str, kind: str, field: str | None
+) -> ConfigError:
     others = [(path, module) for path, module in model.named_modules() if path and fnmatchcase(path, pattern)]
     if not others:
-        hint = near_names(pattern, linears) or f"Paths look like {linears[0]!r}; '*' matches anything."
-        return ConfigError("the pattern matches nothing", where=f"{key} {pattern!r}", expected=kind, hint=hint)
+        hint = near_names(pattern, layers) or f"Paths look like {layers[0]!r}; '*' matches anything."
+        return ConfigError("the pattern matches nothing", field=field, where=where, expected=kind, hint=hint)
     path, module = others[0]
-    inside = [name for name in linears if name.startswith(f"{path}.")]
-    hint = f"To name the {len(inside)} linears inside it, write '{pattern}.*'." if inside else "Leave it out."
+    inside = [name for name in layers if name.startswith(f"{path}.")]
+    hint = f"To name the {len(inside)} inside it, write '{pattern}.*'." if inside else "Leave it out."
     got = f"{path!r}, a {type(module).__name__}"
-    return ConfigError("the pattern matches no linear", where=f"{key} {pattern!r}", got=got, expected=kind, hint=hint)
+    return ConfigError("the pattern matches no such layer", field=field, where=where, got=got, expected=kind, hint=hint)
 
 
 def check_groups(decisions: Mapping[str, Decision], spec: ModelSpec) -> None:
