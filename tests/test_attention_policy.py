@@ -302,13 +302,34 @@ def test_a_session(tmp_path):
     assert abs(got.frames.astype(int) - want.frames.astype(int)).max() <= 1
     with pytest.raises(ConfigError, match="another number of steps"):
         session.request(**{**fields, "steps": 6})
+    # One for each: of the four steps the second transformer has three, with one call each.
+    own = Session.open(directory, dtype=torch.float32, attention={"transformer_2": "exact;3=torch", "method": "torch"})
+    assert own.attention.keys() == {"transformer_2"}
+    with Attended() as seen:
+        own.run(own.request(**fields))
+    assert seen.methods.count("exact") == 2 * CALLS
+
+
+def test_what_a_session_can_tell_before_weights_are_read(tmp_path, monkeypatch):
+    directory = tiny.save(tmp_path)
+    monkeypatch.setattr("mxdit.generation.loading.load", None)
+    session = Session.open(directory, attention={"transformer": "exact", "transformer_2": "exact;blocks.2.*=torch"})
+    with pytest.raises(ConfigError, match=r"^attention layers 'blocks.2.\*': the pattern matches nothing") as caught:
+        session.load()
+    assert caught.value.field == "attention"
+    single = tiny_single()
+    single.register_modules(transformer_2=None)
+    single.save_pretrained(tmp_path / "single")
+    with pytest.raises(ConfigError, match="attention: no such transformer; got 'transformer_2'; expected transformer"):
+        Session.open(tmp_path / "single", attention={"transformer_2": "exact"})
 
 
 @pytest.mark.slow
 def test_an_evaluation(tmp_path):
     modes = choose([], ['a={"attention": "exact"}', 'b={"quant_method": "mxfp4", "attention": "exact;0=torch"}'])
-    assert [str(mode.attention) for mode in modes] == ["torch", "exact", "exact;0=torch"]
-    session = Session.open(tiny.save(tmp_path), dtype=torch.float32)
+    assert [mode.attention for mode in modes] == [None, "exact", "exact;0=torch"]
+    directory = tiny.save(tmp_path)
+    session = Session.open(directory, dtype=torch.float32)
     recorder = Recorder(keep_calls=True)
     with recorder.listening(session.load()):
         request = session.request(prompt="a red seven", size=(32, 32), frames=5, steps=STEPS)
@@ -317,7 +338,9 @@ def test_an_evaluation(tmp_path):
     with Attended() as seen:
         same = velocity_errors(session.load(), recorder.calls, guidance)
         assert set(seen.methods) == {"torch"}
-        near = velocity_errors(session.load(), recorder.calls, guidance, modes[2].attention)
+        near = velocity_errors(
+            session.load(), recorder.calls, guidance, Session.open(directory, attention=modes[2].attention).attention
+        )
     assert seen.methods.count("exact") == len(recorder.calls) * CALLS * 3 // 4
     assert [step["velocity_error"] for step in same["steps"]] == [0.0] * STEPS
     errors = [step["velocity_error"] for step in near["steps"]]

@@ -483,6 +483,15 @@ BAD = {
     "one step": (["pipeline", "--steps", "1"], "at least 2"),
     "no tokens": (["pipeline", "--block", "A14B", "--tokens", "0"], "--tokens"),
     "a block of no model": (["pipeline", "--block", "mini"], "TI2V-5B"),
+    "attention of a transformer for a block": (
+        ["pipeline", "--block", "A14B", "--attention", '{"transformer_2": "int8"}'],
+        "--attention: not a policy of attention; got 'transformer_2'",
+    ),
+    "attention in steps for a block": (["pipeline", "--block", "A14B", "--attention", "int8;0=exact"], "has no steps"),
+    "attention of no such layer": (
+        ["pipeline", "--attention", '{"transformer": "int8;attn9=exact"}'],
+        "--attention layers 'attn9': the pattern matches nothing",
+    ),
     "a size off the patches": (["memory", "--size", "20x16"], "multiple of 16"),
 }
 

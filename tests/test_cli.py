@@ -56,7 +56,7 @@ def test_generate_in_every_mode(monkeypatch, capsys, tmp_path, models, image, ta
     extra = ["--image", image] if task == "i2v" else []
     code, out, _ = mxdit_command(
         monkeypatch, capsys, "generate", models[task], "--prompt", "a red seven", *SMALL, *extra,
-        "--method", method, "--fps", 12, "-o", output, "--json",
+        "--method", method, "--fps", 12, "--attention", '{"transformer_2": "exact"}', "-o", output, "--json",
     )  # fmt: skip
     assert code == 0
     figures = json.loads(out)
@@ -65,6 +65,7 @@ def test_generate_in_every_mode(monkeypatch, capsys, tmp_path, models, image, ta
     assert set(figures["experts"]) == {"transformer", "transformer_2"}
     expected = 0 if method == "none" else tiny.LINEARS * tiny.BLOCKS
     assert [expert["quantized"] for expert in figures["experts"].values()] == [expected] * 2
+    assert [expert["attention"] for expert in figures["experts"].values()] == [None, {"method": "exact"}]
     assert figures["seconds_per_step"] > 0 and figures["peak_bytes"] > 2**20
     assert [path.name for path in tmp_path.iterdir() if path.name != "first.png"] == [
         "clip.mp4"
@@ -76,10 +77,12 @@ def test_what_each_expert_runs_is_said(monkeypatch, capsys, tmp_path, models):
     code, out, err = mxdit_command(
         monkeypatch, capsys, "generate", models["t2v"], "--prompt", "x", *SMALL, "-o", tmp_path / "a.mp4",
         "--method", "mxfp4", "--activation", "mxfp8", "--config", json.dumps(config),
+        "--attention", '{"method": "int8", "steps": {"exact": [0]}, "transformer": "torch"}',
     )  # fmt: skip
     assert code == 0
     assert "transformer: 20 linears mxfp4 w4a8" in err
     assert "transformer_2: 10 linears mxfp4 w4a8" in err
+    assert "attention: transformer: torch, transformer_2: int8;0=exact" in err
     assert "s per step" in out and "peak memory" in out
 
 
@@ -136,6 +139,15 @@ BAD = {
     "a config that is no JSON": (["--config", "{"], "not JSON"),
     "a config file that is not there": (["--config", "none.json"], "none.json"),
     "a layer that is not there": (["--method", "mxfp4", "--ignored-layers", "blocks.7.*"], "matches nothing"),
+    "a layer of attention that is not there": (
+        ["--attention", "exact;blocks.7.*=torch"],
+        "error: --attention layers 'blocks.7.*': the pattern matches nothing; expected an attention layer",
+    ),
+    "attention of no such transformer": (
+        ["--attention", '{"transformer": "exact", "transformer_3": "int8"}'],
+        "error: --attention: not a policy of attention; got 'transformer_3'",
+    ),
+    "attention that is no JSON": (["--attention", "{exact"], "error: --attention: not JSON"),
     "an image that is none": (["--image", __file__], "not a readable image"),
     "an image that is not there": (["--image", "none.png"], "no such file"),
     "a boundary out of range": (["--boundary-ratio", "2"], "0 to 1"),

@@ -153,9 +153,15 @@ def test_modes_are_named():
         '{"activation": "mxfp8"}',
         '{"quant_method": "mxfp4", "ignored": 1}',
         '{"quant_method": "fp4"}',
-        '{"quant_method": "mxfp4", "fused": "yes"}',
     ):
         with pytest.raises(ConfigError):
+            modes.choose(None, [f"x={keys}"])
+    for keys, said in {
+        '{"quant_method": "mxfp4", "fused": "yes"}': "mode x fused: neither true nor false; got 'yes'",
+        '{"attention": "exat"}': "mode x attention: unknown method of attention; got 'exat'",
+        '{"attention": {"transformer_2": 8}}': "mode x attention: not a policy of attention; got 8",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^{said}"):
             modes.choose(None, [f"x={keys}"])
 
 

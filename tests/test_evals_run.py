@@ -177,13 +177,22 @@ def test_an_interrupted_run_goes_on_where_it_was(monkeypatch, capsys, models, tm
     assert code == 0 and len(made) == 13
 
 
-def test_a_fused_mode_is_another_one_over_equal_weights(monkeypatch, capsys, models, tmp_path):
+def test_a_mode_of_other_ops_is_another_one_over_equal_weights(monkeypatch, capsys, models, tmp_path):
     args = [models["t2v"], *SMALL, "--prompts", models["t2v"].parent / "t2v.txt", "--count", 1, "--seeds", 1]
     args += ["--dtype", "fp32", "--modes", "bf16", "--cache", tmp_path / "cache", "--json", tmp_path / "r.json"]
-    code, _, _ = command(monkeypatch, capsys, *args, "--mode", 'own={"fused": true}')
+    for wrong, said in {
+        "exact;attn9=torch": " layers 'attn9': the pattern matches nothing",
+        "exact;9=torch": ": the policy names a step that the request does not have",
+    }.items():
+        code, _, err = command(monkeypatch, capsys, *args, "--mode", f'x={{"attention": "{wrong}"}}')
+        assert code == 2 and f"error: --mode x attention{said}" in err and not (tmp_path / "cache").exists()
+    code, _, _ = command(
+        monkeypatch, capsys, *args, "--mode", 'own={"fused": true, "attention": {"transformer_2": "exact"}}'
+    )
     assert code == 0
     plain, own = json.loads((tmp_path / "r.json").read_text())["modes"]
     assert (plain["fused"], own["fused"], own["same_as"]) == (False, True, None)
+    assert (plain["attention"], own["attention"]) == ("torch", "transformer: torch, transformer_2: exact")
     assert 0 < own["summary"]["velocity_error"]["mean"] < 1e-5  # the last bits of sums in FP32
 
 

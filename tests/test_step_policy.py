@@ -432,7 +432,7 @@ def test_transformers_that_are_not_quantized(pipe):
         mxdit.step_policy(floats, POLICY)
     mxdit.quantize_(floats.transformer_2, "mxfp4")
     with pytest.raises(
-        ConfigError, match=r"for a transformer that is not quantized; got 'transformer'; .*'?transformer_2"
+        ConfigError, match=r"no quantized transformer of this name; got 'transformer'; .*'?transformer_2"
     ):
         mxdit.step_policy(floats, {"transformer": POLICY})
     with mxdit.step_policy(floats, POLICY) as applied:
@@ -443,7 +443,9 @@ def test_transformers_that_are_not_quantized(pipe):
     alone = tiny.pipeline()
     alone.register_modules(transformer_2=None)
     mxdit.quantize_(alone.transformer, "mxfp4")
-    with pytest.raises(ConfigError, match="no such transformer; got 'transformer_2'; expected transformer"):
+    with pytest.raises(
+        ConfigError, match="no quantized transformer of this name; got 'transformer_2'; expected transformer"
+    ):
         mxdit.step_policy(alone, {"transformer_2": POLICY})
 
 

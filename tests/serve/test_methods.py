@@ -84,7 +84,8 @@ def test_a_worker_opens_a_model_as_it_was_told(model):
     policy = AttentionPolicy.parse("int8;0=exact")
     told = replace(serving.served(model), attention=policy, compile=True, fused=True)
     session = pickle.loads(pickle.dumps(told)).open()
-    assert (session.attention, session.compile, session.fused) == (policy, True, True)
+    assert session.attention == {"transformer": policy, "transformer_2": policy}
+    assert (session.compile, session.fused) == (True, True)
 
 
 def test_the_command_compiles_in_its_worker_and_says_so(model, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from mxdit.bench.profiling import activities, marked, split
 from mxdit.bench.shapes import Wan
 from mxdit.bench.standins import block_inputs, quantized, random_block
 from mxdit.bench.timing import Times, alternate, timer
-from mxdit.config.attention import AttentionPolicy
+from mxdit.config.attention import AttentionLike, AttentionPolicy
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.loading import show_loading
 from mxdit.generation.recording import transformers_of
@@ -47,12 +47,12 @@ class How:
     """How the quantized modes run; what they are compared with is diffusers as it is.
 
     Attributes:
-        attention: how it is computed; a block has no steps.
+        attention: how it is computed; a block has no steps, and no transformer around it.
         compiled: whether blocks are compiled. Compiled, a block is not split by operation.
         fused: whether ops of mxdit compute norms, rotary embeddings and GELU. A rotary embedding's time takes in its norms' then.
     """
 
-    attention: AttentionPolicy = field(default_factory=AttentionPolicy)
+    attention: AttentionLike | None = None
     compiled: bool = False
     fused: bool = False
 
@@ -177,14 +177,14 @@ def run_block(
         how: the quantized modes run.
     """
     how = how or How()
-    place, dtype = torch.device(device), CARRIERS[modes[0]]
+    place, dtype, policy = torch.device(device), CARRIERS[modes[0]], AttentionPolicy.of_value(how.attention)
     plain = random_block(wan, device).to(dtype)
     x, text, *others = block_inputs(wan, tokens, device)
     inputs = (x.to(dtype), text.to(dtype), *others)
     blocks = {modes[0]: plain, **{mode: quantized(plain, *MODES[mode]) for mode in modes[1:]}}
     for mode in modes[1:]:
-        if how.attention:
-            attend(blocks[mode], how.attention)
+        if policy:
+            attend(blocks[mode], policy)
         if how.fused:
             fuse_(blocks[mode])
         if how.compiled:

@@ -79,8 +79,8 @@ Attention = Annotated[
     str | None,
     typer.Option(
         help="How attention is computed: torch, exact, int8; with other layers and denoising steps as in "
-        "'int8;0-1=exact;blocks.0.*=torch'.",
-        metavar="METHOD[;...]",
+        "'int8;0-1=exact;blocks.0.*=torch', or as JSON; of a cascade also one for each, as in '{\"transformer_2\": \"int8\"}'.",
+        metavar="METHOD[;...]|JSON",
     ),
 ]
 Compile = Annotated[
@@ -177,6 +177,11 @@ def read_keys(
             )
         own["text_encoder"] = {**stated, **option}
     return {**keys, **{key: value for key, value in given.items() if value is not None}}, own
+
+
+def attention_of(text: str | None) -> dict[str, Any] | str | None:
+    """What --attention says: a policy's text, or its JSON, which may have one for each transformer."""
+    return _read_json(text, "--attention") if text is not None and text.lstrip().startswith("{") else text
 
 
 def layer_methods_of(given: list[str] | None) -> dict[str, list[str]] | None:

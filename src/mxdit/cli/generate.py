@@ -32,6 +32,7 @@ from mxdit.cli.console import (
     TextEncoder,
     Variant,
     app,
+    attention_of,
     check_output,
     device_of,
     dtype_of,
@@ -47,6 +48,7 @@ from mxdit.cli.console import (
     tell,
     tell_slow,
 )
+from mxdit.config.attention import text_of
 from mxdit.config.steps import StepPolicy
 from mxdit.errors import InputError
 
@@ -159,7 +161,7 @@ def generate(
         memory=memory,
         variant=variant,
         loras=loras_of(lora),
-        attention=attention,
+        attention=attention_of(attention),
         compile=compiled,
         fused=fused,
     )
@@ -198,7 +200,7 @@ def generate(
     for name, report in session.encoder_reports().items():
         tell(f"  {name}: {loading.summary(report)}")
     if session.attention:
-        tell(f"  attention: {session.attention}")
+        tell(f"  attention: {text_of(session.attention, session.model.components)}")
     for one in request.loras:
         tell(f"  {one.component}: LoRA {one.file}, scale {one.scale:g}")
     columns = (TextColumn("Denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -227,10 +229,10 @@ def _show_result(
                 name: {
                     **{key: value for key, value in report.to_dict().items() if key != "layers"},
                     "activation_steps": policies[name].to_dict() if name in policies else None,
+                    "attention": session.attention[name].to_dict() if name in session.attention else None,
                 }
                 for name, report in reports.items()
             },
-            "attention": session.attention.to_dict(),
             "fused": session.fused,
             "seconds": result.seconds,
             "seconds_per_step": step,

@@ -21,6 +21,7 @@ from mxdit.cli.console import (
     IgnoredLayers,
     Memory,
     app,
+    attention_of,
     bytes_of,
     device_of,
     dtype_of,
@@ -116,7 +117,6 @@ def serve(
     import uvicorn
 
     from mxdit.client.protocol import root_of
-    from mxdit.config.attention import AttentionPolicy
     from mxdit.generation.plan import budget_of
     from mxdit.serve import trial
     from mxdit.serve.access import Access
@@ -140,12 +140,12 @@ def serve(
             "dtype": dtype_of(dtype or "bf16"),
             "offload": offload,
             "memory": None if memory is None else budget_of(memory),
-            "attention": AttentionPolicy.of_value(attention),
+            "attention": attention_of(attention),
             "compile": compiled,
             "fused": fused,
         }
         offer = Catalog(_served(directories, method, **how), Shelf(data / "adapters"))
-        if compiled or how["attention"] or memory is not None:  # what is wrong is said here, and not in a job
+        if compiled or attention is not None or memory is not None:  # what is wrong is said here, and not in a job
             tell("trying whether the models run so")
             trial.check([*offer.served.values()], devices)
         runners: list[Runner] = [DeviceRunner(offer, device) for device in devices]

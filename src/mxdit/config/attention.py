@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from mxdit.config.choices import near_names
+from mxdit.config.components import each_of
 from mxdit.config.steps import by_step, check_steps, numbers, ranges
 from mxdit.errors import ConfigError
 from mxdit.numerics.attention import METHODS
@@ -80,6 +81,12 @@ class AttentionPolicy:
         return cls(**value)
 
     @classmethod
+    def of_each(cls, value: Any, components: Iterable[str], names: Collection[str]) -> dict[str, AttentionPolicy]:
+        """Transformer -> its policy, where it has one, of what `of_value` takes or an object as `each_of` reads it."""
+        found = each_of(value, components, names, cls.of_value, field=FIELD)
+        return {name: policy for name, policy in found.items() if policy}
+
+    @classmethod
     def parse(cls, text: str) -> AttentionPolicy:
         """Read the text form: a method, then, after ";", STEPS=METHOD, LAYERS=METHOD and of=NUMBER in any number and order."""
         method, *groups = (part.strip() for part in text.split(";"))
@@ -108,6 +115,18 @@ class AttentionPolicy:
         layers = [f"{layer}={method}" for layer, method in self.layers.items()]
         steps = [f"{ranges(at)}={method}" for method, at in self.steps.items()]
         return ";".join([self.method, *steps, *layers, *([] if self.of is None else [f"of={self.of}"])])
+
+
+AttentionLike: TypeAlias = AttentionPolicy | Mapping[str, Any] | str
+"""A policy, its JSON or text form, or, as an object, one for each transformer under its name."""
+
+
+def text_of(policies: Mapping[str, AttentionPolicy], components: Iterable[str]) -> str:
+    """The policies of a pipeline's transformers in a line: the one that all have, or each one's."""
+    every = {name: str(policies.get(name, DEFAULT)) for name in components}
+    if len({*every.values()}) == 1:
+        return next(iter(every.values()))
+    return ", ".join(f"{name}: {policy}" for name, policy in every.items())
 
 
 _KEYS = ("method", "layers", "steps", "of")

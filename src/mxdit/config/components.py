@@ -1,19 +1,50 @@
-"""One config for each transformer of a pipeline."""
+"""One config, or one policy, for each transformer of a pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 from mxdit.config import MXConfig
 from mxdit.config.choices import WHERE
 from mxdit.errors import ConfigError
+
+P = TypeVar("P")
 
 
 def split_keys(keys: Mapping[str, Any], components: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(keys that hold for every component, component -> what holds there only), of one object that has both."""
     shared = {key: value for key, value in keys.items() if key not in components}
     return shared, {key: value for key, value in keys.items() if key in components}
+
+
+def each_of(
+    value: Any,
+    components: Iterable[str],
+    names: Collection[str],
+    read: Callable[[Any], P],
+    *,
+    field: str,
+    absent: str = "no such transformer",
+) -> dict[str, P]:
+    """What each transformer has of a value for all, or of an object with values of their own under their names.
+
+    Args:
+        value: what `read` takes, or an object of its keys and of names of transformers, which replace them there.
+        components: the transformers that there are.
+        names: what transformers are called.
+        read: makes of a value, of an empty object too, what a transformer has.
+        field: that the value was given as; `absent` is what is wrong with a name that is not one of `components`.
+
+    Raises ConfigError for such a name, and as `read`.
+    """
+    shared, own = split_keys(value, names) if isinstance(value, Mapping) else (value, {})
+    components = list(components)
+    for name in own:
+        if name not in components:
+            raise ConfigError(absent, field=field, got=repr(name), expected=" or ".join(components))
+    common = read(shared)
+    return {name: read(own[name]) if name in own else common for name in components}
 
 
 def configs_of(

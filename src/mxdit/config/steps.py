@@ -62,6 +62,11 @@ class StepPolicy:
         check_steps(self._at, self.of, steps, field=FIELD)
 
     @classmethod
+    def of_value(cls, value: StepPolicy | Mapping[str, Any] | None) -> StepPolicy:
+        """A policy from itself, its JSON form, or None, which is none."""
+        return value if isinstance(value, StepPolicy) else cls.from_dict({} if value is None else value)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepPolicy:
         """Read the JSON form."""
         if not isinstance(values, Mapping):

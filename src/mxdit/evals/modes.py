@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from mxdit.config.attention import FIELD as ATTENTION
-from mxdit.config.attention import AttentionPolicy
+from mxdit.config.attention import AttentionLike, AttentionPolicy
 from mxdit.config.choices import near_names
 from mxdit.config.components import configs_of, split_keys
 from mxdit.config.encoders import encoder_config
-from mxdit.errors import ConfigError, InputError
+from mxdit.errors import ConfigError, InputError, MXDiTError
 from mxdit.models import COMPONENTS, TEXT_ENCODERS
 from mxdit.numerics.formats import FORMATS
 
@@ -40,7 +41,7 @@ class Mode:
     how: str = "online"
     directory: Path | None = None
     components: Mapping[str, Any] = field(default_factory=dict)
-    attention: AttentionPolicy = field(default_factory=AttentionPolicy)
+    attention: AttentionLike | None = None
     fused: bool = False
 
 
@@ -67,7 +68,7 @@ def choose(patterns: Sequence[str] | None, custom: Sequence[str] = ()) -> tuple[
         custom: each NAME=DIR, a directory that holds the model quantized, or NAME={...}, JSON of MXConfig's keys, also per
             expert under "transformer" and "transformer_2", and of a text encoder under "text_encoder", "text_encoder_2", ...,
             which is quantized while it loads; a text encoder alone, where there is no "quant_method". "attention" is a policy
-            of attention and "fused" true or false, also of BF16.
+            of attention, or has one per expert, and "fused" is true or false, also of BF16.
 
     Raises:
         InputError: a pattern that names nothing, a custom mode that is neither, or two of one name.
@@ -89,6 +90,17 @@ def choose(patterns: Sequence[str] | None, custom: Sequence[str] = ()) -> tuple[
     return tuple(modes)
 
 
+@contextmanager
+def of_mode(name: str) -> Iterator[None]:
+    """Inside, an error about a field is one about that key of a mode, which is where a user has it from."""
+    try:
+        yield
+    except MXDiTError as error:
+        where = " ".join(filter(None, (name, error.field, error.where)))
+        parts = {"got": error.got, "expected": error.expected, "hint": error.hint}
+        raise type(error)(error.what, field="mode", where=where, **parts) from None
+
+
 def _custom(text: str) -> Mode:
     name, equals, value = (part.strip() for part in text.partition("="))
     form = "NAME=DIR or NAME={JSON of config keys}"
@@ -104,13 +116,15 @@ def _custom(text: str) -> Mode:
     except ValueError as error:
         raise InputError("not JSON", field="mode", where=name, got=str(error), expected=form) from None
     method = keys.pop("quant_method", None)
-    attention, fused = AttentionPolicy.of_value(keys.pop(ATTENTION, None)), keys.pop("fused", False)
-    if not isinstance(fused, bool):
-        raise ConfigError("neither true nor false", field="fused", where=name, got=repr(fused))
+    attention, fused = keys.pop(ATTENTION, None), keys.pop("fused", False)
+    with of_mode(name):
+        AttentionPolicy.of_each(attention, COMPONENTS, COMPONENTS)
+        if not isinstance(fused, bool):
+            raise ConfigError("neither true nor false", field="fused", got=repr(fused))
     keys, encoders = split_keys(keys, TEXT_ENCODERS)
     for component, of in encoders.items():
         encoder_config(of, component)
-    if method is None and not keys and (encoders or attention or fused):
+    if method is None and not keys and (encoders or attention is not None or fused):
         return Mode(name, None, components=encoders, attention=attention, fused=fused)
     if method is None:
         raise ConfigError("no quant_method", field="mode", where=name, expected=" or ".join(FORMATS))

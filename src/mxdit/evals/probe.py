@@ -51,14 +51,14 @@ def velocity_errors(
     pipeline: Any,
     calls: Sequence[Mapping[str, Any]],
     guidance: Mapping[str, float],
-    attention: AttentionPolicy | None = None,
+    attention: Mapping[str, AttentionPolicy] | None = None,
 ) -> dict[str, Any]:
     """How far this pipeline's velocities are from the recorded ones, over the calls of one clip.
 
     Args:
         calls: in order, of all experts.
         guidance: expert -> scale with which they were made.
-        attention: how it is computed here.
+        attention: expert -> how it is computed here, where a policy says so.
 
     Returns {"steps": [{"step", "velocity_error", "velocity_cosine"}, each the mean over the step's calls], and of the whole clip
     "guided_error", "accumulated_error", "slope", "guidance_slope"}, as `DEFINITIONS` has them.
@@ -66,9 +66,9 @@ def velocity_errors(
     experts, steps, length = transformers_of(pipeline), {}, 1 + max((call["step"] for call in calls), default=0)
     velocities = list[Tensor]()
     with ExitStack() as switches:
-        for model in experts.values():
-            if attention:
-                by_layer = AttentionSwitch(model, attention, lambda: (call["step"], length))
+        for name, model in experts.items():
+            if attention and name in attention:
+                by_layer = AttentionSwitch(model, attention[name], lambda: (call["step"], length))
                 switches.callback(by_layer.remove)
             config = recorded_config(model)
             if config is not None and config.activation_steps:  # its layers have the activations of the call's step

@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mxdit.config.attention import text_of
 from mxdit.evals.metrics.definitions import DEFINITIONS
 from mxdit.evals.metrics.statistics import interval
 from mxdit.evals.modes import Mode
 from mxdit.evals.settings import Settings
 from mxdit.generation.recording import transformers_of
+from mxdit.generation.session import Session
 from mxdit.layers import MXLinear
 from mxdit.quantize.recorded import recorded_config
-from mxdit.quantize.report import QuantReport
 from mxdit.version import installed
 
 SCHEMA = 1
@@ -28,9 +29,9 @@ PACKAGES = ("mxdit", "torch", "diffusers", "transformers", "torchmetrics", "cvvd
 STEPWISE = ("velocity_error", "velocity_cosine", "latent_error", "latent_cosine")
 
 
-def describe(mode: Mode, pipeline: Any, reports: Mapping[str, QuantReport]) -> dict[str, Any]:
+def describe(mode: Mode, session: Session) -> dict[str, Any]:
     """What a loaded mode is: formats, how many linears, bytes of the experts' tensors."""
-    transformers = transformers_of(pipeline)
+    transformers, reports = transformers_of(session.load()), session.reports()
     experts = transformers.values()
     configs = {name: recorded_config(model) for name, model in transformers.items()}
     policies = {name: config.activation_steps for name, config in configs.items() if config is not None}
@@ -45,8 +46,8 @@ def describe(mode: Mode, pipeline: Any, reports: Mapping[str, QuantReport]) -> d
         "activation": all_of("activation"),
         "activation_steps": {name: policy.to_dict() for name, policy in policies.items() if policy},
         "rule": all_of("rule"),
-        "attention": str(mode.attention),
-        "fused": mode.fused,
+        "attention": text_of(session.attention, transformers),
+        "fused": session.fused,
         "how": mode.how,
         "weights_bytes": sum(tensor.nbytes for model in experts for tensor in model.state_dict().values()),
         "layers_quantized": sum(len(report.quantized) for report in reports.values()),

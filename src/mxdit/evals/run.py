@@ -92,7 +92,7 @@ class Run:
         pipeline = session.load()
         run = self._run(session, directory)
         loading = time.perf_counter() - started
-        head = {"run": run, **results.describe(mode, pipeline, session.reports()), "same_as": owners.get(run)}
+        head = {"run": run, **results.describe(mode, session), "same_as": owners.get(run)}
         if run in owners:
             self._clips[mode.name] = self._clips[owners[run]]
             return head | {"seconds": loading + self.cache.seconds - spent}
@@ -105,7 +105,7 @@ class Run:
             self._captured = [self._layers_of(pipeline, clip) for clip in clips[: settings.probes]]
             velocities, layers = [], []
         else:
-            velocities = [self._velocities(pipeline, mode, run, i) for i in range(min(settings.probes, len(clips)))]
+            velocities = [self._velocities(session, mode, run, i) for i in range(min(settings.probes, len(clips)))]
             layers = self._layers(pipeline, mode, run)
         del session, pipeline
         gc.collect()  # before the next one is loaded; its modules and hooks refer to each other
@@ -157,7 +157,7 @@ class Run:
                 "device": place_of(self._where),
                 "dtype": str(self.settings.dtype),
                 "pipeline": [type(pipeline).__name__, config],
-                "attention": session.attention.to_dict(),
+                "attention": {name: policy.to_dict() for name, policy in session.attention.items()},
                 "fused": session.fused,
                 "parts": self._digests[directory],
                 "experts": digest_of_experts(
@@ -225,14 +225,14 @@ class Run:
 
         return self.cache.entry({"kind": "layer inputs", "clip": clip.name, "rows": self.settings.rows}, make)
 
-    def _velocities(self, pipeline: Any, mode: Mode, run: str, index: int) -> dict[str, Any]:
+    def _velocities(self, session: Session, mode: Mode, run: str, index: int) -> dict[str, Any]:
         self.progress(f"{mode.name}: velocities", index, self.settings.probes)
-        clip = self._reference[index]
+        clip, pipeline = self._reference[index], session.load()
         guidance = guidance_of(self.settings.videos[index].request, transformers_of(pipeline))
         return self.cache.figures(
             {"kind": "velocities", "run": run, "reference": clip.name},
             lambda: velocity_errors(
-                pipeline, torch.load(clip / CALLS, weights_only=True, mmap=True), guidance, mode.attention
+                pipeline, torch.load(clip / CALLS, weights_only=True, mmap=True), guidance, session.attention
             ),
         )
 

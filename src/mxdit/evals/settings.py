@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from mxdit.config import MXConfig
+from mxdit.config.attention import AttentionPolicy
 from mxdit.config.components import split_keys
 from mxdit.errors import InputError
 from mxdit.evals.metrics.judge import Judge
 from mxdit.evals.metrics.networks import FVD_FRAMES
-from mxdit.evals.modes import QUICK, Mode, choose
+from mxdit.evals.modes import QUICK, Mode, choose, of_mode
 from mxdit.evals.samples import Video, choose_videos
 from mxdit.generation.directory import ModelDirectory, open_model
 from mxdit.generation.loading import encoders, quantization
-from mxdit.models import TEXT_ENCODERS
+from mxdit.integrations.diffusers_attention import methods_of
+from mxdit.models import COMPONENTS, TEXT_ENCODERS
 from mxdit.models.skeleton import skeleton_of
 from mxdit.quantize.plan import plan
 
@@ -148,6 +150,10 @@ class Settings:
         skeletons = {name: skeleton_of(config, name) for name, config in self.model.components.items()}
         skeletons |= {name: skeleton_of(config, name) for name, config in self.model.encoders.items()}
         for mode in self.modes:
+            with of_mode(mode.name):
+                for name, policy in AttentionPolicy.of_each(mode.attention, self.model.components, COMPONENTS).items():
+                    policy.check(self.videos[0].request.steps)
+                    methods_of(skeletons[name], policy)
             own, of_encoders = split_keys(mode.components, TEXT_ENCODERS)
             planned: dict[str, MXConfig | None] = dict(encoders(self.model, of_encoders))
             if mode.method is not None:

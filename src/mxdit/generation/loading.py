@@ -15,12 +15,14 @@ from torch import nn
 
 from mxdit.checkpoint.folders import choose_variant
 from mxdit.config import MXConfig
+from mxdit.config.attention import AttentionPolicy
 from mxdit.config.components import configs_of
 from mxdit.config.encoders import encoder_config
 from mxdit.errors import CheckpointError, ConfigError, InputError
 from mxdit.generation.directory import ModelDirectory
 from mxdit.generation.offload import offload
 from mxdit.generation.pages import release
+from mxdit.models.skeleton import skeleton_of
 from mxdit.numerics.formats import FORMATS
 from mxdit.quantize.report import QuantReport
 
@@ -120,6 +122,16 @@ def encoders(model: ModelDirectory, own: Mapping[str, Any]) -> dict[str, MXConfi
                 hint="Leave it out, or load the float model to quantize it otherwise.",
             )
     return configs
+
+
+def check_attention(model: ModelDirectory, policies: Mapping[str, AttentionPolicy]) -> None:
+    """Raise, before weights are read, ModelError for a transformer whose attention cannot be as its policy says, and
+    ConfigError for layers that it does not have."""
+    if policies:
+        from mxdit.integrations.diffusers_attention import methods_of  # imports diffusers
+
+        for name, policy in policies.items():
+            methods_of(skeleton_of(model.components[name], name), policy)
 
 
 def load(

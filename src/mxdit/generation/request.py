@@ -159,7 +159,7 @@ def make_request(
 def policy_of(given: StepPolicy | Mapping[str, Any] | None, steps: int, where: str | None = None) -> StepPolicy | None:
     """A policy or its JSON form as one for a request of so many steps. Raises InputError for what is none."""
     try:
-        policy = given if given is None or isinstance(given, StepPolicy) else StepPolicy.from_dict(given)
+        policy = None if given is None else StepPolicy.of_value(given)
         if policy is not None:
             policy.check(steps)
     except ConfigError as error:

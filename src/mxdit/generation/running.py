@@ -81,7 +81,7 @@ def run(
     device: str,
     watch: Watch,
     policies: Mapping[str, StepPolicy] | None,
-    attention: AttentionPolicy,
+    attention: Mapping[str, AttentionPolicy],
     held: tuple[Held, Policy] | None,
 ) -> Result:
     """Carry out a request with a pipeline, which stays as it is.
@@ -90,7 +90,7 @@ def run(
         called: how the pipeline's class is called.
         device: that it computes on.
         policies: of the transformers' activations by step; None puts nothing on them.
-        attention: of the transformers.
+        attention: transformer -> how it computes it, where a policy says so.
         held: by whom the pipeline is held in memory, and how for this run.
 
     Raises Cancelled, InputError and ModelError as `Session.run` says.

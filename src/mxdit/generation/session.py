@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mxdit.config import MXConfig
-from mxdit.config.attention import AttentionPolicy
+from mxdit.config.attention import AttentionLike, AttentionPolicy
 from mxdit.config.components import split_keys
 from mxdit.config.loras import LoraLike
 from mxdit.config.steps import StepPolicy
@@ -25,7 +25,7 @@ from mxdit.generation.plan import Plan, Planner, Policy, budget_of
 from mxdit.generation.recording import transformers_of
 from mxdit.generation.request import Request, make_request, policies_of, policy_of
 from mxdit.generation.running import Result, Watch, check_stop
-from mxdit.models import TEXT_ENCODERS
+from mxdit.models import COMPONENTS, TEXT_ENCODERS
 from mxdit.quantize.report import QuantReport, report_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Session:
         offload: whether weights are on the device for no longer than they are used.
         loras: LoRA files that take part in the runs of requests that do not name their own.
         memory: bytes that a run may take, of the process on a CPU, else of the device; None says nothing.
-        attention: how the transformers compute it.
+        attention: transformer -> how it computes it, where a policy says so.
         compile: whether the repeated blocks of the transformers are compiled.
         parts: components that the pipeline is given as they are.
         fused: whether ops of mxdit compute norms, rotary embeddings and GELU of the transformers.
@@ -73,14 +73,14 @@ class Session:
         encoders: Mapping[str, MXConfig] | None = None,
         loras: Sequence[LoraLike] = (),
         memory: int | None = None,
-        attention: AttentionPolicy | None = None,
+        attention: Mapping[str, AttentionPolicy] | None = None,
         compile: bool = False,
         parts: Mapping[str, Any] | None = None,
         fused: bool = False,
     ) -> None:
         self.model, self.task, self.configs, self.dtype, self.device = model, task, configs, dtype, device
         self.variant, self.offload, self.encoders, self.memory = variant, offload, encoders or {}, memory
-        self.attention, self.compile, self.parts = attention or AttentionPolicy(), compile, parts or {}
+        self.attention, self.compile, self.parts = attention or {}, compile, parts or {}
         self.fused = fused
         self._checked = Checked(model)
         self.loras = self._checked.of(loras)
@@ -106,7 +106,7 @@ class Session:
         offload: bool = False,
         loras: Sequence[LoraLike] = (),
         memory: str | int | None = None,
-        attention: AttentionPolicy | Mapping[str, Any] | str | None = None,
+        attention: AttentionLike | None = None,
         compile: bool = False,
         parts: Mapping[str, Any] | None = None,
         fused: bool = False,
@@ -130,8 +130,7 @@ class Session:
                 in tiles.
             variant: of the weight files, as diffusers calls it ("fp16"); None takes the plain ones, or the one that there is.
             attention: how the transformers compute it: an `AttentionPolicy`, its JSON or its text form, such as "exact" or
-                "int8;0-1=exact"; None leaves it to diffusers. A model that has another kind of attention raises ModelError
-                when it runs.
+                "int8;0-1=exact"; or an object that has one for each under its name. None leaves it to diffusers.
             loras: LoRA files beside the weights, quantized or not; of a cascade each as
                 `LoraFile(file, scale, "transformer_2")`. Several add up.
             compile: compile the repeated blocks of the transformers by torch.compile. The first step takes longer, those after it
@@ -173,7 +172,7 @@ class Session:
             encoders=encoders,
             loras=loras,
             memory=budget,
-            attention=AttentionPolicy.of_value(attention),
+            attention=AttentionPolicy.of_each(attention, model.components, COMPONENTS),
             compile=compile,
             parts=parts,
             fused=fused,
@@ -190,7 +189,8 @@ class Session:
         request = make_request(self.model, self.task, loras=chosen, **fields)
         for name, policy in self.policies(request).items():
             policy_of(policy, request.steps, where=name)
-        self.attention.check(request.steps)
+        for policy in self.attention.values():
+            policy.check(request.steps)
         return request
 
     def policies(self, request: Request | None = None) -> dict[str, StepPolicy]:
@@ -234,10 +234,12 @@ class Session:
         """The pipeline, loaded at the first call; with `memory`, as the plan for this request says, or for the default size.
 
         Raises CheckpointError and ConfigError for what does not fit the model, InputError for what does not fit into `memory`,
-        for a component that is missing or cannot be given, and where nothing can be compiled.
+        for a component that is missing or cannot be given, and where nothing can be compiled; of `attention` ModelError and
+        ConfigError for what cannot be chosen.
         """
         with self.lock:
             if self._pipeline is None:
+                loading.check_attention(self.model, self.attention)
                 if self.compile:
                     compiling.prepare(self.device)
                 if self.memory is not None:

@@ -20,9 +20,8 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
-from mxdit.config.attention import DEFAULT, FIELD, AttentionPolicy
-from mxdit.config.components import split_keys
-from mxdit.errors import ConfigError, InputError, ModelError
+from mxdit.config.attention import DEFAULT, FIELD, AttentionLike, AttentionPolicy
+from mxdit.errors import InputError, ModelError
 from mxdit.integrations.diffusers_steps import step_of
 from mxdit.models import COMPONENTS, uncompiled
 from mxdit.numerics.attention import METHODS
@@ -99,13 +98,14 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def attend(module: nn.Module, policy: AttentionPolicy) -> None:
     """Give the attention layers of a module, such as a block, what a policy without steps says, for good."""
-    for processor, method in _methods_of(module, policy).items():
+    for processor, method in methods_of(module, policy).items():
         if method != DEFAULT:
             setattr(processor, _HELD, AttentionBackendName(BACKENDS[method]))
 
 
-def _methods_of(module: nn.Module, policy: AttentionPolicy) -> dict[Any, str]:
-    """Attention processor -> its method, where no step says another one."""
+def methods_of(module: nn.Module, policy: AttentionPolicy) -> dict[Any, str]:
+    """Attention processor -> its method, where no step says another one. Raises as `attention_policy`; the module may be a
+    skeleton."""
     layers = attention_layers(module)
     if not layers:
         raise ModelError(
@@ -188,7 +188,7 @@ class AppliedAttention:
         self.remove()
 
 
-def attention_policy(pipe: Any, policy: AttentionPolicy | Mapping[str, Any] | str) -> AppliedAttention:
+def attention_policy(pipe: Any, policy: AttentionLike) -> AppliedAttention:
     """Let the transformers of a pipeline compute attention by a policy, in every later call of theirs until `remove`.
 
     A later call on the same pipeline takes the place of an earlier one. While a transformer is not called, its layers have
@@ -200,28 +200,21 @@ def attention_policy(pipe: Any, policy: AttentionPolicy | Mapping[str, Any] | st
 
     Args:
         pipe: a pipeline of diffusers; what its weights are does not matter.
-        policy: an `AttentionPolicy`, its JSON or its text form for all transformers; as JSON, it may have one for each under
-            `transformer` and `transformer_2` instead.
+        policy: an `AttentionPolicy`, its JSON or its text form for all transformers; as JSON it may have others under
+            `transformer` and `transformer_2`, each in any of these forms.
 
     Raises:
         ConfigError: no policy, or layers that there are not.
-        ModelError: a model whose attention diffusers does not look up by name; a pipeline that does not count its steps.
+        ModelError: a model, or a layer, whose attention diffusers does not always look up by name; a pipeline that does not
+            count its steps.
     """
     models = {name: model for name in COMPONENTS if isinstance(model := getattr(pipe, name, None), nn.Module)}
-    if isinstance(policy, Mapping):
-        shared, own = split_keys(policy, COMPONENTS)
-        chosen = {name: AttentionPolicy.of_value(own.get(name, shared or None)) for name in models}
-        if absent := [name for name in own if name not in models]:
-            raise ConfigError(
-                "no such transformer", field="attention", got=repr(absent[0]), expected=" or ".join(models)
-            )
-    else:
-        chosen = dict.fromkeys(models, AttentionPolicy.of_value(policy))
+    chosen = AttentionPolicy.of_each(policy, models, COMPONENTS)
     for model in models.values():
         if (before := _SWITCHES.get(uncompiled(model))) is not None:
             before.remove()
     at = partial(step_of, pipe, where="attention_policy")
-    return AppliedAttention({name: AttentionSwitch(models[name], one, at) for name, one in chosen.items() if one})
+    return AppliedAttention({name: AttentionSwitch(models[name], one, at) for name, one in chosen.items()})
 
 
 class AttentionSwitch:
@@ -237,7 +230,7 @@ class AttentionSwitch:
 
     def __init__(self, model: nn.Module, policy: AttentionPolicy, at: Callable[[], tuple[int, int]]) -> None:
         inner = uncompiled(model)
-        self.policy, self._at, self._methods = policy, at, _methods_of(inner, policy)
+        self.policy, self._at, self._methods = policy, at, methods_of(inner, policy)
         self._before: list[tuple[Any, Any]] = []
         _SWITCHES[inner] = self
         self._hooks = (

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from mxdit.config.components import split_keys
-from mxdit.config.steps import StepPolicy
+from mxdit.config.components import each_of
+from mxdit.config.steps import FIELD, StepPolicy
 from mxdit.errors import ConfigError, ModelError
 from mxdit.layers import MXLinear
 from mxdit.models import COMPONENTS, uncompiled
@@ -96,23 +96,12 @@ def _policies_of(
         if not any(chosen.values()):
             raise ConfigError(
                 "no policy is given, and the configs of the transformers state none",
-                field="activation_steps",
+                field=FIELD,
                 expected='something like {"mxfp8": [0, 1, 38, 39], "of": 40}',
             )
-    elif isinstance(policy, StepPolicy):
-        chosen = dict.fromkeys(quantized, policy)
     else:
-        shared, own = split_keys(policy, COMPONENTS) if isinstance(policy, Mapping) else (policy, {})
-        chosen = dict.fromkeys(quantized, StepPolicy.from_dict(shared))
-        for name, one in own.items():
-            if name not in quantized:
-                raise ConfigError(
-                    "a policy for a transformer that is not quantized" if name in models else "no such transformer",
-                    field="activation_steps",
-                    got=repr(name),
-                    expected=" or ".join(quantized),
-                )
-            chosen[name] = one if isinstance(one, StepPolicy) else StepPolicy.from_dict(one or {})
+        absent = "no quantized transformer of this name"
+        chosen = each_of(policy, quantized, COMPONENTS, StepPolicy.of_value, field=FIELD, absent=absent)
     return {name: one for name, one in chosen.items() if one}
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mxdit.config.attention import AttentionPolicy
+from mxdit.config.attention import AttentionLike, AttentionPolicy, text_of
 from mxdit.errors import InputError
 from mxdit.generation.directory import ModelDirectory, open_model
 from mxdit.generation.session import Session
+from mxdit.models import COMPONENTS
 from mxdit.numerics.formats import block_format
 from mxdit.serve.adapters import FIELD, Shelf
 from mxdit.serve.schema import FIELDS, TAKES, VideoBody, stand_in, stored
@@ -45,7 +46,7 @@ class Served:
     dtype: torch.dtype
     offload: bool = False
     memory: int | None = None
-    attention: AttentionPolicy = field(default_factory=AttentionPolicy)
+    attention: AttentionLike | None = None
     compile: bool = False
     fused: bool = False
 
@@ -176,6 +177,7 @@ class Catalog:
 
     def _shown(self, served: Served, model: ModelDirectory) -> dict[str, Any]:
         preset, linears = model.preset(served.task), self.linears.get(served.id)
+        attention = AttentionPolicy.of_each(served.attention, model.components, COMPONENTS)
         ours = {theirs: name for name, theirs in FIELDS.items()} | {"size": "height"}
         return {
             "id": served.id,
@@ -184,7 +186,7 @@ class Catalog:
             "owned_by": "mxdit",
             "name": served.name,
             "mode": served.mode,
-            "attention": str(served.attention),
+            "attention": text_of(attention, model.components),
             "compile": served.compile,
             "fused": served.fused,
             "task": served.task,

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from mxdit.generation import compiling
-from mxdit.models.skeleton import skeleton_of
+from mxdit.generation import compiling, loading
 from mxdit.serve.served import Served
 
 
@@ -24,11 +23,9 @@ def check(served: Sequence[Served], devices: Sequence[str]) -> None:
 
 def _check(served: Sequence[Served], devices: Sequence[str]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from mxdit.integrations.diffusers_attention import attend  # imports diffusers
-
     for one in served:
-        for name, config in one.open().model.components.items() if one.attention else ():
-            attend(skeleton_of(config, name), one.attention)
+        session = one.open()
+        loading.check_attention(session.model, session.attention)
     for device in devices:
         if any(one.compile for one in served):
             compiling.prepare(device)  # before memory is planned, because it takes some, as in a worker

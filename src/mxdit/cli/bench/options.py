@@ -62,14 +62,14 @@ def rounds_of(given: int | None, default: int) -> int:
     return given or default
 
 
-def open_session(directory: str, task: str | None) -> Session:
+def open_session(directory: str, task: str | None, **options: Any) -> Session:
     """What can load the pipeline's directory, for a task that it can do."""
     from mxdit.generation.session import Session
 
     need("diffusers", "transformers")
     if task is not None:
         choices("--task", [task], tasks())
-    return Session.open(path_of(directory), task=task)
+    return Session.open(path_of(directory), task=task, **options)
 
 
 def clip(session: Session, steps: int, size: str | None, frames: int | None) -> Request:

@@ -12,7 +12,7 @@ from mxdit.bench.modes import MODES
 from mxdit.bench.shapes import PUBLISHED
 from mxdit.cli.bench.options import Json, Task, bench, check_outputs, choices, clip, open_session, rounds_of
 from mxdit.cli.bench.tables import progress, say_baseline, say_machine, say_operations, table
-from mxdit.cli.console import Attention, Device, Frames, Model, Size, device_of, need, say
+from mxdit.cli.console import Attention, Device, Frames, Model, Size, attention_of, device_of, need, say
 from mxdit.errors import InputError
 
 
@@ -73,7 +73,8 @@ def pipeline(
     from mxdit.bench import pipeline as measure
     from mxdit.bench.ceilings import ceilings
     from mxdit.bench.record import report as as_json
-    from mxdit.config.attention import AttentionPolicy
+    from mxdit.config.attention import DEFAULT, AttentionPolicy
+    from mxdit.generation import loading
 
     modes = choices("--mode", mode, MODES)
     if block is not None:
@@ -86,8 +87,8 @@ def pipeline(
     rounds = rounds_of(rounds, 1 if block is None else 5)
     check_outputs(report)
     device_of(device)
-    how = measure.How(AttentionPolicy.of_value(attention), compiled, fused)
-    if block is not None and how.attention.steps:
+    how = measure.How(attention_of(attention), compiled, fused)
+    if block is not None and AttentionPolicy.of_value(how.attention).steps:
         raise InputError("a block has no steps", where="--attention", got=attention)
     modes, best = (baseline := say_baseline(device), *modes), None
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself on stderr
@@ -98,7 +99,8 @@ def pipeline(
         progress(what)
         rows = list(measure.run_block(PUBLISHED[block], tokens, modes, rounds, device, best, how))
     else:
-        session = open_session(directory, task)
+        session = open_session(directory, task, attention=how.attention)
+        loading.check_attention(session.model, session.attention)
         request = clip(session, steps, size, frames)
         what = f"{session.model.path}, {request.width}x{request.height}, {request.frames} frames; a step"
         settings = {"directory": directory, "task": session.task, "steps": steps, "frames": request.frames}
@@ -117,7 +119,7 @@ def pipeline(
     if best is not None:
         say_operations(rows, best)
     if report is not None:
-        settings |= {"baseline": baseline, "attention": str(how.attention), "compile": compiled, "fused": fused}
+        settings |= {"baseline": baseline, "attention": attention or DEFAULT, "compile": compiled, "fused": fused}
         figures = [asdict(row) | {"rest": row.rest} for row in rows]
         ceiled = {} if best is None else {"ceilings": vars(best)}
         report.write_text(json.dumps(as_json("pipeline", device, settings, figures, **ceiled), indent=1) + "\n")
