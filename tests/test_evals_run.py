@@ -334,7 +334,8 @@ def test_attention_in_int8_costs_the_bundled_model_a_fraction_of_w4a4():
     assert {call["expert"] for call in recorder.calls} == set(expert)
 
     def power(session: Session, attention: str) -> float:
-        steps = velocity_errors(session.load(), recorder.calls, expert, AttentionPolicy(attention))["steps"]
+        policies = dict.fromkeys(expert, AttentionPolicy(attention))
+        steps = velocity_errors(session.load(), recorder.calls, expert, policies)["steps"]
         return sum(step["velocity_error"] ** 2 for step in steps)
 
     quantized = power(Session.open(path, dtype=torch.float32, method="mxfp4"), "torch")
