@@ -73,8 +73,8 @@ $(OMNI_GUESTS): $(OMNI_STAMP) pyproject.toml $(wildcard csrc/cpu/*.* tests/omni/
 	$(OMNI)/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall -e . ./tests/omni/platform
 	touch $@
 
-# It has the oldest diffusers that mxdit supports, which what holds on to diffusers' insides has to pass as well; without the
-# suite's conftest.py, which asks for more than is there.
+# Its diffusers is the oldest that mxdit supports, so the tests of what holds on to diffusers' private parts run on it too,
+# without the suite's conftest.py, which asks for more than is there.
 test-omni: $(OMNI_GUESTS) | $(STAMP)
 	$(BIN)/pyright -p tests/omni
 	$(OMNI)/bin/pytest tests/omni

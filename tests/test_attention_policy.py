@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -213,6 +214,31 @@ class Elsewhere:
         return x
 
 
+class Own(WanAttnProcessor):
+    """Whose base's call is run by nobody."""
+
+    def __call__(self, attn: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return x
+
+
+class Static(WanAttnProcessor):
+    @staticmethod
+    def attended(x: torch.Tensor) -> torch.Tensor:
+        return dispatch_attention_fn(x, x, x, backend="flex")
+
+
+@dataclass(eq=False)
+class Plain(WanAttnProcessor):
+    """As diffusers' own, made and written otherwise."""
+
+    called: str = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.called = """
+at least once"""
+        return super().__call__(*args, **kwargs)
+
+
 Unseen = type("Unseen", (WanAttnProcessor,), {"__call__": eval("lambda *_: None")})
 
 
@@ -223,6 +249,8 @@ Unseen = type("Unseen", (WanAttnProcessor,), {"__call__": eval("lambda *_: None"
         (Flex, "Flex, which is made for the backend 'flex'"),
         (Direct, "Direct, which calls scaled_dot_product_attention"),
         (Elsewhere, "Elsewhere, which does not call dispatch_attention_fn"),
+        (Own, "Own, which does not call dispatch_attention_fn"),
+        (Static, "Static, which also takes backend='flex'"),
         (Unseen, "Unseen, which has no source to read"),
     ],
 )
@@ -236,7 +264,23 @@ def test_layers_that_do_not_always_take_what_is_set(processor, why):
         assert caught.value.field == "attention"
     with pytest.raises(ModelError, match=r"2 of its 4 layers to diffusers.*'int8;blocks.\*.attn1=torch'"):
         mxdit.attention_policy(pipe, "int8")
-    assert mxdit.attention_policy(pipe, "int8;blocks.*.attn1=torch").policies.keys() == {"transformer"}
+    with pytest.raises(
+        ModelError, match=r"2 of its 4 layers to diffusers.*'exact;blocks.\*.attn1=torch;blocks.0.\*=int8'"
+    ):
+        mxdit.attention_policy(pipe, "exact;blocks.0.*=int8")
+    with pytest.raises(ModelError, match="Leave the policy out"):
+        mxdit.attention_policy(pipe, "torch;blocks.*.attn1=int8")
+    for policy in ("int8;blocks.*.attn1=torch", "exact;blocks.*.attn1=torch;blocks.0.*=int8"):  # the hints
+        assert mxdit.attention_policy(pipe, policy).policies.keys() == {"transformer"}
+
+
+def test_a_processor_of_a_users_own(inputs):
+    pipe = tiny_single()
+    pipe.transformer.float()
+    for block in pipe.transformer.blocks:
+        block.attn1.processor = Plain()
+    mxdit.attention_policy(pipe, "int8")
+    assert forward(pipe.transformer, inputs)[1] == ["int8"] * CALLS
 
 
 def test_a_model_without_any_such_layer():

@@ -71,7 +71,8 @@ class Live(TorchDispatchMode):
 
 def _beside(x: Tensor, weight: Tensor, result: Tensor) -> int:
     """What a convolution holds beside its result: see `Live`. A small one in FP32 and three dimensions torch does itself on a
-    CPU, with its input laid out once for each place of the kernel (`use_mkldnn` of its Convolution.cpp, 2.13)."""
+    CPU, with its input laid out once for each place of the kernel (`use_mkldnn` of its Convolution.cpp, 2.13). Other devices are
+    planned alike: what they take is not known."""
     if x.dim() == 5 and x.dtype is torch.float32 and x.shape[:4].numel() <= ONEDNN and x.shape[0] == 1:
         return result.nbytes // weight.shape[0] * weight[0].numel()
     return x.nbytes

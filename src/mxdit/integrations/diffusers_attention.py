@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from textwrap import dedent
+from textwrap import indent
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -132,7 +133,7 @@ def methods_of(module: nn.Module, policy: AttentionPolicy) -> dict[Any, str]:
     if stubborn:
         path, why = next(iter(stubborn.items()))
         left = dict.fromkeys((re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in stubborn), DEFAULT)
-        others = replace(policy, layers={**left, **policy.layers}, steps={}, of=None)
+        others = replace(policy, layers={**left, **policy.layers, **left}, steps={}, of=None)
         raise ModelError(
             "diffusers does not always compute this layer's attention by the backend that is set",
             field=FIELD,
@@ -149,12 +150,12 @@ def methods_of(module: nn.Module, policy: AttentionPolicy) -> dict[Any, str]:
 @cache
 def _why_not(processor: type) -> str | None:
     """Why a call of a processor's class may compute attention by another backend than the one set, as its source says; None
-    where it does not. Masks of one backend's own kind are why: such a processor goes past what is set, or refuses it."""
+    where it does not. Masks of one backend's own kind are why: such a processor goes past what is set, or refuses it. What its
+    methods call outside the class is not read."""
     if wanted := getattr(processor, _HELD, None):
         return f"is made for the backend {wanted!r}"
-    functions = [each for cls in processor.__mro__ for each in vars(cls).values() if inspect.isfunction(each)]
-    try:
-        trees = [ast.parse(dedent(inspect.getsource(function))) for function in functions]
+    try:  # a method's source is indented, but not the lines of a string in it
+        trees = [ast.parse("if 1:\n" + indent(inspect.getsource(each), " ")) for each in _methods(processor)]
     except (OSError, SyntaxError):
         return "has no source to read"
     looks = False
@@ -167,6 +168,20 @@ def _why_not(processor: type) -> str | None:
             if taken != f"self.{_HELD}":
                 return f"also takes backend={taken}"
     return None if looks else f"does not call {dispatch_attention_fn.__name__}"
+
+
+def _methods(processor: type) -> Iterator[FunctionType]:
+    """Those that calling a processor may run: its own, and what they stand in for where they call `super`."""
+    for name in dict.fromkeys(name for cls in processor.__mro__ for name in vars(cls)):
+        if name.startswith("__") and name != "__call__":
+            continue
+        for cls in processor.__mro__:
+            method = vars(cls).get(name)
+            method = getattr(method, "__func__", method)  # of static and class methods
+            if isinstance(method, FunctionType):
+                yield method
+                if "super" not in method.__code__.co_names:
+                    break
 
 
 class AppliedAttention:

@@ -62,9 +62,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Unplanned:
-    """A clip of the model's default size does not fit into its memory: what is held of it is up to the first job."""
-
-    model: str
+    """A clip of the default size does not fit into the first model's memory: what is held of it is up to the first job."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class _Worker:
                     "%s: %s", warm, str(error) or type(error).__name__, exc_info=not isinstance(error, MXDiTError)
                 )
                 if isinstance(error, InputError) and error.field == "memory":
-                    self._pipe.send(Unplanned(warm))
+                    self._pipe.send(Unplanned())
         while True:
             with self._told:
                 self._told.wait_for(lambda: bool(self._tasks))
