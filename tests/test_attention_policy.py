@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
@@ -25,7 +26,6 @@ from mxdit.evals.modes import choose
 from mxdit.evals.probe import velocity_errors
 from mxdit.generation.recording import Recorder
 from mxdit.integrations.diffusers_attention import BACKENDS, attend, attention_layers
-from tiny_families import TINY
 
 STEPS = 4
 CALLS = 2 * tiny.BLOCKS  # of attention, in a forward: of the video itself, and of the text
@@ -285,7 +285,10 @@ def test_a_processor_of_a_users_own(inputs):
 
 def test_a_model_without_any_such_layer():
     pipe = tiny_single()
-    pipe.transformer = TINY["SD3Transformer2DModel"].transformer()
+    pipe.transformer = SD3Transformer2DModel(
+        sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+        caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8,
+    )  # fmt: skip
     with pytest.raises(
         ModelError, match=r"attention SD3Transformer2DModel: .*without looking up a backend; got 'exact'"
     ):
